@@ -1,0 +1,27 @@
+# CI calls these recipes and no others. `make test` is what .ci/run runs.
+PY := .venv/bin/python
+.PHONY: venv test fast lint fix demo docs faults bench
+
+venv: .venv/installed
+.venv/installed: pyproject.toml
+	test -x $(PY) || python3 -m venv .venv
+	$(PY) -m pip install --quiet --no-compile --editable '.[dev]' && touch $@
+
+test: lint
+	$(PY) -m pytest -n 2 --dist loadscope
+fast: venv
+	$(PY) -m pytest -n 2 --dist loadscope -m 'not slow'
+lint: venv
+	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
+fix: venv
+	$(PY) -m ruff check --fix . && $(PY) -m ruff format .
+demo: venv
+	.venv/bin/mla-deploy export models/tiny-deepseek-v3 --out demo-bundle --replace
+	.venv/bin/mla-deploy validate demo-bundle --source models/tiny-deepseek-v3
+	.venv/bin/mla-deploy run demo-bundle --prompt "There was a man" --max-new-tokens 100
+docs: venv
+	$(PY) docs/reference.py
+faults: venv
+	$(PY) -m pytest -n 2 tests/faults
+bench: venv
+	$(PY) bench/decode.py && $(PY) bench/export.py && $(PY) bench/moe.py

@@ -1,0 +1,136 @@
+"""What a file holds, as numbers: its size, its sha256, and one sha256 per 64 MiB block.
+
+The block list lets a check run on all cores and name the damaged block; the whole-file hash is
+the one other tools (`sha256sum`) print. The two are taken in one pass while the file is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+BLOCK_BYTES = 64 << 20
+_READ_BYTES = 4 << 20
+_THREAD_WORTH_BYTES = 1 << 20
+_MAX_THREADS = 8
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and hashes of one file; `blocks` is empty when the file fits in one block."""
+
+    bytes: int
+    sha256: str
+    blocks: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry of the manifest's `files` section."""
+        entry: dict[str, Any] = {"bytes": self.bytes, "sha256": self.sha256}
+        if self.blocks:
+            entry["blocks"] = list(self.blocks)
+        return entry
+
+
+class ContentHasher:
+    """Running hashes of a stream of bytes: the whole and each block of `BLOCK_BYTES`."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._whole = hashlib.sha256()
+        self._block = hashlib.sha256()
+        self._blocks: list[str] = []
+        self._thread: ThreadPoolExecutor | None = None
+
+    def update(self, data: memoryview) -> None:
+        """Take the next bytes. The two hashes run side by side when there is enough to hash."""
+        if len(data) < _THREAD_WORTH_BYTES:
+            self._whole.update(data)
+            self._update_blocks(data)
+            return
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="mla-deploy-hash")
+        whole = self._thread.submit(self._whole.update, data)
+        try:
+            self._update_blocks(data)
+        finally:
+            whole.result()  # the caller may reuse its buffer as soon as we return
+
+    def _update_blocks(self, data: memoryview) -> None:
+        while len(data):
+            piece = data[: BLOCK_BYTES - self.bytes % BLOCK_BYTES]
+            self._block.update(piece)
+            self.bytes += len(piece)
+            data = data[len(piece) :]
+            if self.bytes % BLOCK_BYTES == 0:
+                self._blocks.append(self._block.hexdigest())
+                self._block = hashlib.sha256()
+
+    def record(self) -> FileRecord:
+        """The record of all bytes taken so far; ends the helper thread."""
+        self.stop()
+        blocks = list(self._blocks)
+        if self.bytes % BLOCK_BYTES:
+            blocks.append(self._block.hexdigest())
+        return FileRecord(
+            self.bytes, self._whole.hexdigest(), tuple(blocks) if len(blocks) > 1 else ()
+        )
+
+    def stop(self) -> None:
+        """End the helper thread; idempotent."""
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
+
+
+def record_of_descriptor(descriptor: int) -> FileRecord:
+    """The record of an open file, read from its first byte to its last."""
+    hasher = ContentHasher()
+    buffer = memoryview(bytearray(_READ_BYTES))
+    try:
+        while count := os.preadv(descriptor, [buffer], hasher.bytes):
+            hasher.update(buffer[:count])
+        return hasher.record()
+    finally:
+        hasher.stop()
+
+
+def find_damage(descriptor: int, record: FileRecord) -> str | None:
+    """Compare an open file's bytes with its record: None, or what differs in words.
+
+    A file with a block list is checked block by block, in parallel; the blocks fix every byte,
+    so the whole-file hash adds nothing. The caller has compared the size.
+    """
+    if not record.blocks:
+        found = _sha256_of_range(descriptor, 0, record.bytes)
+        return None if found == record.sha256 else f"sha256 is {found}, wanted {record.sha256}"
+    starts = range(0, record.bytes, BLOCK_BYTES)
+    threads = min(os.cpu_count() or 1, len(record.blocks), _MAX_THREADS)
+    with ThreadPoolExecutor(threads, thread_name_prefix="mla-deploy-hash") as pool:
+        pending = [
+            pool.submit(_sha256_of_range, descriptor, start, min(start + BLOCK_BYTES, record.bytes))
+            for start in starts
+        ]
+        try:
+            for index, (future, wanted) in enumerate(zip(pending, record.blocks, strict=True)):
+                if future.result() != wanted:
+                    return f"block {index} (bytes {starts[index]} and on) has another sha256"
+        finally:
+            for future in pending:
+                future.cancel()
+    return None
+
+
+def _sha256_of_range(descriptor: int, start: int, stop: int) -> str:
+    """sha256 of bytes [start, stop); of fewer when the file ends early."""
+    hasher = hashlib.sha256()
+    buffer = memoryview(bytearray(min(_READ_BYTES, max(stop - start, 1))))
+    while start < stop:
+        count = os.preadv(descriptor, [buffer[: stop - start]], start)
+        if count == 0:
+            break
+        hasher.update(buffer[:count])
+        start += count
+    return hasher.hexdigest()

@@ -1,0 +1,91 @@
+"""A bundle's manifest as tables and as the JSON result of `inspect` and `export`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mla_deploy.cli.model_sheet import model_sheet
+from mla_deploy.cli.output import Sheet, byte_text
+
+if TYPE_CHECKING:
+    from mla_deploy.bundle import Bundle
+
+_COPIED = ("model", "target", "dtype", "cache", "crossover_tokens", "all_logits", "io", "rewrite")
+
+
+def bundle_result(bundle: Bundle) -> dict[str, Any]:
+    """The manifest facts that a program asks for, and the bytes they predict."""
+    manifest = bundle.manifest
+    cache, layers = manifest["cache"], manifest["model"]["num_layers"]
+    return {
+        "kind": "bundle",
+        "path": str(bundle.path),
+        "digest": bundle.digest,
+        "format_version": manifest["format_version"],
+        "made_by": manifest["tool"],
+        "libraries": manifest["libraries"],
+        "source": manifest["source"],
+        **{key: manifest[key] for key in _COPIED},
+        "files": {name: entry["bytes"] for name, entry in manifest["files"].items()},
+        "total_bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
+        "predicted": {
+            "weight_bytes": manifest["weights"]["bytes"],
+            "cache_bytes_per_row": layers * cache["capacity"] * cache["row_width"]
+            * cache["itemsize"],
+        },
+    }  # fmt: skip
+
+
+def bundle_sheets(bundle: Bundle) -> tuple[Sheet, ...]:
+    manifest = bundle.manifest
+    return (
+        model_sheet(manifest["model"]),
+        _bytes_sheet(manifest),
+        _io_sheet(manifest["io"]),
+        _rewrite_sheet(manifest["rewrite"]),
+        Sheet(
+            "Files",
+            ("file", "#bytes", "sha256"),
+            [
+                (name, f"{entry['bytes']:,}", entry["sha256"][:16])
+                for name, entry in manifest["files"].items()
+            ],
+        ),
+    )
+
+
+def _bytes_sheet(manifest: Any) -> Sheet:
+    cache = manifest["cache"]
+    per_row = cache["bytes_per_token"] * cache["capacity"]
+    rows = [
+        ("weights", f"{manifest['weights']['bytes']:,}", byte_text(manifest["weights"]["bytes"])),
+        ("cache, a token", f"{cache['bytes_per_token']:,}", byte_text(cache["bytes_per_token"])),
+        (f"cache, a row of {cache['capacity']:,} tokens", f"{per_row:,}", byte_text(per_row)),
+    ]
+    title = f"Predicted bytes ({cache['kind']} cache, {cache['layout']}, {cache['dtype']})"
+    return Sheet(title, ("what", "#bytes", "#"), rows)
+
+
+def _io_sheet(io: Any) -> Sheet:
+    """Both graphs have the same inputs and outputs; one line stands for all layers of a cache."""
+    rows: dict[tuple[str, str], list[Any]] = {}
+    for way in ("inputs", "outputs"):
+        for tensor in io["decode"][way]:
+            stem, dot, index = tensor["name"].rpartition(".")
+            key = (way, stem if dot and index.isdigit() else tensor["name"])
+            rows.setdefault(key, []).append(tensor)
+    lines = []
+    for (way, name), tensors in rows.items():
+        shown = name if len(tensors) == 1 else f"{name}.0 .. {len(tensors) - 1}"
+        shape = ", ".join(str(size) for size in tensors[0]["shape"])
+        lines.append((way[:-1], shown, tensors[0]["dtype"], f"[{shape}]"))
+    return Sheet("Graph inputs and outputs (both graphs)", ("", "name", "dtype", "shape"), lines)
+
+
+def _rewrite_sheet(rewrite: Any) -> Sheet:
+    rules = list(dict.fromkeys([*rewrite["prefill"], *rewrite["decode"]]))
+    rows = [
+        (rule, rewrite["prefill"].get(rule, "-"), rewrite["decode"].get(rule, "-"))
+        for rule in rules
+    ]
+    return Sheet("Rewrites: times each rule fired", ("rule", "#prefill", "#decode"), rows)

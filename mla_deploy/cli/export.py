@@ -1,0 +1,57 @@
+"""`mla-deploy export`: checkpoint -> bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import click
+
+from mla_deploy.cli.output import Outcome, Screen, byte_text
+from mla_deploy.cli.progress import progress_bar
+from mla_deploy.cli.verb import verb
+
+
+@click.command(short_help="Checkpoint to bundle: ONNX graphs over the latent cache.")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The bundle to write.")
+@click.option("--target", help="What it will run on.  [cpu]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    help="Storage of weights and cache.  [fp32]",
+)
+@click.option(
+    "--cache",
+    type=click.Choice(["in-place", "growing"]),
+    help="Bound buffer, or one that each step concatenates to.  [in-place]",
+)
+@click.option(
+    "--cache-layout",
+    type=click.Choice(["fused", "split"]),
+    help="Latent and rope key in one tensor, or in two.  [fused]",
+)
+@click.option("--capacity", type=int, help="Tokens a row reserves by default.")
+@click.option("--all-logits", is_flag=True, default=None, help="Logits of every new token.")
+@click.option("--replace", is_flag=True, default=None, help="Swap out a bundle that is there.")
+@verb
+def export(screen: Screen, checkpoint: Path, out: Path, **options: Any) -> Outcome:
+    """Export CHECKPOINT, a Hugging Face folder with latent attention, to the bundle OUT.
+
+    Two ONNX graphs over one weight file: prefill with expanded heads, decode absorbed. The latent
+    cache is an explicit input and output of both. Nothing stands under OUT until all is written.
+    """
+    import mla_deploy
+    from mla_deploy.cli.bundle_sheets import bundle_result, bundle_sheets
+
+    started = perf_counter()
+    with progress_bar(screen) as report:
+        bundle = mla_deploy.export(checkpoint, out, progress=report, **options)
+    seconds = perf_counter() - started
+    result = {**bundle_result(bundle), "export_seconds": round(seconds, 3)}
+    summary = (
+        f"exported {result['model']['model_type']} to {out} in {seconds:.1f} s: "
+        f"{result['target']}, {result['dtype']}, {byte_text(result['total_bytes'])}"
+    )
+    return Outcome(summary, result, bundle_sheets(bundle))

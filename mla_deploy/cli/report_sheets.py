@@ -1,0 +1,149 @@
+"""A validation report as a summary, tables, and the refusal it stands for when a gate failed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mla_deploy.cli.output import Sheet, byte_text
+from mla_deploy.errors import GateError, MlaDeployError
+
+_COLUMNS = ("case", "#rows", "#tokens", "#max diff", "#KL", "#flips", "#cache", "")
+
+
+def report_summary(report: dict[str, Any]) -> str:
+    cases = report["cases"]
+    worst = _worst(cases, "logits", "max_abs")
+    passed = sum(1 for case in cases if case["passed"])
+    top1 = report["top1"]
+    verdict = "equal to its source" if report["passed"] else "NOT equal to its source"
+    return (
+        f"{verdict} ({report['dtype']}): {passed} of {len(cases)} cases passed, "
+        f"max |logit difference| {_number(worst)}, top-1 {top1['share']:.2%} "
+        f"of {top1['positions']:,} positions"
+    )
+
+
+def report_sheets(report: dict[str, Any]) -> tuple[Sheet, ...]:
+    sheets = [_case_sheet(report), memory_sheet(report["memory"])]
+    if report["rounding"]:
+        sheets.insert(1, _rounding_sheet(report))
+    failures = [(case["name"], told) for case in report["cases"] for told in case["failures"]]
+    if failures:
+        sheets.insert(0, Sheet("Gates not met", ("case", "what"), failures))
+    if report["notes"]:
+        sheets.append(Sheet("Notes", ("",), [(note,) for note in report["notes"]]))
+    return tuple(sheets)
+
+
+def report_refusal(report: dict[str, Any]) -> MlaDeployError | None:
+    """GateError VAL-GATE with the whole report in its details, or None when all gates were met."""
+    if report["passed"]:
+        return None
+    failed = [case for case in report["cases"] if not case["passed"]]
+    first = f"{failed[0]['name']}: {failed[0]['failures'][0]}" if failed else _other(report)
+    return GateError(
+        "VAL-GATE",
+        f"{len(failed)} of {len(report['cases'])} cases failed; {first}",
+        hint="do not deploy this bundle; export it again, and if it fails again report it with "
+        "`--report` and the checkpoint's config.json",
+        report=report,
+    )
+
+
+def memory_sheet(memory: dict[str, Any]) -> Sheet:
+    """Predicted against measured, where both exist."""
+    tokens = f"{memory['capacity_tokens']:,} tokens"
+    per_token = memory["predicted_bytes_per_token"]
+    cache, expanded = memory["cache_bytes"], memory["expanded_cache_bytes"]
+    rows = [
+        ("cache, a token", f"{per_token:,}", f"{cache // memory['capacity_tokens']:,}", ""),
+        (f"cache, {tokens}", f"{memory['predicted_cache_bytes']:,}", f"{cache:,}",
+         byte_text(cache)),
+        ("the same as expanded heads", f"{expanded:,}", "-", f"{expanded / cache:.1f}x more"),
+        ("weight file", "-", f"{memory['weight_file_bytes']:,}",
+         byte_text(memory["weight_file_bytes"])),
+        ("sessions, besides the weights", "-", f"{memory['session_private_bytes']:,}",
+         byte_text(memory["session_private_bytes"])),
+    ]  # fmt: skip
+    return Sheet("Memory, in bytes", ("what", "#predicted", "#measured", "#"), rows)
+
+
+def _rounding_sheet(report: dict[str, Any]) -> Sheet:
+    """What half precision costs; the cases are held against the source rounded alike."""
+    rounding = report["rounding"]
+    row = (f"{rounding['positions']:,}", _number(rounding["mean_kl"]), _number(rounding["rel_l2"]),
+           "ok" if rounding["passed"] else "FAILED")  # fmt: skip
+    bound = ("at most", _number(rounding["wanted_mean_kl"]), "", "")
+    title = f"Rounding to {report['dtype']}, against the fp32 source"
+    return Sheet(title, ("#positions", "#mean KL", "#relative L2", ""), [row, bound])
+
+
+def _case_sheet(report: dict[str, Any]) -> Sheet:
+    gates = report["gates"]
+    rows = [_group_row(cases) for cases in _groups(report["cases"])]
+    bounds = [case["max_abs_bound"] for case in report["cases"] if case["max_abs_bound"]]
+    rows.append((
+        "at most", "", "", _number(max(bounds, default=None)), _number(gates["mean_kl"]),
+        f"{1 - gates['top1']:.0%}", _number(gates["cache_rel_l2"]), "",
+    ))  # fmt: skip
+    return Sheet(
+        f"Cases ({report['dtype']}; logits: max diff, KL; last line: the gates)", _COLUMNS, rows
+    )
+
+
+def _groups(cases: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Neighbours that passed and differ in their last number share a line: split-17-at-1 .. 16."""
+    groups: list[list[dict[str, Any]]] = []
+    for case in cases:
+        last = groups[-1][-1] if groups else None
+        if last and case["passed"] and last["passed"] and _stem(case) == _stem(last):
+            groups[-1].append(case)
+        else:
+            groups.append([case])
+    return groups
+
+
+def _stem(case: dict[str, Any]) -> tuple[str, int, int]:
+    stem, _, number = case["name"].rpartition("-")
+    return (stem if number.isdigit() else case["name"], case["batch"], case["tokens"])
+
+
+def _group_row(cases: list[dict[str, Any]]) -> tuple[object, ...]:
+    """The worst of each figure; one case is a group of one."""
+    first, last = cases[0], cases[-1]
+    more = "" if len(cases) == 1 else f" .. {last['name'].rpartition('-')[2]}"
+    return (
+        first["name"] + more,
+        first["batch"],
+        first["tokens"],
+        _number(_worst(cases, "logits", "max_abs")),
+        _number(_worst(cases, "logits", "mean_kl")),
+        _number(_worst(cases, "logits", "flips")),
+        _number(_worst(cases, "cache", "worst_rel_l2")),
+        "ok" if first["passed"] else "FAILED",
+    )
+
+
+def _worst(cases: list[dict[str, Any]], part: str, name: str) -> float | None:
+    """None when a case could not be run, or was not finite."""
+    found: list[float] = []
+    for case in cases:
+        value = (case[part] or {}).get(name)
+        if value is None:
+            return None
+        found.append(value)
+    return max(found, default=None)
+
+
+def _other(report: dict[str, Any]) -> str:
+    if not report["top1"]["passed"]:
+        return f"top-1 agreement is {report['top1']['share']:.2%}"
+    if report["rounding"] and not report["rounding"]["passed"]:
+        return (
+            f"rounding to {report['dtype']} costs a mean KL of {report['rounding']['mean_kl']:.2g}"
+        )
+    return "the cache does not take the bytes that were predicted"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2g}"

@@ -1,0 +1,80 @@
+"""The one error family: every refusal carries a stable code, what was found, and what to do.
+
+A class stands for an exit status (`exit_status`), a code for one kind of refusal. Codes are a
+contract: scripts match on them, `docs/errors.md` lists them, and each has a fault test.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_NAME_LIMIT = 200
+
+
+class MlaDeployError(Exception):
+    """A refusal: `code` (stable), `message` (found, wanted), `hint` (what to do), `details`."""
+
+    exit_status = 1
+
+    def __init__(self, code: str, message: str, *, hint: str = "", **details: Any) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.hint = hint
+        self.details = details
+
+    def __str__(self) -> str:
+        text = f"[{self.code}] {self.message}"
+        return f"{text}\n  hint: {self.hint}" if self.hint else text
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `error` object that `--json` prints."""
+        return {
+            "code": self.code,
+            "exit": self.exit_status,
+            "message": self.message,
+            "hint": self.hint,
+            "details": self.details,
+        }
+
+
+class GateError(MlaDeployError):
+    """The answer is no: a parity or memory gate was not met."""
+
+    exit_status = 3
+
+
+class InputError(MlaDeployError):
+    """The input is malformed, unsafe, contradictory or unsupported."""
+
+    exit_status = 4
+
+
+class IntegrityError(MlaDeployError):
+    """Bytes are not the ones that were written: hash, file set, stale mix."""
+
+    exit_status = 5
+
+
+class IncompatibleError(MlaDeployError):
+    """Made for another format version, device, runtime or opset."""
+
+    exit_status = 6
+
+
+class EnvironmentFailure(MlaDeployError):
+    """The machine cannot do it: disk, memory, permission, a missing extra."""
+
+    exit_status = 7
+
+
+class BusyError(MlaDeployError):
+    """The output exists or another process holds it."""
+
+    exit_status = 8
+
+
+def quoted(name: object) -> str:
+    """An untrusted name made fit for a message: escaped and cut to 200 characters."""
+    text = ascii(str(name))
+    return text if len(text) <= _NAME_LIMIT else text[: _NAME_LIMIT - 4] + "...'"

@@ -1,0 +1,352 @@
+"""One graph from the trace: the trunk, with each layer a call of its kind's function.
+
+A layer kind is one ONNX model-local function whose weights are arguments, so a graph holds the
+nodes of each kind once and one call for each layer: it does not grow with depth. Initializers are
+external data, byte ranges of the weight file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes import common as common_passes
+
+from mla_deploy import shapes
+from mla_deploy.config import MlaConfig
+from mla_deploy.export.trace import LAYER_INPUTS, CacheForm, Trace, TracedLayer
+from mla_deploy.export.weights import (
+    WEIGHT_FILE,
+    StoredWeight,
+    WeightLayout,
+    full_use,
+    stored_dtype,
+)
+from mla_deploy.rewrite import order
+from mla_deploy.rewrite.rule import DOMAIN
+from mla_deploy.rewrite.weights import WeightUse, collect_weights
+
+OPSET = 23  # RMSNormalization; every other operator means the same since the trace's opset
+_TRUNK_INPUTS = {"input_ids", "cache_lengths", "new_lengths", "cache"}
+_FREQUENCIES = ("inv_freq_F", "long_inv_freq_F")
+IR_DTYPES = {
+    "fp32": ir.DataType.FLOAT,
+    "fp16": ir.DataType.FLOAT16,
+    "bf16": ir.DataType.BFLOAT16,
+}
+
+
+@dataclass(frozen=True)
+class GraphForm:
+    """What both graphs of a bundle have in common."""
+
+    config: MlaConfig
+    cache: CacheForm
+    dtype: str
+    all_logits: bool
+    layers_prefix: str
+
+
+@dataclass
+class Assembled:
+    """A graph, and how often each rewrite rule fired in it, layers counted one by one."""
+
+    model: ir.Model
+    counts: dict[str, int]
+
+
+def cache_names(form: GraphForm, layer: int, out: bool = False) -> list[str]:
+    """The graph's names for the cache buffers of one layer."""
+    suffix = "_out" if out else ""
+    names = [f"latent_cache{suffix}.{layer}"]
+    return names if len(form.cache.widths) == 1 else [*names, f"rope_key_cache{suffix}.{layer}"]
+
+
+def assemble(
+    trace: Trace, form: GraphForm, layer_rules: order.Rules, layout: WeightLayout
+) -> Assembled:
+    """Rewrite each kind with `layer_rules`, and put the graph together.
+
+    `layout` learns the weights; `bind_weights` later gives them their bytes.
+    """
+    trunk = trace.trunk.clone()
+    counts = order.apply_rules(trunk, order.trunk_cpu())
+    uses = collect_weights(trunk, {*_TRUNK_INPUTS, *_FREQUENCIES})
+    builder = _Builder(trunk, form, layout, trace)
+    builder.trunk_weights({k: _renamed(u, "model.") for k, u in uses.items()})
+    for traced in trace.layers:
+        fired = builder.kind(traced, layer_rules)
+        for rule, number in fired.items():
+            counts[rule] = counts.get(rule, 0) + number * len(traced.kind.indices)
+    builder.inputs_and_outputs(trace)
+    return Assembled(builder.finished(), counts)
+
+
+def bind_weights(model: ir.Model, layout: WeightLayout, folder: Path) -> None:
+    """Point every weight initializer at its bytes in the weight file."""
+    ranges = layout.ranges()
+    for name, value in model.graph.initializers.items():
+        if name in ranges:
+            offset, length = ranges[name]
+            stored = layout.weights[name]
+            value.const_value = ir.ExternalTensor(
+                WEIGHT_FILE,
+                offset,
+                length,
+                IR_DTYPES[stored.dtype],
+                shape=ir.Shape(stored.shape),
+                name=name,
+                base_dir=folder,
+            )
+
+
+class _Builder:
+    def __init__(
+        self, trunk: ir.Model, form: GraphForm, layout: WeightLayout, trace: Trace
+    ) -> None:
+        self.model = trunk
+        self.form = form
+        self.layout = layout
+        self.trace = trace
+        self.dtype = IR_DTYPES[form.dtype]
+        self.calls: dict[int, ir.Node] = {
+            int(node.attributes["index"].value): node
+            for node in trunk.graph
+            if node.op_type == "DecoderLayer"
+        }
+        self.cache_inputs: dict[str, ir.Value] = {}
+        self.cache_outputs: dict[str, ir.Value] = {}
+
+    def trunk_weights(self, uses: dict[str, WeightUse]) -> None:
+        """Weights of the trunk: inputs of its graph become initializers."""
+        graph = self.model.graph
+        by_name = {str(v.name): v for v in graph.inputs}
+        for name, use in uses.items():
+            value = by_name[name]
+            graph.inputs.remove(value)
+            stored = self._weight(full_use(use, "", self.trace.tied), _static_shape(value))
+            is_half = stored.dtype != ir.DataType.FLOAT
+            value.replace_all_uses_with(self._widened(stored, value) if is_half else stored)
+
+    def kind(self, traced: TracedLayer, rules: order.Rules) -> dict[str, int]:
+        """Rewrite one layer kind, add its function, and call it for each of its layers."""
+        layer = traced.model.clone()
+        buffers = [f"cache{i}" for i in range(len(self.form.cache.widths))]
+        for value in layer.graph.inputs:
+            if value.name in buffers:
+                value.dtype = self.dtype
+        counts = order.apply_rules(layer, rules)
+        uses = collect_weights(layer, {*LAYER_INPUTS, *buffers})
+        order.require_lowered(layer)
+        by_name = {str(v.name): v for v in layer.graph.inputs}
+        weights = []
+        for index in traced.kind.indices:
+            prefix = f"{self.form.layers_prefix}.{index}."
+            weights.append(
+                [
+                    self._weight(
+                        full_use(_renamed(use, "layer."), prefix, self.trace.tied),
+                        _static_shape(by_name[name]),
+                    )
+                    for name, use in uses.items()
+                ]
+            )
+        formal = [by_name[n] for n in (*LAYER_INPUTS, *buffers)] + [by_name[n] for n in uses]
+        arguments = zip(formal[-len(uses) :], weights[0], strict=True)
+        half = [v for v, w in arguments if w.dtype != ir.DataType.FLOAT]
+        self._add_function(traced.kind.name, layer, formal, half)
+        for index, stored in zip(traced.kind.indices, weights, strict=True):
+            self._call(traced.kind.name, index, stored)
+        return counts
+
+    def inputs_and_outputs(self, trace: Trace) -> None:
+        """Name and type the graph's contract: lengths, tokens, caches, logits."""
+        graph = self.model.graph
+        by_name = {str(v.name): v for v in graph.inputs}
+        tables = (trace.rope.inv_freq_F, trace.rope.long_inv_freq_F)
+        for name, table in zip(_FREQUENCIES, tables, strict=True):
+            if name in by_name and table is not None:
+                value = by_name[name]
+                graph.inputs.remove(value)
+                value.const_value = ir.tensor(table.numpy(), name=name)
+                graph.register_initializer(value)
+        shape_source = by_name["cache"]
+        graph.inputs.remove(shape_source)
+        shape_source.replace_all_uses_with(next(iter(self.cache_inputs.values())))
+        batch, new = shapes.BATCH, shapes.NEW_TOKENS
+        by_name["input_ids"].shape = ir.Shape([batch, new])
+        by_name["cache_lengths"].shape = ir.Shape([batch])
+        by_name["new_lengths"].shape = ir.Shape([batch])
+        logits = graph.outputs[0]
+        logits.name = "logits"
+        vocab = self.form.config.vocab_size
+        logits.shape = ir.Shape([batch, new, vocab] if self.form.all_logits else [batch, vocab])
+        for name in self._cache_order(out=False):
+            graph.inputs.append(self.cache_inputs[name])
+        for name in self._cache_order(out=True):
+            graph.outputs.append(self.cache_outputs[name])
+
+    def finished(self) -> ir.Model:
+        model = self.model
+        common_passes.RemoveUnusedNodesPass()(model)
+        common_passes.ClearMetadataAndDocStringPass()(model)
+        _forget_types(model)
+        model.graph.name = "mla_deploy"
+        model.graph.opset_imports[""] = OPSET
+        model.graph.opset_imports[DOMAIN] = 1
+        model.ir_version = 11
+        model.producer_name = "mla-deploy"
+        return model
+
+    def _weight(self, use: WeightUse, shape: tuple[int, ...]) -> ir.Value:
+        """The initializer of a weight: bytes of the weight file, or a constant of the class."""
+        constant = self.trace.constants.get(use.parameter)
+        if constant is not None:
+            return self._initializer(ir.tensor(constant.numpy(), name=use.parameter))
+        name = use.parameter if use.half is None else _half_name(use)
+        dtype = stored_dtype(shape, self.form.config.num_experts, self.form.dtype)
+        weight = StoredWeight(name, use, shape, dtype)
+        self.layout.add(weight)
+        # Offsets are known once every weight is; until then the place in the file is held empty.
+        place = ir.ExternalTensor(
+            WEIGHT_FILE, 0, weight.nbytes, IR_DTYPES[dtype], shape=ir.Shape(shape), name=name
+        )
+        return self._initializer(place)
+
+    def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
+        graph = self.model.graph
+        name = str(tensor.name)
+        if name not in graph.initializers:
+            kind = ir.TensorType(tensor.dtype)
+            shape = ir.Shape(tensor.shape.numpy())
+            graph.register_initializer(
+                ir.Value(name=name, shape=shape, type=kind, const_value=tensor)
+            )
+        return graph.initializers[name]
+
+    def _widened(self, stored: ir.Value, like: ir.Value) -> ir.Value:
+        """The stored weight in fp32; an embedding is widened after the rows are gathered."""
+        graph = self.model.graph
+        uses = list(like.uses())
+        if len(uses) == 1 and uses[0][0].op_type == "Gather":
+            gather = uses[0][0]
+            out = gather.outputs[0]
+            cast = ir.node("Cast", [out], attributes={"to": ir.DataType.FLOAT})
+            out.replace_all_uses_with(cast.outputs[0])
+            cast.replace_input_with(0, out)
+            graph.insert_after(gather, cast)
+            return stored
+        cast = ir.node("Cast", [stored], attributes={"to": ir.DataType.FLOAT})
+        graph.insert_before(graph[0], cast)
+        return cast.outputs[0]
+
+    def _add_function(
+        self, name: str, layer: ir.Model, formal: list[ir.Value], half: list[ir.Value]
+    ) -> None:
+        graph = layer.graph
+        for value in half:
+            cast = ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT})
+            value.replace_all_uses_with(cast.outputs[0])
+            cast.replace_input_with(0, value)
+            graph.insert_before(graph[0], cast)
+        for initializer in list(graph.initializers.values()):
+            node = ir.node("Constant", [], attributes={"value": initializer.const_value})
+            initializer.replace_all_uses_with(node.outputs[0])
+            graph.insert_before(graph[0], node)
+        outputs = list(graph.outputs)
+        nodes = list(graph)
+        graph.outputs.clear()
+        graph.inputs.clear()
+        graph.remove(nodes)
+        for value in formal:
+            value.const_value = None
+        body = ir.Graph(
+            formal, outputs, nodes=nodes, opset_imports={"": OPSET, DOMAIN: 1}, name=name
+        )
+        function = ir.Function(DOMAIN, name, graph=body, attributes=[])
+        self.model.functions[function.identifier()] = function
+
+    def _call(self, kind: str, index: int, weights: list[ir.Value]) -> None:
+        opaque = self.calls[index]
+        graph = self.model.graph
+        caches = [
+            self._cache_value(n, w, out=False)
+            for n, w in zip(cache_names(self.form, index), self.form.cache.widths, strict=True)
+        ]
+        updated = [
+            self._cache_value(n, w, out=True)
+            for n, w in zip(
+                cache_names(self.form, index, out=True), self.form.cache.widths, strict=True
+            )
+        ]
+        hidden = ir.Value(name=f"hidden.{index}", type=ir.TensorType(ir.DataType.FLOAT))
+        call = ir.Node(
+            DOMAIN,
+            kind,
+            [*opaque.inputs, *caches, *weights],
+            outputs=[hidden, *updated],
+            name=f"layer.{index}",
+        )
+        graph.insert_after(opaque, call)
+        opaque.outputs[0].replace_all_uses_with(hidden)
+        graph.remove(opaque, safe=True)
+
+    def _cache_value(self, name: str, width: int, *, out: bool) -> ir.Value:
+        growing = self.form.cache.growing
+        rows: Any = shapes.PAST_TOKENS if growing else shapes.CAPACITY
+        if out and growing:
+            rows = f"{shapes.PAST_TOKENS} + {shapes.NEW_TOKENS}"
+        value = ir.Value(
+            name=name,
+            shape=ir.Shape([shapes.BATCH, 1, rows, width]),
+            type=ir.TensorType(self.dtype),
+        )
+        (self.cache_outputs if out else self.cache_inputs)[name] = value
+        return value
+
+    def _cache_order(self, *, out: bool) -> list[str]:
+        layers = range(self.form.config.num_layers)
+        return [name for layer in layers for name in cache_names(self.form, layer, out)]
+
+
+def _forget_types(model: ir.Model) -> None:
+    """Drop the tracer's types of inner values: they are fp32's, and a runtime infers its own."""
+    kept = {*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()}
+    nodes = [*model.graph.all_nodes()]
+    for function in model.functions.values():
+        nodes.extend(function.all_nodes())
+    for node in nodes:
+        for value in node.outputs:
+            if value not in kept:
+                value.type = None
+                value.shape = None
+
+
+def _half_name(use: WeightUse) -> str:
+    return f"{use.parameter.removesuffix('.weight')}.{use.half}"
+
+
+def _renamed(use: WeightUse, prefix: str) -> WeightUse:
+    return WeightUse(use.parameter.removeprefix(prefix), use.half, use.heads, use.nope, use.value)
+
+
+def _static_shape(value: ir.Value) -> tuple[int, ...]:
+    return tuple(size for size in value.shape or () if isinstance(size, int))
+
+
+def graph_values(values: list[ir.Value], kind_of: Callable[[str], str]) -> list[dict[str, object]]:
+    """The manifest's `io` entries of graph inputs or outputs."""
+    names = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
+    names[ir.DataType.INT64] = "int64"
+    return [
+        {
+            "name": str(v.name),
+            "dtype": names[v.dtype] if v.dtype is not None else "",
+            "shape": [d if isinstance(d, int) else str(d.value) for d in v.shape or ()],
+            "kind": kind_of(str(v.name)),
+        }
+        for v in values
+    ]

@@ -1,0 +1,217 @@
+"""`export`: the whole way from a checkpoint folder to a published bundle."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from mla_deploy.bundle import Bundle, Stage, refuse_overlap, stage_bundle
+from mla_deploy.checkpoint import Checkpoint, WeightMap, open_checkpoint
+from mla_deploy.checkpoint.tied import check_tied
+from mla_deploy.config import MlaConfig
+from mla_deploy.door import open_folder
+from mla_deploy.errors import InputError
+from mla_deploy.export.assemble import Assembled, GraphForm, assemble, bind_weights
+from mla_deploy.export.manifest import manifest_of
+from mla_deploy.export.trace import CacheForm, Trace, trace_model
+from mla_deploy.export.weights import DTYPES, WEIGHT_FILE, WeightLayout
+from mla_deploy.rewrite import order
+from mla_deploy.rewrite.ensures import require_latent_only
+from mla_deploy.source.model import source_weights
+from mla_deploy.targets import buildable_target, check_dtype
+
+DEFAULT_CAPACITY = 4096
+CACHE_KINDS = ("in-place", "growing")
+CACHE_LAYOUTS = ("fused", "split")
+_COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+_COPY_LIMIT = 64 * 1024 * 1024
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What a user may choose; every None is the library's default."""
+
+    target: str
+    dtype: str
+    cache: str
+    cache_layout: str
+    capacity: int
+    all_logits: bool
+
+
+def export(
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    target: str | None = None,
+    dtype: str | None = None,
+    cache: str | None = None,
+    cache_layout: str | None = None,
+    capacity: int | None = None,
+    all_logits: bool = False,
+    replace: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Export an MLA checkpoint as a bundle: prefill and decode graphs over one weight file.
+
+    `dtype` (fp32 by default) is the storage of weights and cache; arithmetic on a CPU is fp32.
+    `capacity` is the tokens a runner reserves per row unless told otherwise.
+    Nothing is left under `out` unless everything succeeded; `replace` swaps whole bundles.
+
+    Raises: CFG-*, CKPT-*, SRC-* (input), BUN-EXISTS, BUN-BUSY, TARGET-*, ENV-*, REW-*.
+    """
+    report = progress or (lambda *_: None)
+    with open_checkpoint(Path(checkpoint)) as source:
+        options = _options(
+            source.config,
+            target=target,
+            dtype=dtype,
+            cache=cache,
+            cache_layout=cache_layout,
+            capacity=capacity,
+            all_logits=all_logits,
+        )
+        refuse_overlap(out, checkpoint)
+        with _staged(source, out, options, replace) as stage:
+            return _build(source, stage, options, report)
+
+
+def _options(
+    config: MlaConfig,
+    *,
+    target: str | None,
+    dtype: str | None,
+    cache: str | None,
+    cache_layout: str | None,
+    capacity: int | None,
+    all_logits: bool,
+) -> ExportOptions:
+    default = min(config.max_position_embeddings, DEFAULT_CAPACITY)
+    chosen = ExportOptions(
+        target=buildable_target(target or "cpu").name,
+        dtype=dtype or "fp32",
+        cache=cache or "in-place",
+        cache_layout=cache_layout or "fused",
+        capacity=default if capacity is None else capacity,
+        all_logits=all_logits,
+    )
+    check_dtype(buildable_target(chosen.target), chosen.dtype)
+    for name, found, known in (
+        ("dtype", chosen.dtype, tuple(DTYPES)),
+        ("cache", chosen.cache, CACHE_KINDS),
+        ("cache_layout", chosen.cache_layout, CACHE_LAYOUTS),
+    ):
+        if found not in known:
+            raise InputError("EXP-OPTION", f"{name} is {found!r}; wanted one of {', '.join(known)}")
+    if type(chosen.capacity) is not int or not 1 <= chosen.capacity <= 2**31:
+        raise InputError("EXP-OPTION", f"capacity is {chosen.capacity!r}; wanted 1 to 2^31 tokens")
+    return chosen
+
+
+def _staged(
+    source: Checkpoint, out: str | os.PathLike[str], options: ExportOptions, replace: bool
+) -> AbstractContextManager[Stage]:
+    widest = max((DTYPES[options.dtype].itemsize / 2), 1)
+    return stage_bundle(out, replace=replace, needed_bytes=int(source.total_bytes * widest))
+
+
+def _build(source: Checkpoint, stage: Stage, options: ExportOptions, report: Progress) -> Bundle:
+    config = source.config
+    widths = (
+        (config.row_width,)
+        if options.cache_layout == "fused"
+        else (config.kv_lora_rank, config.qk_rope_head_dim)
+    )
+    cache = CacheForm(widths, growing=options.cache == "growing")
+    # All that headers and small files can get refused comes before the trace, which takes seconds.
+    weights = source_weights(source)
+    check_tied(weights)
+    _copy_texts(source, stage)
+    report("trace", 0, 1)
+    trace = trace_model(config, cache, options.all_logits)
+    report("trace", 1, 1)
+    form = GraphForm(config, cache, options.dtype, options.all_logits, trace.layers_prefix)
+    layout = WeightLayout()
+    graphs = {
+        "prefill": assemble(trace, form, order.prefill_cpu(cache.growing), layout),
+        "decode": assemble(trace, form, order.decode_cpu(cache.growing), layout),
+    }
+    _require_fired(graphs, trace, config.num_layers)
+    report("rewrite", 1, 1)
+    _write_weights(source, weights, layout, stage, report)
+    for name, graph in graphs.items():
+        bind_weights(graph.model, layout, stage.path)
+        proto = ir.to_proto(graph.model)
+        if name == "decode":
+            require_latent_only(proto, config.num_heads, config.row_width)
+        stage.write_bytes(f"{name}.onnx", proto.SerializeToString(deterministic=True))
+    report("publish", 0, 1)
+    bundle = stage.publish(
+        manifest_of(source, options, form, graphs, layout=layout, weights=weights)
+    )
+    report("publish", 1, 1)
+    return bundle
+
+
+def _require_fired(graphs: dict[str, Assembled], trace: Trace, layers: int) -> None:
+    """Each attention rule fires once a layer in its graph, each expert rule once a MoE layer."""
+    experts = sum(
+        len(kind.kind.indices)
+        for kind in trace.layers
+        if any(node.op_type == "MoE" for node in kind.model.graph)
+    )
+    buffers = trace.buffers * layers
+    order.require_counts(
+        graphs["prefill"].counts,
+        {
+            "lower_expanded_attention": layers,
+            "lower_cache_update": buffers,
+            "lower_experts": experts,
+        },
+    )
+    order.require_counts(
+        graphs["decode"].counts,
+        {
+            "absorb_projections": layers,
+            "lower_latent_attention": layers,
+            "lower_cache_update": buffers,
+            "lower_experts": experts,
+        },
+    )
+
+
+def _write_weights(
+    source: Checkpoint, weights: WeightMap, layout: WeightLayout, stage: Stage, report: Progress
+) -> None:
+    written, total = 0, layout.total_bytes
+
+    def done(count: int) -> None:
+        nonlocal written
+        written += count
+        report("weights", written, total)
+
+    with stage.create(WEIGHT_FILE) as stream:
+        layout.write(stream, weights, source, done)
+
+
+def _copy_texts(source: Checkpoint, stage: Stage) -> None:
+    """config.json, and the tokenizer's files as they are; none of them is interpreted here."""
+    with open_folder(source.folder) as folder:
+        present = set(folder.names())
+        for name in ("config.json", *_COPIED):
+            if name in present:
+                text = folder.read_bytes(name, policy="checkpoint", max_bytes=_COPY_LIMIT)
+                stage.write_bytes(name, text)

@@ -1,0 +1,1 @@
+"""ONNX to ONNX: raise, absorb, lower. `order.py` is the list; one rule family per file."""

@@ -1,0 +1,182 @@
+"""The composites of domain `mla_deploy` in plain operators, as ONNX model-local functions.
+
+A graph that still holds composites runs on any runtime once `add_bodies` has given them these. They
+say what an operator means, not how to run it fast: that is what the lowerings are for. Axis letters
+are those of `shapes.AXES`; a heading gives each formula.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import onnx
+import onnx.parser
+import onnx_ir as ir
+
+from mla_deploy.errors import MlaDeployError
+from mla_deploy.rewrite.rule import DOMAIN, MASKED
+
+# Gelu; every other operator here means the same since.
+_LEAST_OPSET = 20
+
+_TEXTS = {
+    "RmsNorm": """
+    # x / sqrt(mean(x^2) + epsilon) * weight, the mean over the last axis
+    RmsNorm <epsilon> (x, weight) => (out) {
+        last = Constant <value_ints: ints = [-1]> ()
+        added = Constant <value_float: float = @epsilon> ()
+        squares = Mul (x, x)
+        mean = ReduceMean <keepdims: int = 1> (squares, last)
+        padded = Add (mean, added)
+        root = Sqrt (padded)
+        normed = Div (x, root)
+        out = Mul (normed, weight)
+    }""",
+    "SplitHeads": """
+    # w_kv_b [H*(N+V), L] per head: its N key rows as they are, its V value rows transposed
+    SplitHeads <heads, nope, value> (w_kv_b) => (w_uk_HNL, w_uv_HLV) {
+        one = Constant <value_ints: ints = [1]> ()
+        rest = Constant <value_ints: ints = [-1]> ()
+        heads = Constant <value_int: int = @heads> ()
+        nope = Constant <value_int: int = @nope> ()
+        value = Constant <value_int: int = @value> ()
+        heads_1 = Reshape (heads, one)
+        nope_1 = Reshape (nope, one)
+        value_1 = Reshape (value, one)
+        both_1 = Add (nope_1, value_1)
+        shape = Concat <axis: int = 0> (heads_1, both_1, rest)
+        w_HKL = Reshape (w_kv_b, shape)
+        parts = Concat <axis: int = 0> (nope_1, value_1)
+        w_uk_HNL, w_uv_HVL = Split <axis: int = 1> (w_HKL, parts)
+        w_uv_HLV = Transpose <perm: ints = [0, 2, 1]> (w_uv_HVL)
+    }""",
+    "ExpandLatent": """
+    # key = [w_uk latent | rope key], value = w_uv latent, for every head and cached token
+    ExpandLatent <heads, nope, value> (latent_B1TL, rope_key_B1TR, w_kv_b)
+        => (key_BHTE, value_BHTV) {
+        w_uk_HNL, w_uv_HLV = mla_deploy.SplitHeads
+            <heads: int = @heads, nope: int = @nope, value: int = @value> (w_kv_b)
+        w_uk_HLN = Transpose <perm: ints = [0, 2, 1]> (w_uk_HNL)
+        key_BHTN = MatMul (latent_B1TL, w_uk_HLN)
+        value_BHTV = MatMul (latent_B1TL, w_uv_HLV)
+        shape_BHT = Shape <start: int = 0, end: int = 3> (key_BHTN)
+        shape_R = Shape <start: int = 3> (rope_key_B1TR)
+        shape_BHTR = Concat <axis: int = 0> (shape_BHT, shape_R)
+        rope_key_BHTR = Expand (rope_key_B1TR, shape_BHTR)
+        key_BHTE = Concat <axis: int = -1> (key_BHTN, rope_key_BHTR)
+    }""",
+    "Attention": """
+    # softmax(scale * query key^T where visible) value
+    Attention <scale> (query_BHSE, key_BHTE, value_BHTV, visible_B1ST) => (out_BHSV) {
+        scale = Constant <value_float: float = @scale> ()
+        masked = Constant <value_float: float = MASKED> ()
+        key_BHET = Transpose <perm: ints = [0, 1, 3, 2]> (key_BHTE)
+        product_BHST = MatMul (query_BHSE, key_BHET)
+        scores_BHST = Mul (product_BHST, scale)
+        seen_BHST = Where (visible_B1ST, scores_BHST, masked)
+        probabilities_BHST = Softmax <axis: int = -1> (seen_BHST)
+        out_BHSV = MatMul (probabilities_BHST, value_BHTV)
+    }""",
+    "LatentAttention": """
+    # softmax(scale * (q_latent latent^T + q_rope rope_key^T) where visible) latent
+    LatentAttention <scale, heads>
+        (q_latent_BHSL, q_rope_BHSR, latent_B1TL, rope_key_B1TR, visible_B1ST) => (out_BHSL) {
+        scale = Constant <value_float: float = @scale> ()
+        masked = Constant <value_float: float = MASKED> ()
+        latent_B1LT = Transpose <perm: ints = [0, 1, 3, 2]> (latent_B1TL)
+        rope_key_B1RT = Transpose <perm: ints = [0, 1, 3, 2]> (rope_key_B1TR)
+        content_BHST = MatMul (q_latent_BHSL, latent_B1LT)
+        position_BHST = MatMul (q_rope_BHSR, rope_key_B1RT)
+        sum_BHST = Add (content_BHST, position_BHST)
+        scores_BHST = Mul (sum_BHST, scale)
+        seen_BHST = Where (visible_B1ST, scores_BHST, masked)
+        probabilities_BHST = Softmax <axis: int = -1> (seen_BHST)
+        out_BHSL = MatMul (probabilities_BHST, latent_B1TL)
+    }""",
+    "CacheUpdate": """
+    # cache lengthened to T slots, with rows[source] put at slot; and its filled part, widened
+    CacheUpdate
+        (cache_B1MW, rows_B1SW, filled_B1T1, all_filled, active_B11, source_BS1, slot_BS3)
+        => (cache_B1TW, rows_B1TW) {
+        zero = Constant <value_float: float = 0.0> ()
+        one = Constant <value_ints: ints = [1]> ()
+        total = Shape <start: int = 2, end: int = 3> (filled_B1T1)
+        held = Shape <start: int = 2, end: int = 3> (cache_B1MW)
+        added = Sub (total, held)
+        shape_B1 = Shape <start: int = 0, end: int = 2> (cache_B1MW)
+        shape_W = Shape <start: int = 3> (cache_B1MW)
+        shape_added = Concat <axis: int = 0> (shape_B1, added, shape_W)
+        empty = Expand (zero, shape_added)
+        empty_like = CastLike (empty, cache_B1MW)
+        long_B1TW = Concat <axis: int = 2> (cache_B1MW, empty_like)
+        rows_BSW = Squeeze (rows_B1SW, one)
+        new_BSW = GatherND <batch_dims: int = 1> (rows_BSW, source_BS1)
+        there_BSW = GatherND (long_B1TW, slot_BS3)
+        kept_BSW = CastLike (there_BSW, rows_B1SW)
+        written_BSW = Where (active_B11, new_BSW, kept_BSW)
+        stored_BSW = CastLike (written_BSW, cache_B1MW)
+        cache_B1TW = ScatterND (long_B1TW, slot_BS3, stored_BSW)
+        wide_B1TW = CastLike (cache_B1TW, rows_B1SW)
+        rows_B1TW = Where (filled_B1T1, wide_B1TW, zero)
+    }""",
+    "MoE": """
+    # sum over the K chosen experts e of weight_e * down_e (activation(gate_e x) * (up_e x))
+    MoE <activation> (hidden_XD, index_XK, weight_XK, gate_up_EID, down_EDI) => (out_XD) {
+        choice = Constant <value_ints: ints = [1]> ()
+        column = Constant <value_ints: ints = [1, 3]> ()
+        last = Constant <value_ints: ints = [-1]> ()
+        places = Constant <value_ints: ints = [2, 3]> ()
+        asked = Constant <value_string: string = @activation> ()
+        silu = Constant <value_string: string = "silu"> ()
+        gelu = Constant <value_string: string = "gelu"> ()
+        gate_up_XKID = Gather (gate_up_EID, index_XK)
+        down_XKDI = Gather (down_EDI, index_XK)
+        hidden_X1D1 = Unsqueeze (hidden_XD, column)
+        both_XKI1 = MatMul (gate_up_XKID, hidden_X1D1)
+        gate_XKI1, up_XKI1 = Split <axis: int = 2, num_outputs: int = 2> (both_XKI1)
+        sigmoid_XKI1 = Sigmoid (gate_XKI1)
+        silu_XKI1 = Mul (gate_XKI1, sigmoid_XKI1)
+        gelu_XKI1 = Gelu (gate_XKI1)
+        relu_XKI1 = Relu (gate_XKI1)
+        is_silu = Equal (asked, silu)
+        is_gelu = Equal (asked, gelu)
+        other_XKI1 = Where (is_gelu, gelu_XKI1, relu_XKI1)
+        gated_XKI1 = Where (is_silu, silu_XKI1, other_XKI1)
+        inner_XKI1 = Mul (gated_XKI1, up_XKI1)
+        rows_XKD1 = MatMul (down_XKDI, inner_XKI1)
+        weight_XK11 = Unsqueeze (weight_XK, places)
+        weighted_XKD1 = Mul (rows_XKD1, weight_XK11)
+        summed_XD1 = ReduceSum <keepdims: int = 0> (weighted_XKD1, choice)
+        out_XD = Squeeze (summed_XD1, last)
+    }""",
+}
+
+COMPOSITES = tuple(_TEXTS)
+
+
+def add_bodies(model: ir.Model) -> None:
+    """Give `model` the body of every composite it uses, and of those that the bodies use.
+
+    A body that is there already stays. Raises: REW-OPSET below opset 20.
+    """
+    opset = int(model.graph.opset_imports.get("", 0))
+    if opset < _LEAST_OPSET:
+        raise MlaDeployError(
+            "REW-OPSET", f"the graph is of opset {opset}; composites need {_LEAST_OPSET} or later"
+        )
+    model.graph.opset_imports[DOMAIN] = 1
+    waiting = [model.graph, *(function.graph for function in model.functions.values())]
+    while waiting:
+        for node in ir.traversal.RecursiveGraphIterator(waiting.pop()):
+            if node.domain != DOMAIN or node.op_type not in _TEXTS:
+                continue
+            if node.op_identifier() not in model.functions:
+                body = ir.serde.deserialize_function(_function(node.op_type, opset))
+                model.functions[body.identifier()] = body
+                waiting.append(body.graph)
+
+
+@functools.lru_cache(maxsize=32)
+def _function(name: str, opset: int) -> onnx.FunctionProto:
+    header = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}, "{DOMAIN}" : 1]>'
+    return onnx.parser.parse_function(header + _TEXTS[name].replace("MASKED", repr(MASKED)))

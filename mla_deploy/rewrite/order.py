@@ -1,0 +1,100 @@
+"""The rewrite as one list for each graph. Order matters where a comment says so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes import common as common_passes
+from onnxscript.rewriter import pattern
+
+from mla_deploy.errors import MlaDeployError
+from mla_deploy.rewrite import (
+    absorb,
+    lower_attention,
+    lower_cache,
+    lower_experts,
+    lower_linear,
+    raise_norm,
+)
+from mla_deploy.rewrite.rule import DOMAIN
+
+Rules = tuple[Any, ...]
+
+
+def prefill_cpu(growing: bool) -> Rules:
+    """Expanded heads: cheaper than absorbed once the new tokens outnumber the crossover."""
+    return (
+        *raise_norm.RULES,
+        # Before the cache update goes: the pattern ends at its rows.
+        lower_attention.EXPANDED,
+        *_lower(growing),
+    )
+
+
+def decode_cpu(growing: bool) -> Rules:
+    """Absorbed: attention reads the latent cache as it lies."""
+    return (
+        *raise_norm.RULES,
+        absorb.RULE,
+        # Both read the CacheUpdate behind the latent, so they come before it is lowered, and the
+        # fused row before the split rows, whose pattern it also fits.
+        lower_attention.FUSED_ROW,
+        lower_attention.SPLIT_ROWS,
+        *_lower(growing),
+    )
+
+
+def trunk_cpu() -> Rules:
+    """What lies around the layers: embedding, final norm, head."""
+    return (*raise_norm.RULES, *lower_linear.LINEAR, lower_linear.RMS_NORM)
+
+
+def _lower(growing: bool) -> Rules:
+    return (
+        lower_cache.rule(growing),
+        lower_experts.RULE,
+        # With a bias first: without one it would match the product alone.
+        *lower_linear.LINEAR,
+        lower_linear.RMS_NORM,
+    )
+
+
+def apply_rules(model: ir.Model, rules: Sequence[Any]) -> dict[str, int]:
+    """Apply each rule in turn to `model`, in place; how often each fired, by name."""
+    counts: dict[str, int] = {}
+    for rule in rules:
+        fired = pattern.RewriteRuleSet([rule]).apply_to_model(model)
+        counts[rule.name] = counts.get(rule.name, 0) + fired
+        if fired:
+            # A later pattern must not see nodes that an earlier rewrite left unread.
+            common_passes.RemoveUnusedNodesPass()(model)
+    return counts
+
+
+def require_counts(counts: dict[str, int], wanted: dict[str, int]) -> None:
+    """Raises: REW-COUNT when a rule fired another number of times than the layers ask for."""
+    for name, number in wanted.items():
+        if counts.get(name, 0) != number:
+            raise MlaDeployError(
+                "REW-COUNT",
+                f"rewrite rule {name} fired {counts.get(name, 0)} times; wanted {number}",
+                hint="the traced graph has a form the rule does not know; please report it with "
+                "the output of `mla-deploy doctor --json`",
+                rule=name,
+                fired=counts.get(name, 0),
+                wanted=number,
+            )
+
+
+def require_lowered(model: ir.Model) -> None:
+    """Raises: REW-LEFT when a composite is still there after lowering."""
+    left = sorted({node.op_type for node in model.graph.all_nodes() if node.domain == DOMAIN})
+    if left:
+        raise MlaDeployError(
+            "REW-LEFT",
+            f"composites left after lowering: {', '.join(left)}; wanted none",
+            hint="a seam was traced in a form no lowering knows; please report it",
+            composites=left,
+        )

@@ -1,0 +1,98 @@
+"""What every rule family shares: the base class, the domain, reading constants off a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnxscript.rewriter import pattern
+from onnxscript.rewriter._basics import MatchFailureError
+
+DOMAIN = "mla_deploy"
+# The masked score: finite, so that a fully masked row is uniform and not NaN.
+MASKED = float(np.finfo(np.float32).min)
+
+
+class Rule(pattern.RewriteRuleClassBase):
+    """pattern, check, rewrite, in that order; `check` says why not and which value is to blame."""
+
+
+class Mismatch(MatchFailureError):
+    """Raised by a check: the reason, and the value to blame."""
+
+
+def constant(value: ir.Value | None) -> np.ndarray | None:
+    """The value as numpy when it is known while rewriting, else None."""
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    return None if tensor is None else tensor.numpy()
+
+
+def scalar(value: ir.Value | None) -> float | None:
+    array = constant(value)
+    return float(array.item()) if array is not None and array.size == 1 else None
+
+
+def static(value: ir.Value, axis: int) -> int:
+    """The size of a static axis. Raises: Mismatch when it is unknown or symbolic."""
+    size = value.shape[axis] if value.shape is not None else None
+    if not isinstance(size, int):
+        raise Mismatch(f"axis {axis} is not static", value)
+    return size
+
+
+def rank(value: ir.Value) -> int:
+    if value.shape is None:
+        raise Mismatch("rank is unknown", value)
+    return len(value.shape)
+
+
+def attribute(node: ir.Node, name: str) -> Any:
+    """The attribute's Python value. Raises: Mismatch when it is absent."""
+    if name not in node.attributes:
+        raise Mismatch(f"no attribute {name}", node)
+    return node.attributes[name].value
+
+
+def producer(value: ir.Value, op_type: str, domain: str = "") -> ir.Node | None:
+    """The node that makes `value`, when it is this operator."""
+    node = value.producer()
+    if node is not None and node.op_type == op_type and node.domain == domain:
+        return node
+    return None
+
+
+def required(value: ir.Value | None) -> ir.Value:
+    if value is None:
+        raise Mismatch("an operand is missing")
+    return value
+
+
+def required_node(value: ir.Value) -> ir.Node:
+    node = value.producer()
+    if node is None:
+        raise Mismatch("value has no producer", value)
+    return node
+
+
+def ints(op: Any, values: Sequence[int]) -> ir.Value:
+    return op.Constant(value_ints=list(values))
+
+
+def swapped(op: Any, value: ir.Value) -> ir.Value:
+    """The last two of four axes exchanged; ONNX Runtime folds it into the product that follows."""
+    return op.Transpose(value, perm=[0, 1, 3, 2])
+
+
+def required_dtype(value: ir.Value) -> ir.DataType:
+    if value.dtype is None:
+        raise Mismatch("dtype is unknown", value)
+    return value.dtype
+
+
+def as_fp32(op: Any, value: ir.Value, like: ir.Value) -> ir.Value:
+    """`value`, which has the dtype of `like`, in fp32; no node when it is there already."""
+    if required_dtype(like) == ir.DataType.FLOAT:
+        return value
+    return op.Cast(value, to=ir.DataType.FLOAT)

@@ -1,0 +1,112 @@
+"""Checks of a call before it runs: batch, token ids, room in the cache. Nothing is changed here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mla_deploy.errors import InputError, quoted
+
+Rows = tuple[NDArray[np.int64], ...]
+
+
+def checked_rows(
+    rows: Sequence[Sequence[int]], lengths_B: NDArray[np.int64], capacity: int, vocab_size: int
+) -> Rows:
+    """`rows` as int64 arrays, one per row of the batch, that are safe to append.
+
+    Raises: InputError RUN-BATCH (another number of rows), RUN-EMPTY (a row without tokens),
+    RUN-TOKEN (not a whole number, or outside [0, vocab)), RUN-OVERFLOW (CacheOverflow: a row does
+    not fit its capacity).
+    """
+    if not hasattr(rows, "__len__"):
+        raise InputError(
+            "RUN-BATCH",
+            f"found {quoted(type(rows).__name__)}, wanted a list of rows of token ids",
+            hint="prefill([[5, 8, 2], [7, 1]]) appends three tokens to row 0 and two to row 1",
+        )
+    if len(rows) != len(lengths_B):
+        raise InputError(
+            "RUN-BATCH",
+            f"found {len(rows)} rows, wanted {len(lengths_B)}, the runner's batch",
+            hint="open_runner(..., batch=N) sets the number of rows",
+            rows=len(rows),
+            batch=len(lengths_B),
+        )
+    found = tuple(_checked_tokens(row, index, vocab_size) for index, row in enumerate(rows))
+    for index, tokens in enumerate(found):
+        _check_room(index, int(lengths_B[index]), len(tokens), capacity)
+    return found
+
+
+def checked_step(
+    tokens: Sequence[int], lengths_B: NDArray[np.int64], capacity: int, vocab_size: int
+) -> Rows:
+    """One token per row, as rows of one. Raises as `checked_rows`."""
+    if not hasattr(tokens, "__len__"):
+        raise InputError(
+            "RUN-BATCH",
+            f"found {quoted(type(tokens).__name__)}, wanted a list of one token id per row",
+            hint="decode([4, 9]) appends token 4 to row 0 and token 9 to row 1",
+        )
+    return checked_rows([[token] for token in tokens], lengths_B, capacity, vocab_size)
+
+
+def checked_sizes(batch: int, capacity: int, chunk: int) -> None:
+    """Raises: InputError RUN-BATCH, RUN-CAPACITY, RUN-CHUNK for a size below one."""
+    for name, code, value in (
+        ("batch", "RUN-BATCH", batch),
+        ("capacity", "RUN-CAPACITY", capacity),
+        ("chunk", "RUN-CHUNK", chunk),
+    ):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+            raise InputError(code, f"{name} is {quoted(value)}, wanted a whole number from 1")
+
+
+def _checked_tokens(row: Sequence[int], index: int, vocab_size: int) -> NDArray[np.int64]:
+    try:
+        tokens = np.asarray(row)
+    except (ValueError, OverflowError):
+        tokens = np.empty((0, 0))
+    if tokens.ndim == 1 and tokens.size == 0:
+        raise InputError(
+            "RUN-EMPTY",
+            f"row {index} has no tokens, wanted at least one",
+            hint="start an empty text with the model's begin-of-sequence token",
+            row=index,
+        )
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise InputError(
+            "RUN-TOKEN",
+            f"row {index} is {quoted(row)}, wanted a flat list of whole numbers",
+            hint="token ids come from the tokenizer: tokenizer.encode(text).ids",
+            row=index,
+        )
+    outside = (tokens < 0) | (tokens >= vocab_size)
+    if outside.any():
+        place = int(outside.argmax())
+        raise InputError(
+            "RUN-TOKEN",
+            f"token {int(tokens[place])} at place {place} of row {index} is outside "
+            f"[0, {vocab_size})",
+            hint="the tokenizer belongs to another model, or the ids were shifted",
+            row=index,
+            place=place,
+        )
+    return tokens.astype(np.int64)
+
+
+def _check_room(row: int, length: int, new: int, capacity: int) -> None:
+    if length + new > capacity:
+        raise InputError(
+            "RUN-OVERFLOW",
+            f"CacheOverflow: row {row} holds {length} tokens and {new} more do not fit its "
+            f"capacity of {capacity}",
+            hint="open the runner with a larger capacity, or reset() it",
+            row=row,
+            length=length,
+            new_tokens=new,
+            capacity=capacity,
+        )

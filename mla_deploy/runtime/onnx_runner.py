@@ -1,0 +1,275 @@
+"""The ONNX Runtime runner: two graphs, one cache, bound in place.
+
+Which graph a chunk of S new tokens takes: absorbed (`decode`) when S <= 0.75 x the crossover of
+the bundle, else expanded (`prefill`). At the crossover both cost the same arithmetic; expanding
+also moves more memory, so in measurements it wins somewhat later than the arithmetic says.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mla_deploy.bundle import Bundle, open_bundle
+from mla_deploy.errors import EnvironmentFailure, GateError, InputError, quoted
+from mla_deploy.runtime.cache import Window, open_cache, spec_from_manifest
+from mla_deploy.runtime.guards import Rows, checked_rows, checked_sizes, checked_step
+from mla_deploy.runtime.sessions import Graph, GraphSessions
+
+DEFAULT_CHUNK = 512
+_ABSORBED_SHARE = 0.75
+_ALLOCATION = ("bad_alloc", "Failed to allocate memory", "bad allocation")
+
+
+def open_runner(
+    bundle: Bundle | str | os.PathLike[str],
+    *,
+    batch: int = 1,
+    capacity: int | None = None,
+    threads: int | None = None,
+    chunk: int = DEFAULT_CHUNK,
+    verify: Literal["full", "sizes"] = "full",
+    check_finite: bool = False,
+) -> OnnxRunner:
+    """A runner of `bundle` on the CPU, its cache reserved for `capacity` tokens per row.
+
+    `check_finite` looks at every logit (one pass over [batch, vocab] per step) and refuses NaN.
+    Raises: BUN-* (as `open_bundle`, when a path is given), InputError RUN-BATCH, RUN-CAPACITY,
+    RUN-CHUNK, RUN-THREADS, EnvironmentFailure RUN-MEMORY, IncompatibleError RUN-CACHE.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle, verify=verify)
+    sessions = GraphSessions(opened, threads)
+    return OnnxRunner(
+        sessions, batch=batch, capacity=capacity, chunk=chunk, check_finite=check_finite
+    )
+
+
+@dataclass(frozen=True)
+class RunnerMemory:
+    """Bytes, measured: what is bound, what is mapped, what opening the sessions took besides."""
+
+    cache_bytes: int
+    weight_file_bytes: int
+    session_private_bytes: int
+
+
+class OnnxRunner:
+    """`Runner` over a bundle. See `protocol.Runner`; here is what it does beyond that."""
+
+    def __init__(
+        self,
+        sessions: GraphSessions,
+        *,
+        batch: int = 1,
+        capacity: int | None = None,
+        chunk: int = DEFAULT_CHUNK,
+        check_finite: bool = False,
+        graph: Graph | None = None,
+    ) -> None:
+        """`graph` takes every step through one graph, whatever its width (validation does)."""
+        manifest = sessions.bundle.manifest
+        wanted = manifest["cache"]["capacity"] if capacity is None else capacity
+        checked_sizes(batch, wanted, chunk)
+        self._sessions = sessions
+        self._batch, self._capacity, self._chunk = int(batch), int(wanted), int(chunk)
+        self._vocab_size = int(manifest["model"]["vocab_size"])
+        self._all_logits = bool(manifest["all_logits"])
+        self._graph: Graph | None = graph
+        self._absorbed_until = _absorbed_until(manifest["crossover_tokens"])
+        self._check_finite = check_finite
+        self._spec = spec_from_manifest(manifest)
+        self._cache = open_cache(self._spec, self._batch, self._capacity)
+        self._lengths_B = np.zeros(self._batch, np.int64)
+        self._bindings: dict[Graph, Any] = {}
+
+    @property
+    def batch(self) -> int:
+        return self._batch
+
+    @property
+    def capacity(self) -> int:
+        return self._capacity
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        return self._lengths_B.copy()
+
+    @property
+    def cache_bytes(self) -> int:
+        return self._cache.bytes
+
+    def memory(self) -> RunnerMemory:
+        """What this runner holds now; sessions that are not open yet count nothing."""
+        weights = self._sessions.bundle.manifest["weights"]["file"]
+        return RunnerMemory(
+            cache_bytes=self._cache.bytes,
+            weight_file_bytes=self._sessions.bundle.files[weights].bytes,
+            session_private_bytes=self._sessions.private_bytes,
+        )
+
+    def prefill(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        checked = checked_rows(rows, self._lengths_B, self._capacity, self._vocab_size)
+        return self._append(checked)[0]
+
+    def decode(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        checked = checked_step(tokens, self._lengths_B, self._capacity, self._vocab_size)
+        return self._append(checked)[0]
+
+    def prefill_all(self, rows: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        """As `prefill`, with the logits of every new token: one fp32 [len(rows[b]), vocab] per row.
+
+        Raises: InputError RUN-LOGITS when the bundle was exported without `--all-logits`.
+        """
+        if not self._all_logits:
+            raise InputError(
+                "RUN-LOGITS",
+                "this bundle gives the last token's logits only, wanted those of every token",
+                hint="export it again with --all-logits",
+            )
+        checked = checked_rows(rows, self._lengths_B, self._capacity, self._vocab_size)
+        return self._append(checked)[1]
+
+    def reset(self) -> None:
+        self._lengths_B[:] = 0
+        self._cache.reset()
+
+    def cached_rows(self, layer: int, row: int) -> NDArray[np.float32]:
+        return self._cache.cached_rows(layer, row, int(self._lengths_B[row]))
+
+    def poison(self) -> None:
+        """Reset, and leave NaN in every slot: a graph that reads a stale slot will show it."""
+        self.reset()
+        self._cache.poison()
+
+    def step(
+        self, ids_BS: NDArray[np.int64], new_B: NDArray[np.int64], graph: Graph
+    ) -> NDArray[np.float32]:
+        """One call of one graph as it stands: right padded rows, `new_B[b]` 0 leaves row b idle.
+
+        The caller has checked ids and room. The logits of the graph, unselected.
+        """
+        session = self._sessions.session(graph)
+        binding = self._bindings.setdefault(graph, session.io_binding())
+        batch, new_tokens = ids_BS.shape
+        window = self._cache.window(self._lengths_B, new_B, new_tokens)
+        logits = np.empty(
+            (batch, new_tokens, self._vocab_size)
+            if self._all_logits
+            else (batch, self._vocab_size),
+            np.float32,
+        )
+        # Held until the run is over: a binding keeps pointers, not arrays.
+        small = (np.ascontiguousarray(ids_BS), self._lengths_B.copy(), np.ascontiguousarray(new_B))
+        for name, array in zip(("input_ids", "cache_lengths", "new_lengths"), small, strict=True):
+            _bind(binding.bind_input, name, np.int64, array)
+        _bind(binding.bind_output, "logits", np.float32, logits)
+        self._bind_cache(binding, window)
+        _run(session, binding)
+        self._cache.accept(window)
+        self._lengths_B = self._lengths_B + new_B
+        return logits
+
+    def _append(self, rows: Rows) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
+        """Append checked rows in chunks: last logits, and all of them where the graph gives them.
+
+        All or nothing: when a chunk fails, `lengths` is what it was before the call.
+        """
+        before = self._lengths_B.copy()
+        last_BV = np.zeros((self._batch, self._vocab_size), np.float32)
+        every: list[list[NDArray[np.float32]]] = [[] for _ in rows]
+        try:
+            for ids_BS, new_B, ends_B in _chunks(rows, self._chunk):
+                logits = self.step(ids_BS, new_B, self._graph_for(ids_BS.shape[1]))
+                if self._check_finite:
+                    self._require_finite(logits, new_B)
+                for row in np.flatnonzero(new_B):
+                    if self._all_logits:
+                        every[row].append(logits[row, : new_B[row]])
+                    if ends_B[row]:
+                        last_BV[row] = every[row][-1][-1] if self._all_logits else logits[row]
+        except BaseException:
+            self._lengths_B = before
+            raise
+        return last_BV, [np.concatenate(parts) for parts in every if parts]
+
+    def _graph_for(self, new_tokens: int) -> Graph:
+        if self._graph is not None:
+            return self._graph
+        return "decode" if new_tokens <= self._absorbed_until else "prefill"
+
+    def _bind_cache(self, binding: Any, window: Window) -> None:
+        onnx_type = self._spec.onnx_type
+        for tensor, past, present in zip(
+            self._spec.tensors, window.inputs, window.outputs, strict=True
+        ):
+            _bind(binding.bind_input, tensor.input, onnx_type, past)
+            _bind(binding.bind_output, tensor.output, onnx_type, present)
+
+    def _require_finite(self, logits: NDArray[np.float32], new_B: NDArray[np.int64]) -> None:
+        if np.isfinite(logits).all():
+            return
+        bad = ~np.isfinite(logits.reshape(self._batch, -1)).all(axis=1)
+        row = int(np.flatnonzero(bad)[0])
+        layer = self._first_bad_layer(row)
+        place = "after the last layer" if layer is None else f"first in the cache of layer {layer}"
+        raise GateError(
+            "RUN-NONFINITE",
+            f"the logits of row {row} hold NaN or Inf, {place}",
+            hint="fp16 may have overflowed: export with --dtype bf16 or fp32",
+            row=row,
+            layer=layer,
+        )
+
+    def _first_bad_layer(self, row: int) -> int | None:
+        for layer in range(self._spec.num_layers):
+            if not np.isfinite(self.cached_rows(layer, row)).all():
+                return layer
+        return None
+
+
+def _absorbed_until(crossover_tokens: float | None) -> float:
+    """The widest chunk that the absorbed graph takes; no crossover means it always wins."""
+    return float("inf") if crossover_tokens is None else _ABSORBED_SHARE * crossover_tokens
+
+
+def _chunks(
+    rows: Rows, chunk: int
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]]:
+    """ids_BS right padded with token 0, new_B, and which rows end here."""
+    counts_B = np.array([len(row) for row in rows], np.int64)
+    for start in range(0, int(counts_B.max()), chunk):
+        new_B = np.clip(counts_B - start, 0, chunk)
+        ids_BS = np.zeros((len(rows), int(new_B.max())), np.int64)
+        for index, row in enumerate(rows):
+            ids_BS[index, : new_B[index]] = row[start : start + chunk]
+        yield ids_BS, new_B, (new_B > 0) & (start + new_B == counts_B)
+
+
+def _bind(bind: Any, name: str, element_type: Any, array: NDArray[Any]) -> None:
+    bind(name, "cpu", 0, element_type, array.shape, array.ctypes.data)
+
+
+def _run(session: Any, binding: Any) -> None:
+    try:
+        session.run_with_iobinding(binding)
+    except Exception as problem:  # onnxruntime's own classes, all straight from Exception
+        if any(sign in str(problem) for sign in _ALLOCATION):
+            raise EnvironmentFailure(
+                "RUN-MEMORY",
+                f"no memory for this step: {quoted(problem)}",
+                hint="use a smaller chunk or batch",
+            ) from problem
+        raise GateError(
+            "RUN-STEP",
+            f"ONNX Runtime could not run the step: {quoted(problem)}",
+            hint="the graph is wrong for these inputs; `mla-deploy validate` tells more",
+        ) from problem

@@ -1,0 +1,111 @@
+"""The PyTorch source as a runner: the reference that everything else is held against.
+
+Each row has a cache of its own and runs alone, so a ragged batch needs no padding here and no
+row can touch another. Slow on purpose: it is transformers' own code path, call by call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mla_deploy.checkpoint import Checkpoint
+from mla_deploy.export.weights import stored_dtype
+from mla_deploy.runtime.guards import Rows, checked_rows, checked_sizes, checked_step
+from mla_deploy.source import module_from_checkpoint
+from mla_deploy.source.cache import cache_keyword, source_cache
+from mla_deploy.source.storage import round_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class TorchRunner:
+    """`Runner` over transformers' class in fp32."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, batch: int = 1, *, module: PreTrainedModel | None = None
+    ) -> None:
+        """`module` is the checkpoint's model when the caller has built it already.
+
+        Raises: CKPT-*, SRC-*, CFG-HF (as `module_from_checkpoint`), InputError RUN-BATCH.
+        """
+        self._capacity = checkpoint.config.max_position_embeddings
+        checked_sizes(batch, self._capacity, 1)
+        self._module = module_from_checkpoint(checkpoint) if module is None else module
+        self._cache_keyword = cache_keyword(self._module)
+        self._vocab_size = checkpoint.config.vocab_size
+        self._num_experts = checkpoint.config.num_experts
+        self._batch = batch
+        self._dtype = "fp32"
+        self.reset()
+
+    @property
+    def batch(self) -> int:
+        return self._batch
+
+    @property
+    def capacity(self) -> int:
+        return self._capacity
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        return self._lengths_B.copy()
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(
+            tensor.nbytes
+            for cache in self._caches
+            for layer in cache.layers
+            if layer.is_initialized
+            for tensor in (layer.keys, layer.values)
+        )
+
+    def prefill(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        return self._append(checked_rows(rows, self.lengths, self._capacity, self._vocab_size))
+
+    def decode(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        return self._append(checked_step(tokens, self.lengths, self._capacity, self._vocab_size))
+
+    def reset(self) -> None:
+        self._lengths_B = np.zeros(self._batch, np.int64)
+        config = self._module.config
+        self._caches: list[Any] = [source_cache(config, self._dtype) for _ in range(self._batch)]
+
+    def store_as(self, dtype: str) -> None:
+        """Reset, and from now on round weights and cached rows as a bundle of `dtype` does.
+
+        fp32 changes nothing. The weights are rounded in place: there is no way back.
+        """
+        if dtype != "fp32":
+            self._dtype = dtype
+            round_weights(self._module, lambda shape: stored_dtype(shape, self._num_experts, dtype))
+        self.reset()
+
+    def cached_rows(self, layer: int, row: int) -> NDArray[np.float32]:
+        cached = self._caches[row].layers[layer]
+        # The classes cache the latent as `keys` and the rotated rope key as `values`.
+        return torch.cat((cached.keys[0, 0], cached.values[0, 0]), dim=-1).float().numpy()
+
+    @torch.inference_mode()
+    def _append(self, rows: Rows) -> NDArray[np.float32]:
+        last_BV = np.empty((self._batch, self._vocab_size), np.float32)
+        for index, tokens in enumerate(rows):
+            out = self._module(
+                input_ids=torch.from_numpy(tokens)[None],
+                use_cache=True,
+                logits_to_keep=1,
+                **{self._cache_keyword: self._caches[index]},
+            )
+            self._lengths_B[index] += len(tokens)
+            last_BV[index] = out.logits[0, -1].float().numpy()
+        return last_BV

@@ -1,0 +1,18 @@
+"""Is a bundle equal to its PyTorch source? Multi-step cases, gates by dtype, memory, a report."""
+
+from mla_deploy.callable_package import make_callable
+from mla_deploy.validate.bundle_check import validate
+from mla_deploy.validate.cases import Call, Case, default_cases
+from mla_deploy.validate.report import ValidationReport, write_json, write_junit
+
+__all__ = [
+    "Call",
+    "Case",
+    "ValidationReport",
+    "default_cases",
+    "validate",
+    "write_json",
+    "write_junit",
+]
+
+make_callable(__name__, validate)

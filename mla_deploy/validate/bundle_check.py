@@ -1,0 +1,157 @@
+"""`validate`: a bundle held against the checkpoint that it was made from."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from typing import Literal
+
+from mla_deploy.bundle import Bundle, open_bundle
+from mla_deploy.checkpoint import Checkpoint, open_checkpoint
+from mla_deploy.errors import InputError, IntegrityError
+from mla_deploy.runtime.sessions import GraphSessions
+from mla_deploy.validate.cases import Case, default_cases
+from mla_deploy.validate.gates import Gate, gate_for
+from mla_deploy.validate.memory import measure_memory
+from mla_deploy.validate.parity import CaseResult, run_case
+from mla_deploy.validate.reference import Progress, Reference
+from mla_deploy.validate.report import ValidationReport, rounding_loss, top_one
+from mla_deploy.validate.text import text_case
+
+_LIBRARIES = ("mla-deploy", "torch", "transformers", "onnxruntime-gpu", "onnxruntime", "numpy")
+
+
+def validate(
+    bundle: Bundle | str | os.PathLike[str],
+    *,
+    source: Checkpoint | str | os.PathLike[str],
+    cases: Sequence[Case] | None = None,
+    threads: int | None = None,
+    verify: Literal["full", "sizes"] = "full",
+    progress: Progress | None = None,
+) -> ValidationReport:
+    """Run `bundle` and its PyTorch source over `cases` and compare; None takes `default_cases`.
+
+    `threads` is for both sides; None leaves each its own default.
+    The answer no is a report whose `passed` is false, not an exception.
+    Raises: BUN-* and CKPT-* (as `open_bundle`, `open_checkpoint`), IntegrityError VAL-SOURCE (the
+    bundle was made from another checkpoint), InputError VAL-CASE (no cases), IncompatibleError
+    VAL-DTYPE, RUN-SESSION.
+    """
+    started = time.perf_counter()
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle, verify=verify)
+    dtype = str(opened.manifest["dtype"])
+    gate = gate_for(dtype)
+    with _opened(source) as checkpoint:
+        _require_source(opened, checkpoint)
+        sessions = GraphSessions(opened, threads)
+        with _torch_threads(threads):
+            reference = Reference.of_checkpoint(checkpoint)
+            chosen = _chosen(opened, checkpoint, cases, reference)
+            stored = reference.stored_as(dtype, chosen)
+            results = _run(chosen, sessions, (stored, reference), gate, progress)
+        memory = measure_memory(opened, checkpoint.config, sessions)
+        digest, notes = checkpoint.digest, checkpoint.notes
+    return ValidationReport(
+        bundle_digest=opened.digest,
+        source_digest=digest,
+        verified=opened.verified,
+        target=str(opened.manifest["target"]),
+        dtype=dtype,
+        gate=gate,
+        cases=results,
+        top1=top_one(results, gate),
+        rounding=rounding_loss(results, gate),
+        memory=memory,
+        versions=_versions(),
+        notes=(*notes, *_scaled_gates(results, gate)),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _run(
+    cases: Sequence[Case],
+    sessions: GraphSessions,
+    references: tuple[Reference, Reference],
+    gate: Gate,
+    progress: Progress | None,
+) -> tuple[CaseResult, ...]:
+    stored, source = references
+    original = None if stored is source else source
+    results = []
+    for index, case in enumerate(cases):
+        if progress is not None:
+            progress("cases", index, len(cases))
+        results.append(run_case(case, sessions, stored, gate, original))
+    if progress is not None:
+        progress("cases", len(cases), len(cases))
+    return tuple(results)
+
+
+def _chosen(
+    bundle: Bundle, checkpoint: Checkpoint, cases: Sequence[Case] | None, reference: Reference
+) -> tuple[Case, ...]:
+    if cases is None:
+        text = text_case(bundle, checkpoint.config, reference)
+        return (*default_cases(checkpoint.config), *(() if text is None else (text,)))
+    if not cases:
+        raise InputError("VAL-CASE", "found no cases, wanted at least one")
+    return tuple(cases)
+
+
+@contextlib.contextmanager
+def _opened(source: Checkpoint | str | os.PathLike[str]) -> Iterator[Checkpoint]:
+    """The caller's open checkpoint stays open; one that we open is closed."""
+    if isinstance(source, Checkpoint):
+        yield source
+        return
+    with open_checkpoint(os.fspath(source)) as checkpoint:
+        yield checkpoint
+
+
+@contextlib.contextmanager
+def _torch_threads(threads: int | None) -> Iterator[None]:
+    """The source runs on as many threads as the bundle; None leaves torch's own number."""
+    import torch
+
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _require_source(bundle: Bundle, checkpoint: Checkpoint) -> None:
+    wanted = bundle.manifest["source"]["checkpoint_digest"]
+    if checkpoint.digest != wanted:
+        raise IntegrityError(
+            "VAL-SOURCE",
+            f"the bundle was made from checkpoint {wanted}, this one is {checkpoint.digest}",
+            hint="name the checkpoint that the bundle was exported from, or export this one",
+            found=checkpoint.digest,
+            wanted=wanted,
+        )
+
+
+def _scaled_gates(results: tuple[CaseResult, ...], gate: Gate) -> tuple[str, ...]:
+    """Says so when the absolute gate was widened because the logits are large."""
+    bounds = [case.max_abs_bound for case in results if case.max_abs_bound is not None]
+    if gate.max_abs is None or not bounds or max(bounds) <= gate.max_abs:
+        return ()
+    return (
+        f"logits are so large that {gate.max_abs_share:g} of the largest one, {max(bounds):.3g}, "
+        f"stood in for the absolute gate of {gate.max_abs:g}",
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for library in _LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[library] = metadata.version(library)
+    return found

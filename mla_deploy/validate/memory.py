@@ -1,0 +1,69 @@
+"""Bytes: predicted from the config, then measured on what is bound, mapped and allocated."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mla_deploy import shapes
+from mla_deploy.bundle import Bundle
+from mla_deploy.config import MlaConfig
+from mla_deploy.runtime import OnnxRunner
+from mla_deploy.runtime.sessions import GraphSessions
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """All in bytes. The cache is judged exactly; the rest is reported."""
+
+    capacity_tokens: int
+    batch: int
+    predicted_bytes_per_token: int  # layers x (L + R) x itemsize, from the source's config
+    manifest_bytes_per_token: int
+    predicted_cache_bytes: int
+    cache_bytes: int  # of the tensors that are bound, as numpy reports them
+    expanded_cache_bytes: int  # the same tokens as full keys and values
+    weight_file_bytes: int
+    session_private_bytes: int  # what opening both sessions took besides the mapped weights
+
+    @property
+    def passed(self) -> bool:
+        return (
+            self.cache_bytes == self.predicted_cache_bytes
+            and self.manifest_bytes_per_token == self.predicted_bytes_per_token
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": self.passed}
+
+
+def measure_memory(bundle: Bundle, config: MlaConfig, sessions: GraphSessions) -> MemoryReport:
+    """Reserve a cache of the bundle's own capacity and measure it.
+
+    A growing cache has no capacity to reserve: it is measured after a short prompt instead.
+    """
+    cache = bundle.manifest["cache"]
+    itemsize = int(cache["itemsize"])
+    runner = OnnxRunner(sessions)
+    tokens = runner.capacity
+    if cache["kind"] == "growing":
+        tokens = min(8, tokens)
+        runner.prefill([[0] * tokens])
+    memory = runner.memory()
+    return MemoryReport(
+        capacity_tokens=tokens,
+        batch=1,
+        predicted_bytes_per_token=config.cache_bytes_per_token(itemsize),
+        manifest_bytes_per_token=int(cache["bytes_per_token"]),
+        predicted_cache_bytes=shapes.cache_bytes(
+            num_layers=config.num_layers,
+            batch=1,
+            capacity=tokens,
+            row_width=config.row_width,
+            itemsize=itemsize,
+        ),
+        cache_bytes=memory.cache_bytes,
+        expanded_cache_bytes=tokens * config.expanded_bytes_per_token(itemsize),
+        weight_file_bytes=memory.weight_file_bytes,
+        session_private_bytes=memory.session_private_bytes,
+    )

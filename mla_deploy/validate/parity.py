@@ -1,0 +1,166 @@
+"""One case at a time: the bundle's runner against the source, call by call, gated."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mla_deploy.errors import GateError, MlaDeployError
+from mla_deploy.runtime import OnnxRunner
+from mla_deploy.runtime.sessions import Graph, GraphSessions
+from mla_deploy.validate.cases import Case, Form
+from mla_deploy.validate.difference import LogitDifference, logit_difference, relative_l2
+from mla_deploy.validate.gates import Gate
+from mla_deploy.validate.reference import Reference, RowTrace
+
+Floats = NDArray[np.float32]
+_GRAPHS: dict[Form, Graph | None] = {"auto": None, "absorbed": "decode", "expanded": "prefill"}
+
+
+@dataclass(frozen=True)
+class LayerDifference:
+    """Relative error of the cached rows: the worst layer, and the first that is beyond the gate.
+
+    The cache of layer i is made from the output of layer i - 1, so a fault in the attention or
+    the experts of a layer shows first in the cache of the next one.
+    """
+
+    worst_layer: int
+    worst_rel_l2: float
+    first_bad_layer: int | None
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """One case. `failures` says which gate was not met and by what; empty means passed."""
+
+    name: str
+    batch: int
+    tokens: int
+    seconds: float
+    failures: tuple[str, ...]
+    logits: LogitDifference | None  # None when the bundle could not run the case
+    rounding: LogitDifference | None  # from the fp32 source; None when it is the reference
+    max_abs_bound: float | None
+    cache: LayerDifference | None
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": self.passed}
+
+
+def run_case(
+    case: Case,
+    sessions: GraphSessions,
+    reference: Reference,
+    gate: Gate,
+    original: Reference | None = None,
+) -> CaseResult:
+    """Run `case` on a fresh runner and compare every logit returned and every row cached.
+
+    Every cache slot holds NaN before it is written, so a graph that reads a stale one fails.
+    `original` is the fp32 source where `reference` is that source rounded.
+    """
+    started = time.perf_counter()
+    traces = [reference.row(segments) for segments in case.rows()]
+    try:
+        runner = OnnxRunner(
+            sessions,
+            batch=case.batch,
+            capacity=case.longest,
+            chunk=case.chunk,
+            check_finite=True,
+            graph=_GRAPHS[case.form],
+        )
+        runner.poison()
+        logits = [_logits(runner, case, index) for index in range(len(case.calls))]
+    except GateError as refusal:
+        return _result(case, started, (_told(refusal),))
+    wanted_XV = np.concatenate([trace.logits for trace in traces])
+    found_XV = np.concatenate([np.stack(row) for row in zip(*logits, strict=True)])
+    difference = logit_difference(wanted_XV, found_XV, gate.rel_l2)
+    layers = _layer_difference(runner, traces, gate.cache_rel_l2)
+    bound = gate.max_abs_bound(difference.largest_logit)
+    failures = _failures(difference, layers, gate, bound)
+    rounding = None
+    if original is not None:
+        unrounded = [original.row(segments).logits for segments in case.rows()]
+        rounding = logit_difference(np.concatenate(unrounded), found_XV, gate.rel_l2)
+    found = _result(case, started, failures)
+    return replace(found, logits=difference, rounding=rounding, max_abs_bound=bound, cache=layers)
+
+
+def _logits(runner: OnnxRunner, case: Case, index: int) -> Floats:
+    call = case.calls[index]
+    if call.is_decode:
+        return runner.decode([row[0] for row in call.rows])
+    return runner.prefill(call.rows)
+
+
+def _layer_difference(runner: OnnxRunner, traces: list[RowTrace], bound: float) -> LayerDifference:
+    errors = [
+        max(
+            relative_l2(trace.cached[layer], runner.cached_rows(layer, row))
+            for row, trace in enumerate(traces)
+        )
+        for layer in range(len(traces[0].cached))
+    ]
+    worst = int(np.argmax(errors))
+    bad = [layer for layer, error in enumerate(errors) if error > bound]
+    return LayerDifference(worst, errors[worst], bad[0] if bad else None)
+
+
+def _failures(
+    logits: LogitDifference, layers: LayerDifference, gate: Gate, bound: float | None
+) -> tuple[str, ...]:
+    # `not a <= b` and not `a > b`: NaN must fail.
+    found = [
+        f"{name} is {value:.3g}, wanted at most {limit:.3g}"
+        for name, value, limit in (
+            ("max |logit difference|", logits.max_abs, bound),
+            ("relative L2 of the logits", logits.rel_l2, gate.rel_l2),
+            ("mean KL", logits.mean_kl, gate.mean_kl),
+        )
+        if limit is not None and not value <= limit
+    ]
+    if not layers.worst_rel_l2 <= gate.cache_rel_l2:
+        found.append(
+            f"cached rows of layer {layers.worst_layer} are off by {layers.worst_rel_l2:.3g}, "
+            f"wanted at most {gate.cache_rel_l2:.3g}; layer {layers.first_bad_layer} is the first"
+        )
+    elif found:
+        found.append(
+            f"every cached row agrees (worst layer {layers.worst_layer}, "
+            f"{layers.worst_rel_l2:.3g}): the fault is after the cache of the last layer"
+        )
+    return tuple(found)
+
+
+def _told(refusal: MlaDeployError) -> str:
+    return f"{refusal.code}: {refusal.message}"
+
+
+def _result(
+    case: Case,
+    started: float,
+    failures: tuple[str, ...],
+) -> CaseResult:
+    tokens = sum(len(row) for call in case.calls for row in call.rows)
+    return CaseResult(
+        name=case.name,
+        batch=case.batch,
+        tokens=tokens,
+        seconds=round(time.perf_counter() - started, 4),
+        failures=failures,
+        logits=None,
+        rounding=None,
+        max_abs_bound=None,
+        cache=None,
+    )

@@ -1,0 +1,81 @@
+"""What the PyTorch source says, row by row; each row is computed once, whoever asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mla_deploy.checkpoint import Checkpoint
+from mla_deploy.validate.cases import Case, Tokens
+
+if TYPE_CHECKING:
+    from mla_deploy.runtime.torch_runner import TorchRunner
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class RowTrace:
+    """One row after its calls: logits after each call, and the cache it left, per layer."""
+
+    logits: Floats  # [X, vocab]
+    cached: tuple[Floats, ...]  # [T, L + R] each
+
+
+class Reference:
+    """The source, asked row by row with the same calls as the bundle gets.
+
+    Rows run alone: a ragged batch of the bundle is held against rows that never saw each other.
+    """
+
+    def __init__(self, source: TorchRunner, num_layers: int) -> None:
+        """`source` has one row."""
+        self._source = source
+        self._num_layers = num_layers
+        self._traces: dict[tuple[Tokens, ...], RowTrace] = {}
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Checkpoint) -> Reference:
+        """Builds transformers' class with the checkpoint's weights. Raises: CKPT-*, SRC-*."""
+        from mla_deploy.runtime.torch_runner import TorchRunner
+
+        return cls(TorchRunner(checkpoint), checkpoint.config.num_layers)
+
+    def stored_as(self, dtype: str, cases: Sequence[Case]) -> Reference:
+        """The source as a bundle of `dtype` stores it; self for fp32.
+
+        There is memory for one model, so the rows of `cases` are run first; afterwards this
+        reference answers for those only.
+        """
+        if dtype == "fp32":
+            return self
+        for case in cases:
+            for segments in case.rows():
+                self.row(segments)
+        self._source.store_as(dtype)
+        return Reference(self._source, self._num_layers)
+
+    def row(self, segments: tuple[Tokens, ...]) -> RowTrace:
+        """The trace of a row whose calls append `segments`, one after the other."""
+        if segments not in self._traces:
+            self._source.reset()
+            logits = [self._source.prefill([segment])[0] for segment in segments]
+            cached = tuple(self._source.cached_rows(i, 0) for i in range(self._num_layers))
+            self._traces[segments] = RowTrace(np.stack(logits), cached)
+        return self._traces[segments]
+
+    def continued(self, prompt: Sequence[int], count: int) -> list[int]:
+        """The `count` tokens that the source itself would write after `prompt`."""
+        self._source.reset()
+        logits_BV = self._source.prefill([prompt])
+        found = [int(logits_BV[0].argmax())]
+        while len(found) < count:
+            found.append(int(self._source.decode([found[-1]])[0].argmax()))
+        return found
+
+
+Progress = Callable[[str, int, int], None]

@@ -1,0 +1,206 @@
+"""The validation report: what was run, what was found, whether it passed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from mla_deploy.door import create_file
+from mla_deploy.validate.gates import Gate
+from mla_deploy.validate.memory import MemoryReport
+from mla_deploy.validate.parity import CaseResult
+
+
+@dataclass(frozen=True)
+class TopOne:
+    """Agreement on the most likely token over all positions of all cases, near ties left out."""
+
+    positions: int
+    flips: int
+    near_ties: int
+    wanted: float
+
+    @property
+    def share(self) -> float:
+        judged = self.positions - self.near_ties
+        return 1.0 if judged <= 0 else 1 - self.flips / judged
+
+    @property
+    def passed(self) -> bool:
+        return self.positions > 0 and self.share >= self.wanted
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "share": self.share, "passed": self.passed}
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """What `validate` returns. Ties itself to one bundle and one checkpoint by their digests."""
+
+    bundle_digest: str
+    source_digest: str
+    verified: str  # how the bundle's bytes were checked: "full" or "sizes"
+    target: str
+    dtype: str
+    gate: Gate
+    cases: tuple[CaseResult, ...]
+    top1: TopOne
+    rounding: RoundingLoss | None  # None for fp32
+    memory: MemoryReport
+    versions: dict[str, str]
+    notes: tuple[str, ...]
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Every case, the agreement and the rounding loss over all, and the memory."""
+        every_case = bool(self.cases) and all(case.passed for case in self.cases)
+        rounding = self.rounding is None or self.rounding.passed
+        return every_case and self.top1.passed and rounding and self.memory.passed
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; a distance that is not finite is null."""
+        return _finite(
+            {
+                "passed": self.passed,
+                "bundle_digest": self.bundle_digest,
+                "source_digest": self.source_digest,
+                "verified": self.verified,
+                "target": self.target,
+                "dtype": self.dtype,
+                "gates": self.gate.to_dict(),
+                "cases": [case.to_dict() for case in self.cases],
+                "top1": self.top1.to_dict(),
+                "rounding": None if self.rounding is None else self.rounding.to_dict(),
+                "memory": self.memory.to_dict(),
+                "versions": dict(self.versions),
+                "notes": list(self.notes),
+                "seconds": round(self.seconds, 3),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class RoundingLoss:
+    """What storing in half precision costs against the fp32 source, over all positions."""
+
+    positions: int
+    mean_kl: float
+    rel_l2: float  # root mean square over the cases, by positions; reported
+    wanted_mean_kl: float
+
+    @property
+    def passed(self) -> bool:
+        return self.mean_kl <= self.wanted_mean_kl
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": self.passed}
+
+
+def rounding_loss(cases: tuple[CaseResult, ...], gate: Gate) -> RoundingLoss | None:
+    """None for fp32, where nothing is rounded."""
+    found = [case.rounding for case in cases if case.rounding is not None]
+    positions = sum(each.positions for each in found)
+    if not positions:
+        return None
+    return RoundingLoss(
+        positions=positions,
+        mean_kl=sum(each.positions * each.mean_kl for each in found) / positions,
+        rel_l2=math.sqrt(sum(each.positions * each.rel_l2**2 for each in found) / positions),
+        wanted_mean_kl=gate.mean_kl,
+    )
+
+
+def top_one(cases: tuple[CaseResult, ...], gate: Gate) -> TopOne:
+    """Agreement with the fp32 source over every case that could be run."""
+    pairs = [case.rounding or case.logits for case in cases]
+    found = [logits for logits in pairs if logits is not None]
+    return TopOne(
+        positions=sum(logits.positions for logits in found),
+        flips=sum(logits.flips for logits in found),
+        near_ties=sum(logits.near_ties for logits in found),
+        wanted=gate.top1,
+    )
+
+
+def write_json(report: ValidationReport, path: str | os.PathLike[str]) -> None:
+    """Write `report.to_dict()` as JSON. Replaces and raises as `write_junit`."""
+    text = json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n"
+    _replace(Path(path), text.encode("utf-8"))
+
+
+def write_junit(report: ValidationReport, path: str | os.PathLike[str]) -> None:
+    """Write the report as JUnit XML: one test case per case, one for top-1, one for the memory.
+
+    What stands at `path` is replaced at once, or not at all. Raises: EnvironmentFailure FILE-*.
+    """
+    suite = ElementTree.Element("testsuite", name="mla-deploy validate")
+    for case in report.cases:
+        _append(suite, case.name, case.seconds, case.failures)
+    shown = f"top-1 agreement is {report.top1.share:.4f}, wanted {report.top1.wanted}"
+    _append(suite, "top-1", 0.0, () if report.top1.passed else (shown,))
+    if report.rounding is not None:
+        shown = f"mean KL is {report.rounding.mean_kl:.3g}, wanted {report.rounding.wanted_mean_kl}"
+        _append(suite, "rounding", 0.0, () if report.rounding.passed else (shown,))
+    memory = report.memory
+    shown = f"the cache takes {memory.cache_bytes} bytes, predicted {memory.predicted_cache_bytes}"
+    _append(suite, "memory", 0.0, () if memory.passed else (shown,))
+    failed = len(suite.findall("testcase/failure"))
+    suite.set("tests", str(len(suite)))
+    suite.set("failures", str(failed))
+    suite.set("errors", "0")
+    suite.set("time", f"{report.seconds:.3f}")
+    _append_properties(suite, report)
+    ElementTree.indent(suite)
+    _replace(Path(path), ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True))
+
+
+def _append(
+    suite: ElementTree.Element, name: str, seconds: float, failures: tuple[str, ...]
+) -> None:
+    test = ElementTree.SubElement(
+        suite, "testcase", classname="mla_deploy.validate", name=name, time=f"{seconds:.3f}"
+    )
+    if failures:
+        failure = ElementTree.SubElement(test, "failure", message=failures[0], type="gate")
+        failure.text = "\n".join(failures)
+
+
+def _append_properties(suite: ElementTree.Element, report: ValidationReport) -> None:
+    properties = ElementTree.Element("properties")
+    facts = {
+        "bundle_digest": report.bundle_digest,
+        "source_digest": report.source_digest,
+        "dtype": report.dtype,
+        **report.versions,
+    }
+    for name, value in facts.items():
+        ElementTree.SubElement(properties, "property", name=name, value=value)
+    suite.insert(0, properties)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    try:
+        with create_file(partial) as stream:
+            stream.write(data)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,43 @@
+"""What every test shares: one thread per worker, no network, and the skips' visible reasons."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+from typing import Any
+
+import pytest
+
+# Before torch or ONNX Runtime is imported: two workers on two cores, one thread each.
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+# Nothing here may reach for a model hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if shutil.which("nvidia-smi") is None:
+        skip = pytest.mark.skip(reason="needs an NVIDIA GPU: nvidia-smi not found")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+
+
+def pytest_sessionfinish() -> None:
+    """In each worker too; xdist ends them without running what `atexit` holds."""
+    shared = sys.modules.get("tests.exported")
+    if shared is not None:
+        shared.leave()
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs offline: an attempt to connect is a failure with its address."""
+
+    def refused(_socket: socket.socket, address: Any) -> None:
+        raise RuntimeError(f"a test tried to connect to {address!r}")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)

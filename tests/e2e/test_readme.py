@@ -1,0 +1,77 @@
+"""Every command and snippet of README.md, run in order in one folder, as a reader would."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MODEL = "models/tiny-deepseek-v3"
+BLOCK = re.compile(
+    r"(?:<!-- not run by tests: (?P<reason>.+?) -->\n)?```(?P<kind>bash|python)\n(?P<text>.+?)```",
+    re.DOTALL,
+)
+BLOCKS = [
+    (match["kind"], match["text"], match["reason"])
+    for match in BLOCK.finditer((ROOT / "README.md").read_text("utf-8"))
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the model in its place; the bundle of one block is there for the next."""
+    made = tmp_path_factory.mktemp("readme")
+    shutil.copytree(ROOT / MODEL, made / MODEL)
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", range(len(BLOCKS)))
+def test_block_runs(folder: Path, index: int) -> None:
+    kind, text, reason = BLOCKS[index]
+    if reason is not None:
+        pytest.skip(f"{' and '.join(re.findall(r'^make [a-z]+', text, re.M))}: {reason}")
+    if kind == "python":
+        shutil.rmtree(folder / "bundle", ignore_errors=True)
+        _run([sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", text], folder)
+        return
+    for line in text.splitlines():
+        command = shlex.split(line, comments=True)
+        assert command[0] == "mla-deploy", f"README runs {command[0]}, which no test can check"
+        out = _run([str(Path(sys.executable).with_name(command[0])), *command[1:]], folder)
+        assert out.strip(), f"{line} printed nothing"
+
+
+def _run(command: list[str], folder: Path) -> str:
+    environment = {**os.environ, "COLUMNS": "80"}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{command} ended with {done.returncode}\n{done.stderr}"
+    return done.stdout
+
+
+def test_readme_opens_with_the_two_commands() -> None:
+    kind, text, _ = BLOCKS[0]
+    assert kind == "bash"
+    assert [line.split("#")[0].strip() for line in text.splitlines()] == ["make demo", "make test"]
+
+
+def test_every_verb_is_shown() -> None:
+    from mla_deploy.cli.group import group
+
+    shown = {line.split()[1] for kind, text, _ in BLOCKS if kind == "bash"
+             for line in text.splitlines() if line.startswith("mla-deploy ")}  # fmt: skip
+    assert shown == set(group.commands)
+
+
+def test_nothing_was_left_to_fill_in() -> None:
+    assert "TODO" not in (ROOT / "README.md").read_text("utf-8")

@@ -1,0 +1,94 @@
+"""Real bundles of tiny checkpoints, exported once per test run and shared by all that run them.
+
+An export costs seconds, so the workers of one run share a folder: the first to need a bundle
+exports it under a lock, the last to leave removes the folder. Nothing may write into them; a test
+that edits a bundle makes its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mla_deploy.bundle import Bundle, open_bundle
+from mla_deploy.export import export
+from tests.tiny import write_preset
+
+# Between them these take every way a bundle can be laid out.
+PLAIN: dict[str, Any] = {}
+HALF_SPLIT: dict[str, Any] = {"dtype": "fp16", "cache_layout": "split"}
+GROWING: dict[str, Any] = {
+    "dtype": "bf16", "cache": "growing", "cache_layout": "split", "all_logits": True,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A bundle and the checkpoint that it was made from."""
+
+    bundle: Bundle
+    checkpoint: Path
+
+
+def exported(preset: str = "v3-yarn-all-dim", **options: Any) -> Exported:
+    """The bundle of a preset of `tiny.TINY_PRESETS`; `options` go to `export`."""
+    return _exported(preset, tuple(sorted(options.items())))
+
+
+@functools.lru_cache(maxsize=64)
+def _exported(preset: str, options: tuple[tuple[str, Any], ...]) -> Exported:
+    name = "-".join([preset, *(str(value) for _, value in options)])
+    place = _folder() / name
+    with _locked(_folder() / f"{name}.lock", fcntl.LOCK_EX):
+        checkpoint = place / "checkpoint"
+        if not (place / "bundle").exists():
+            write_preset(checkpoint, preset, tokenizer=True)
+            export(checkpoint, place / "bundle", **dict(options))
+        return Exported(open_bundle(place / "bundle"), checkpoint)
+
+
+@functools.lru_cache(maxsize=1)
+def _folder() -> Path:
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", f"alone-{os.getpid()}")
+    folder = Path(tempfile.gettempdir()) / f"mla-deploy-tests-{run}"
+    while True:
+        folder.mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            users = os.open(folder / "users.lock", os.O_RDWR | os.O_CREAT)
+            fcntl.flock(users, fcntl.LOCK_SH)
+            if (folder / "users.lock").exists():  # else another worker removed it meanwhile
+                _held.append((folder, users))
+                return folder
+
+
+_held: list[tuple[Path, int]] = []
+
+
+def leave() -> None:
+    """Called when this worker's tests are over (`conftest.py`); the last one removes the folder."""
+    _exported.cache_clear()
+    _folder.cache_clear()
+    while _held:
+        folder, users = _held.pop()
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        os.close(users)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, kind: int) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(descriptor, kind)
+        yield
+    finally:
+        os.close(descriptor)

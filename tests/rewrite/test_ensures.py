@@ -1,0 +1,156 @@
+"""The promise, checked on real graphs and on graphs that break it in one place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx
+import onnx.parser
+import pytest
+
+from mla_deploy.errors import MlaDeployError
+from mla_deploy.rewrite.ensures import latent_violations, require_latent_only
+from tests.exported import GROWING, HALF_SPLIT, PLAIN, Exported, exported
+
+HEADS, WIDTH = 4, 24
+
+
+def graph_of(made: Exported, name: str) -> onnx.ModelProto:
+    return onnx.load(made.bundle.graph(name), load_external_data=False)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [PLAIN, HALF_SPLIT, GROWING, {"cache": "growing"}])
+def test_every_decode_graph_keeps_it_and_no_prefill_graph_does(options: dict[str, Any]) -> None:
+    made = exported(**options)
+    decode, prefill = graph_of(made, "decode"), graph_of(made, "prefill")
+    before = decode.SerializeToString(deterministic=True)
+    require_latent_only(decode, HEADS, WIDTH)
+    assert decode.SerializeToString(deterministic=True) == before
+    with pytest.raises(MlaDeployError, match="REW-EXPANDED") as caught:
+        require_latent_only(prefill, HEADS, WIDTH)
+    assert "per cached token, allowed" in caught.value.message
+    # Keys [T, H, N] and values [T, H, V] of both layers are named.
+    held = [int(text.split(" holds ")[1].split()[0]) for text in caught.value.details["values"]]
+    assert held.count(HEADS * 8) >= 4
+
+
+def test_one_layer_that_was_not_absorbed() -> None:
+    """Layer 1 of kind 1 as in the prefill graph; its neighbour stays absorbed."""
+    decode, prefill = (graph_of(exported(), name) for name in ("decode", "prefill"))
+    ours = next(f for f in decode.functions if f.name == "DecoderLayer1")
+    theirs = next(f for f in prefill.functions if f.name == "DecoderLayer1")
+    assert sorted(ours.input) == sorted(theirs.input)
+    call = next(node for node in decode.graph.node if node.op_type == "DecoderLayer1")
+    given = dict(zip(ours.input, call.input, strict=True))
+    call.input[:] = [given[name] for name in theirs.input]
+    ours.CopyFrom(theirs)
+    found = latent_violations(decode, HEADS, WIDTH)
+    assert {v.per_token for v in found} == {HEADS * 8}
+    with pytest.raises(MlaDeployError, match=found[0].value):
+        require_latent_only(decode, HEADS, WIDTH)
+
+
+_GRAPH = """<ir_version: 10, opset_import: ["" : 23]>
+g (float[batch,4,new_tokens,24] query, float[batch,1,capacity,24] latent_cache.0,
+   float[24,32] w, float[4,24,8] w_uk) => (float[batch,4,new_tokens,24] out) {{
+    {body}
+}}"""
+_SCORES = """keys = Transpose <perm: ints = [0, 1, 3, 2]> ({rows})
+    scores = MatMul (query, keys)
+    weights = Softmax <axis: int = -1> (scores)
+    out = MatMul (weights, {rows})"""
+
+
+def violations(body: str) -> list[tuple[str, int]]:
+    text = _GRAPH.format(body=body).replace("latent_cache.0", '"latent_cache.0"')
+    found = latent_violations(onnx.parser.parse_model(text), HEADS, WIDTH)
+    return [(v.value, v.per_token) for v in found]
+
+
+def test_attention_over_the_row_itself() -> None:
+    assert violations(_SCORES.format(rows="latent_cache.0")) == []
+
+
+def test_moving_the_row_is_free() -> None:
+    body = """shape = Constant <value_ints: ints = [0, -1, 24]> ()
+    flat = Reshape (latent_cache.0, shape)
+    half = Cast <to: int = 10> (flat)
+    back = Cast <to: int = 1> (half)
+    axis = Constant <value_ints: ints = [1]> ()
+    rows = Unsqueeze (back, axis)
+    """ + _SCORES.format(rows="rows")
+    assert violations(body) == []
+
+
+def test_rows_tiled_over_heads() -> None:
+    body = """shape = Constant <value_ints: ints = [1, 4, 1, 1]> ()
+    tiled = Expand (latent_cache.0, shape)
+    """ + _SCORES.format(rows="tiled")
+    assert violations(body) == [("tiled", 96), ("keys", 96)]
+
+
+def test_rows_joined_over_heads() -> None:
+    """Moves only, and still four rows for each token."""
+    body = """joined = Concat <axis: int = 1>
+        (latent_cache.0, latent_cache.0, latent_cache.0, latent_cache.0)
+    """ + _SCORES.format(rows="joined")
+    assert violations(body)[0] == ("joined", 96)
+
+
+@pytest.mark.parametrize(
+    ("line", "per_token"),
+    [
+        ("wide = MatMul (latent_cache.0, w)", 32),  # all heads' keys in one width
+        ("wide = MatMul (latent_cache.0, w_uk)", 32),  # heads apart
+        ("wide = Neg (latent_cache.0)", 24),  # arithmetic on the row: more than a score per head
+        ("wide = Sigmoid (latent_cache.0)", 24),
+    ],
+)
+def test_per_token_arithmetic(line: str, per_token: int) -> None:
+    body = f"{line}\n some = ReduceSum <keepdims: int = 0> (wide)\n out = Mul (query, some)"
+    assert violations(body) == [("wide", per_token)]
+
+
+def test_cached_axis_folded_into_another() -> None:
+    body = """wide = MatMul (latent_cache.0, w)
+    shape = Constant <value_ints: ints = [-1, 8]> ()
+    folded = Reshape (wide, shape)
+    some = ReduceSum <keepdims: int = 0> (folded)
+    out = Mul (query, some)"""
+    assert violations(body) == [("wide", 32), ("folded", 32)]
+
+
+def test_inside_a_branch() -> None:
+    body = """yes = Constant <value_ints: ints = [1]> ()
+    total = ReduceSum <keepdims: int = 0> (query)
+    zero = Constant <value_float: float = 0.0> ()
+    positive = Greater (total, zero)
+    some = If (positive) <
+        then_branch = t () => (a) {
+            wide = MatMul (latent_cache.0, w)
+            a = ReduceSum <keepdims: int = 0> (wide)
+        },
+        else_branch = f () => (b) { b = Identity (zero) }>
+    out = Mul (query, some)"""
+    assert violations(body) == [("wide", 32)]
+
+
+def test_a_value_of_unknown_shape_is_refused() -> None:
+    """What cannot be measured is not trusted."""
+    body = """hidden = elsewhere.Op (latent_cache.0)
+    out = Mul (query, hidden)"""
+    text = _GRAPH.format(body=body).replace("latent_cache.0", '"latent_cache.0"')
+    text = text.replace('["" : 23]', '["" : 23, "elsewhere" : 1]')
+    found = latent_violations(onnx.parser.parse_model(text), HEADS, WIDTH)
+    assert ("hidden", -1) in [(v.value, v.per_token) for v in found]
+    assert "an unknown number" in str(found[0])
+
+
+@pytest.mark.parametrize("name", ["latent_cache.0", "value_cache.0"])
+def test_a_cache_of_all_heads(name: str) -> None:
+    """Read by one product and moved by nothing: the input itself is what is wrong."""
+    text = f"""<ir_version: 10, opset_import: ["" : 23]>
+    g (float[batch,4,new_tokens,capacity] weights, float[batch,4,capacity,8] "{name}")
+    => (float[batch,4,new_tokens,8] out) {{ out = MatMul (weights, "{name}") }}"""
+    found = latent_violations(onnx.parser.parse_model(text), HEADS, WIDTH)
+    assert [(v.value, v.per_token) for v in found] == [(name, 32)]

@@ -1,0 +1,55 @@
+"""The step plan in words: which slots a call reads, writes, leaves; row by row in plain loops."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mla_deploy.source.plan import step_plan
+from tests.rewrite.graphs import plan
+
+# cached, new, new tokens of the call, rows bound
+CASES = [
+    ([0], [1], 1, 1),
+    ([0], [5], 5, 8),
+    ([3, 4, 2], [1, 2, 0], 2, 8),
+    ([7, 0, 0], [1, 4, 0], 4, 8),
+    ([0, 0], [0, 0], 3, 4),
+    ([4, 4], [4, 4], 4, 8),  # full
+]
+
+
+@pytest.mark.parametrize(("cached", "new", "width", "rows"), CASES)
+def test_against_loops(cached: list[int], new: list[int], width: int, rows: int) -> None:
+    made = step_plan(torch.arange(width), torch.tensor(cached), torch.tensor(new), rows)
+    wanted = plan(cached, new, width, rows)
+    names = ("visible", "filled", "all_filled", "active", "source", "slot")
+    for name, value in zip(names, made.operands(), strict=True):
+        found = value.numpy()
+        if name == "visible":
+            # What padding sees is nobody's business: its rows of the result are never read.
+            valid = np.arange(width) < np.array(new)[:, None]
+            found, known = found[:, 0][valid], wanted[name][:, 0][valid]
+        else:
+            known = wanted[name]
+        np.testing.assert_array_equal(found, known, err_msg=name)
+        assert found.dtype == known.dtype
+
+
+@pytest.mark.parametrize(("cached", "new", "width", "rows"), CASES)
+def test_invariants(cached: list[int], new: list[int], width: int, rows: int) -> None:
+    """No slot out of range, none visible that is not filled, every new slot written once."""
+    made = step_plan(torch.arange(width), torch.tensor(cached), torch.tensor(new), rows)
+    visible = made.visible_B1ST[:, 0].numpy()
+    filled = made.filled_B1T1[:, 0, :, 0].numpy()
+    assert not (visible & ~filled[:, None]).any()
+    slots = made.slot_BS3.numpy()
+    assert (slots >= 0).all() and (slots[..., 2] < rows).all()
+    for row, (past, count) in enumerate(zip(cached, new, strict=True)):
+        assert (slots[row, :, 0] == row).all() and (slots[row, :, 1] == 0).all()
+        if count:
+            assert set(slots[row, :, 2]) == set(range(past, past + count))
+            assert [v.sum() for v in visible[row, :count]] == list(
+                range(past + 1, past + count + 1)
+            )

@@ -1,0 +1,99 @@
+"""Rotary tables against transformers' own rotary module, for every rope type we accept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from mla_deploy.rope import ROPE_TYPES
+from mla_deploy.source.rope import RopeTable, position_embeddings, rope_table
+from tests.tiny import LLAMA3, LONGROPE, YARN, YARN_ALL_DIM, tiny_model
+
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}
+THETA = {"rope_type": "default", "rope_theta": 500.0}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "default": ("deepseek_v3", {}),
+    "default, another theta": ("deepseek_v3", {"rope_parameters": THETA}),
+    "linear": ("youtu", {"rope_parameters": LINEAR}),
+    "yarn": ("deepseek_v3", {"rope_parameters": YARN}),
+    "yarn, all dims": ("deepseek_v3", {"rope_parameters": YARN_ALL_DIM}),
+    "yarn, complex": ("deepseek_v2", {"rope_parameters": YARN_ALL_DIM}),
+    "default, complex": ("deepseek_v2", {}),
+    "llama3": ("deepseek_v3", {"rope_parameters": LLAMA3}),
+    "longrope": ("minicpm3", {"rope_parameters": LONGROPE}),
+}
+
+
+def rotary_of(name: str) -> Any:
+    family, overrides = CASES[name]
+    return tiny_model(family, **overrides).model.rotary_emb
+
+
+def source_angles(rotary: Any, positions_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos_BSF and sin_BSF of the source, one per pair, whatever form it gives them in."""
+    given = rotary(torch.zeros(1, 1, 1), positions_BS)
+    if torch.is_tensor(given):
+        return given.real, given.imag
+    cos, sin = given
+    half = cos.shape[-1] // 2
+    assert torch.equal(cos[..., :half], cos[..., half:])
+    return cos[..., :half], sin[..., :half]
+
+
+def frequencies(table: RopeTable) -> tuple[torch.Tensor, ...]:
+    sets = (table.inv_freq_F, table.long_inv_freq_F)
+    return tuple(inv_freq for inv_freq in sets if inv_freq is not None)
+
+
+@pytest.mark.parametrize("length", [1, 17, 32, 33, 100])
+@pytest.mark.parametrize("name", CASES)
+def test_equal_to_the_source(name: str, length: int) -> None:
+    """A whole row of `length` tokens: 32 is the original length, 33 the first beyond it."""
+    rotary = rotary_of(name)
+    table = rope_table(rotary)
+    positions_BS = torch.arange(length)[None]
+    wanted = source_angles(rotary, positions_BS)
+    found = position_embeddings(positions_BS, torch.tensor([length]), frequencies(table), table)
+    for one, other in zip(found, wanted, strict=True):
+        assert one.shape == other.shape == (1, length, 4)
+        assert (one - other).abs().max() < 1e-6
+
+
+def test_every_accepted_type_is_tried() -> None:
+    types = {rotary_of(name).config.rope_parameters["rope_type"] for name in CASES}
+    assert types == set(ROPE_TYPES)
+
+
+def test_the_table_tells_what_the_source_does() -> None:
+    plain, pairs, long = (rope_table(rotary_of(n)) for n in ("yarn", "yarn, complex", "longrope"))
+    assert (plain.is_complex, pairs.is_complex, long.is_complex) == (False, True, False)
+    assert (plain.original_length, pairs.original_length, long.original_length) == (0, 0, 32)
+    assert plain.long_inv_freq_F is None and long.long_inv_freq_F is not None
+    assert rope_table(rotary_of("default")).scaling == 1.0 != plain.scaling
+
+
+def test_longrope_rows_switch_one_by_one() -> None:
+    """As the source does for each row alone: by its length after the call, at every position."""
+    rotary = rotary_of("longrope")
+    table = rope_table(rotary)
+    lengths = [20, 32, 33, 90]
+    positions_BS = torch.tensor([[length - 1] for length in lengths])
+    cos_BSF, sin_BSF = position_embeddings(
+        positions_BS, torch.tensor(lengths), frequencies(table), table
+    )
+    for row, length in enumerate(lengths):
+        cos, sin = source_angles(rotary, torch.arange(length)[None])
+        assert (cos_BSF[row] - cos[0, -1:]).abs().max() < 1e-6
+        assert (sin_BSF[row] - sin[0, -1:]).abs().max() < 1e-6
+
+
+def test_a_table_of_an_empty_module() -> None:
+    """Tracing holds no values: the table comes from a rotary module of its own."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    real = rotary_of("yarn")
+    with FakeTensorMode():
+        fake = type(real)(config=real.config)
+    assert torch.equal(rope_table(fake).inv_freq_F, rope_table(real).inv_freq_F)
