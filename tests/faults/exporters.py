@@ -166,7 +166,13 @@ def _run(arguments: list[str], prepare: Callable[[], None], begun: int, stdout: 
 
 
 def signals(
-    place: Place, rounds: int, seed: int, numbers: list[int], cold: bool = False, gap: float = 0.0
+    place: Place,
+    *,
+    rounds: int,
+    seed: int,
+    numbers: list[int],
+    cold: bool = False,
+    gap: float = 0.0,
 ) -> dict[str, Any]:
     """Send the signals `numbers` at a random instant of an export's span, over and over."""
     randomness = random.Random(seed)
