@@ -77,6 +77,40 @@ _TEXTS = {
         probabilities_BHST = Softmax <axis: int = -1> (seen_BHST)
         out_BHSV = MatMul (probabilities_BHST, value_BHTV)
     }""",
+    "SinkAttention": """
+    # the same with one more score per head, which takes its share and gives nothing
+    SinkAttention <scale> (query_BHSE, key_BHTE, value_BHTV, visible_B1ST, sinks_H)
+        => (out_BHSV) {
+        scale = Constant <value_float: float = @scale> ()
+        masked = Constant <value_float: float = MASKED> ()
+        around = Constant <value_ints: ints = [0, 2, 3]> ()
+        three = Constant <value_ints: ints = [3]> ()
+        zero = Constant <value_ints: ints = [0]> ()
+        cut = Constant <value_ints: ints = [-1]> ()
+        key_BHET = Transpose <perm: ints = [0, 1, 3, 2]> (key_BHTE)
+        product_BHST = MatMul (query_BHSE, key_BHET)
+        scores_BHST = Mul (product_BHST, scale)
+        seen_BHST = Where (visible_B1ST, scores_BHST, masked)
+        sinks_1H11 = Unsqueeze (sinks_H, around)
+        shape_BHS = Shape <start: int = 0, end: int = 3> (query_BHSE)
+        one = Constant <value_ints: ints = [1]> ()
+        shape_BHS1 = Concat <axis: int = 0> (shape_BHS, one)
+        sinks_BHS1 = Expand (sinks_1H11, shape_BHS1)
+        every_BHSX = Concat <axis: int = -1> (seen_BHST, sinks_BHS1)
+        shares_BHSX = Softmax <axis: int = -1> (every_BHSX)
+        probabilities_BHST = Slice (shares_BHSX, zero, cut, three)
+        out_BHSV = MatMul (probabilities_BHST, value_BHTV)
+    }""",
+    "LatentSinkAttention": """
+    # LatentAttention with one more score per head, which takes its share and gives nothing
+    LatentSinkAttention <scale, heads>
+        (q_latent_BHSL, q_rope_BHSR, latent_B1TL, rope_key_B1TR, visible_B1ST, sinks_H)
+        => (out_BHSL) {
+        q_BHSE = Concat <axis: int = -1> (q_latent_BHSL, q_rope_BHSR)
+        k_B1TE = Concat <axis: int = -1> (latent_B1TL, rope_key_B1TR)
+        out_BHSL = mla_deploy.SinkAttention <scale: float = @scale>
+            (q_BHSE, k_B1TE, latent_B1TL, visible_B1ST, sinks_H)
+    }""",
     "LatentAttention": """
     # softmax(scale * (q_latent latent^T + q_rope rope_key^T) where visible) latent
     LatentAttention <scale, heads>
@@ -95,8 +129,8 @@ _TEXTS = {
     }""",
     "CacheUpdate": """
     # cache lengthened to T slots, with rows[source] put at slot; and its filled part, widened
-    CacheUpdate
-        (cache_B1MW, rows_B1SW, filled_B1T1, all_filled, active_B11, source_BS1, slot_BS3)
+    CacheUpdate <cleared>
+        (cache_B1MW, rows_B1SW, filled_B1T1, all_visible, active_B11, source_BS1, slot_BS3)
         => (cache_B1TW, rows_B1TW) {
         zero = Constant <value_float: float = 0.0> ()
         one = Constant <value_ints: ints = [1]> ()
@@ -117,11 +151,65 @@ _TEXTS = {
         stored_BSW = CastLike (written_BSW, cache_B1MW)
         cache_B1TW = ScatterND (long_B1TW, slot_BS3, stored_BSW)
         wide_B1TW = CastLike (cache_B1TW, rows_B1SW)
+        cleared = Constant <value_int: int = @cleared> ()
+        is_cleared = Cast <to: int = 9> (cleared)
+        as_they_lie = Not (is_cleared)
+        shown_B1T1 = Or (filled_B1T1, as_they_lie)
+        rows_B1TW = Where (shown_B1T1, wide_B1TW, zero)
+    }""",
+    "CacheRead": """
+    # the filled part of a cache that is up to date, widened
+    CacheRead (cache_B1TW, filled_B1T1, all_visible) => (rows_B1TW) {
+        zero = Constant <value_float: float = 0.0> ()
+        wide_B1TW = Cast <to: int = 1> (cache_B1TW)
         rows_B1TW = Where (filled_B1T1, wide_B1TW, zero)
     }""",
+    "RingUpdate": """
+    # old rows with the new ones behind, unfilled ones cleared; and of these, rows[source] at slot
+    RingUpdate (ring_B1WX, rows_B1SX, filled_B1U1, source_BS1, slot_BS3)
+        => (ring_out_B1WX, rows_B1UX) {
+        zero = Constant <value_float: float = 0.0> ()
+        one = Constant <value_ints: ints = [1]> ()
+        old_B1WX = CastLike (ring_B1WX, rows_B1SX)
+        every_B1UX = Concat <axis: int = 2> (old_B1WX, rows_B1SX)
+        every_BUX = Squeeze (every_B1UX, one)
+        written_BSX = GatherND <batch_dims: int = 1> (every_BUX, source_BS1)
+        stored_BSX = CastLike (written_BSX, ring_B1WX)
+        ring_out_B1WX = ScatterND (ring_B1WX, slot_BS3, stored_BSX)
+        rows_B1UX = Where (filled_B1U1, every_B1UX, zero)
+    }""",
+    "ChooseTokens": """
+    # positions of the `count` best scores, or of all where there are fewer
+    ChooseTokens <count> (scores_BST) => (chosen_BSK) {
+        one = Constant <value_ints: ints = [1]> ()
+        count = Constant <value_int: int = @count> ()
+        count_1 = Reshape (count, one)
+        tokens_1 = Shape <start: int = 2, end: int = 3> (scores_BST)
+        taken_1 = Min (count_1, tokens_1)
+        best_BSK, chosen_BSK = TopK <axis: int = -1, sorted: int = 0> (scores_BST, taken_1)
+    }""",
+    "SelectVisible": """
+    # visible, and among the chosen
+    SelectVisible (visible_B1ST, chosen_BSK) => (selected_B1ST) {
+        one = Constant <value_ints: ints = [1]> ()
+        none = Constant <value_int: int = 0> ()
+        no = Cast <to: int = 9> (none)
+        yes = Not (no)
+        chosen = Cast <to: int = 7> (chosen_BSK)
+        visible_BST = Squeeze (visible_B1ST, one)
+        shape_BST = Shape (visible_BST)
+        nothing_BST = Expand (no, shape_BST)
+        shape_BSK = Shape (chosen)
+        all_BSK = Expand (yes, shape_BSK)
+        selected_BST = ScatterElements <axis: int = 2> (nothing_BST, chosen, all_BSK)
+        selected_B1ST_ = Unsqueeze (selected_BST, one)
+        selected_B1ST = And (visible_B1ST, selected_B1ST_)
+    }""",
     "MoE": """
-    # sum over the K chosen experts e of weight_e * down_e (activation(gate_e x) * (up_e x))
-    MoE <activation> (hidden_XD, index_XK, weight_XK, gate_up_EID, down_EDI) => (out_XD) {
+    # sum over the K chosen experts e of weight_e * down_e (activation(gate_e x) * (up_e x)); above
+    # a limit the gate is cut, the up product on both sides; experts past the real ones give x
+    MoE <activation, limit, identity>
+        (hidden_XD, index_XK, weight_XK, gate_up_EID, down_EDI) => (out_XD) {
         choice = Constant <value_ints: ints = [1]> ()
         column = Constant <value_ints: ints = [1, 3]> ()
         last = Constant <value_ints: ints = [-1]> ()
@@ -129,11 +217,27 @@ _TEXTS = {
         asked = Constant <value_string: string = @activation> ()
         silu = Constant <value_string: string = "silu"> ()
         gelu = Constant <value_string: string = "gelu"> ()
-        gate_up_XKID = Gather (gate_up_EID, index_XK)
-        down_XKDI = Gather (down_EDI, index_XK)
+        limit = Constant <value_float: float = @limit> ()
+        zero = Constant <value_float: float = 0.0> ()
+        one_ = Constant <value_int: int = 1> ()
+        first = Constant <value_ints: ints = [0]> ()
+        shape_E = Shape <start: int = 0, end: int = 1> (down_EDI)
+        real = Squeeze (shape_E, first)
+        highest = Sub (real, one_)
+        read_XK = Min (index_XK, highest)
+        is_real_XK = Less (index_XK, real)
+        gate_up_XKID = Gather (gate_up_EID, read_XK)
+        down_XKDI = Gather (down_EDI, read_XK)
         hidden_X1D1 = Unsqueeze (hidden_XD, column)
         both_XKI1 = MatMul (gate_up_XKID, hidden_X1D1)
-        gate_XKI1, up_XKI1 = Split <axis: int = 2, num_outputs: int = 2> (both_XKI1)
+        gate_any_XKI1, up_any_XKI1 = Split <axis: int = 2, num_outputs: int = 2> (both_XKI1)
+        is_cut = Greater (limit, zero)
+        below = Neg (limit)
+        gate_cut_XKI1 = Min (gate_any_XKI1, limit)
+        up_low_XKI1 = Max (up_any_XKI1, below)
+        up_cut_XKI1 = Min (up_low_XKI1, limit)
+        gate_XKI1 = Where (is_cut, gate_cut_XKI1, gate_any_XKI1)
+        up_XKI1 = Where (is_cut, up_cut_XKI1, up_any_XKI1)
         sigmoid_XKI1 = Sigmoid (gate_XKI1)
         silu_XKI1 = Mul (gate_XKI1, sigmoid_XKI1)
         gelu_XKI1 = Gelu (gate_XKI1)
@@ -143,7 +247,9 @@ _TEXTS = {
         other_XKI1 = Where (is_gelu, gelu_XKI1, relu_XKI1)
         gated_XKI1 = Where (is_silu, silu_XKI1, other_XKI1)
         inner_XKI1 = Mul (gated_XKI1, up_XKI1)
-        rows_XKD1 = MatMul (down_XKDI, inner_XKI1)
+        made_XKD1 = MatMul (down_XKDI, inner_XKI1)
+        is_real_XK11 = Unsqueeze (is_real_XK, places)
+        rows_XKD1 = Where (is_real_XK11, made_XKD1, hidden_X1D1)
         weight_XK11 = Unsqueeze (weight_XK, places)
         weighted_XKD1 = Mul (rows_XKD1, weight_XK11)
         summed_XD1 = ReduceSum <keepdims: int = 0> (weighted_XKD1, choice)

@@ -50,7 +50,8 @@ _MOVES = {
     "Where",
 }
 _ANY_FLOAT = onnx.TypeProto(tensor_type=onnx.TypeProto.Tensor(elem_type=onnx.TensorProto.FLOAT))
-_CACHE = ("latent_cache.", "rope_key_cache.")
+_CACHE = ("latent_cache.", "rope_key_cache.", "indexer_key_cache.")
+_SMALL = 64  # elements of a constant that can be a shape
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def latent_violations(model: onnx.ModelProto, num_heads: int, row_width: int) ->
     # Shapes that hang on a Range or a Shape are known only once those are folded.
     folded = ir.from_proto(flat)
     optimizer.fold_constants(folded, onnx_shape_inference=True)
+    _constants_inside(folded.graph)
     inferred = shape_inference.infer_shapes(ir.to_proto(folded), data_prop=True)
     return _Walk(num_heads, row_width).graph(inferred.graph, ChainMap(), set())
 
@@ -130,11 +132,10 @@ def _first_calls(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _set_sizes(model: onnx.ModelProto) -> None:
-    for value in [*model.graph.input, *model.graph.output]:
+    for value in [*model.graph.input, *model.graph.output, *model.graph.value_info]:
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param in _DIMS:
                 dim.dim_value = _DIMS[dim.dim_param]
-    del model.graph.value_info[:]
 
 
 def _forget_weights(model: onnx.ModelProto) -> None:
@@ -149,6 +150,28 @@ def _forget_weights(model: onnx.ModelProto) -> None:
             kind.shape.dim.add(dim_value=size)
     del graph.initializer[:]
     graph.initializer.extend(constants)
+
+
+def _constants_inside(graph: ir.Graph) -> None:
+    """Repeat small constants in the branches that read them: inference does not look outside."""
+    for node in graph:
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                _repeat_constants(attribute.as_graph())
+                _constants_inside(attribute.as_graph())
+
+
+def _repeat_constants(branch: ir.Graph) -> None:
+    for number, node in enumerate(list(branch)):
+        for place, value in enumerate(node.inputs):
+            if value is None or value.graph is branch:
+                continue
+            tensor = ir.convenience.get_const_tensor(value)
+            if tensor is not None and tensor.size <= _SMALL:
+                copy = ir.node("Constant", [], attributes={"value": tensor})
+                copy.outputs[0].name = f"{branch.name}_constant_{number}_{place}"
+                branch.insert_before(node, copy)
+                node.replace_input_with(place, copy.outputs[0])
 
 
 class _Walk:
