@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mla_deploy"
 
 # Arrows point down this list only. The ground floor's modules may use one another.
-GROUND = ("errors", "strict_json", "shapes", "targets", "door", "fields", "rope", "experts",
-          "config", "machine", "callable_package")  # fmt: skip
+GROUND = ("errors", "strict_json", "shapes", "targets", "door", "fields", "text_fields", "rope",
+          "experts", "layer_facts", "wrapper", "config", "machine", "callable_package")  # fmt: skip
 FLOORS: tuple[tuple[str, ...], ...] = (
     GROUND,
     ("bundle", "checkpoint"),
