@@ -180,9 +180,14 @@ _TEXTS = {
         scale = Sqrt (wide)
         query_scaled = Div (query_used, scale)
         kept_BSHK = Exp (decay_BSHK)
-        state_out_BHKV, out_BSHV = Scan <
-            num_scan_inputs: int = 6, scan_input_axes: ints = [1, 1, 1, 1, 1, 1],
-            scan_output_axes: ints = [1], body = token (
+        # Tokens first: some runtimes scan the first axis only.
+        query_SBHK = Transpose <perm: ints = [1, 0, 2, 3]> (query_scaled)
+        key_SBHK = Transpose <perm: ints = [1, 0, 2, 3]> (key_used)
+        value_SBHV = Transpose <perm: ints = [1, 0, 2, 3]> (value_BSHV)
+        kept_SBHK = Transpose <perm: ints = [1, 0, 2, 3]> (kept_BSHK)
+        beta_SBH = Transpose <perm: ints = [1, 0, 2]> (beta_BSH)
+        valid_SB = Transpose <perm: ints = [1, 0]> (valid_BS)
+        state_out_BHKV, out_SBHV = Scan <num_scan_inputs: int = 6, body = token (
                 float[B, H, K, V] before, float[B, H, K] query, float[B, H, K] key,
                 float[B, H, V] value, float[B, H, K] kept, float[B, H] beta, bool[B] valid)
             => (float[B, H, K, V] after, float[B, H, V] out) {
@@ -206,7 +211,8 @@ _TEXTS = {
                 valid_B11 = Unsqueeze (valid, inner)
                 out = Where (valid_B11, read_BHV, zero)
             }
-        > (state_BHKV, query_scaled, key_used, value_BSHV, kept_BSHK, beta_BSH, valid_BS)
+        > (state_BHKV, query_SBHK, key_SBHK, value_SBHV, kept_SBHK, beta_SBH, valid_SB)
+        out_BSHV = Transpose <perm: ints = [1, 0, 2, 3]> (out_SBHV)
     }""",
     "ConvState": """
     # activation (depthwise convolution over time of [state | mixed]), for the S new tokens; kept:
