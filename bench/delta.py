@@ -2,7 +2,8 @@
 
 32 heads, keys and values of 128, 4 taps over 12288 channels (Kimi-Linear-48B), fp32; one new token
 of 1 and of 4 rows, and prefills of 32 and 512. The forms are those of `delta_forms.py`; each is
-checked against ours before it is timed. State in and out are one buffer.
+checked against ours before it is timed. State in and out are one buffer, except for `chunked`: its
+last chunk may write the state before it has read all of it.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from provenance import provenance
 from sessions import Arrays, bound_call, open_session, session_options
 from table import Goal, Report, bench_arguments, show
 
-_OURS = "ours"
+_OURS, _CHUNKED = "ours", "chunked"
 _Forms = dict[str, Callable[[Linear], ir.Model]]
 _TABLES: dict[str, tuple[str, _Forms]] = {
     "delta recurrence": ("state", {
         _OURS: lambda s: forms.delta(s, lowered=True),
         "plain body, Scan": lambda s: forms.delta(s, lowered=False),
-        "chunked": chunked,
+        _CHUNKED: chunked,
     }),
     "convolution": ("rows", {
         _OURS: lambda s: forms.conv(s, lowered=True),
@@ -65,7 +66,7 @@ def _rows(table: str, sizes: Linear, feeds: Arrays, options: Any) -> list[dict[s
     for name, build in builders.items():
         held = {**feeds, state: feeds[state].copy()}
         session = open_session(build(sizes), session_options(options.threads))
-        run, fetch = bound_call(session, held, {"state_out": state})
+        run, fetch = bound_call(session, held, {} if name == _CHUNKED else {"state_out": state})
         run()
         found = fetch()
         wanted = found if wanted is None else wanted

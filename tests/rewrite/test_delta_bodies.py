@@ -27,6 +27,7 @@ from tests.rewrite.delta_graphs import (
     delta_feeds,
     delta_reference,
     delta_text,
+    run_in_place,
     worst_relative,
 )
 from tests.rewrite.graphs import TOLERANCE, Arrays, distance, parsed, run
@@ -101,6 +102,19 @@ def test_bodies_run_elsewhere(text: str, feeds: Arrays) -> None:
 
 def modeling(family: str) -> Any:
     return importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+
+
+@pytest.mark.parametrize("new", [1, 5])
+def test_one_buffer_bound_as_state_in_and_out(new: int) -> None:
+    """Nothing in a token's body reads the state after the one operator that writes it."""
+    lengths = [new, 0, new]
+    for text, feeds in (
+        (delta_text(), delta_feeds(lengths, new)),
+        (conv_text(), conv_feeds(lengths, new)),
+    ):
+        apart = run(parsed(text), feeds)
+        out, state = run_in_place(parsed(text), feeds)
+        assert distance({"out": out, "state_out": state}, apart) == 0.0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
