@@ -255,6 +255,102 @@ _TEXTS = {
         summed_XD1 = ReduceSum <keepdims: int = 0> (weighted_XKD1, choice)
         out_XD = Squeeze (summed_XD1, last)
     }""",
+    "DeltaAttention": """
+    # for each valid token in turn, with key width K:
+    #   state <- exp(decay) state;  state <- state + key (beta (value - key^T state))^T
+    #   out = query^T state / sqrt(K);  normalize divides query, key by sqrt(sum of squares + 1e-6)
+    DeltaAttention <normalize>
+        (query_BSHK, key_BSHK, value_BSHV, decay_BSHK, beta_BSH, state_BHKV, valid_BS)
+        => (out_BSHV, state_out_BHKV) {
+        last = Constant <value_ints: ints = [-1]> ()
+        row = Constant <value_ints: ints = [2]> ()
+        inner = Constant <value_ints: ints = [1, 2]> ()
+        all_inner = Constant <value_ints: ints = [1, 2, 3]> ()
+        zero = Constant <value_float: float = 0.0> ()
+        added = Constant <value_float: float = 1e-6> ()
+        asked = Constant <value_int: int = @normalize> ()
+        yes = Constant <value_int: int = 1> ()
+        normalized = Equal (asked, yes)
+        query_squares = ReduceSumSquare <keepdims: int = 1> (query_BSHK, last)
+        query_padded = Add (query_squares, added)
+        query_root = Sqrt (query_padded)
+        query_normed = Div (query_BSHK, query_root)
+        query_used = Where (normalized, query_normed, query_BSHK)
+        key_squares = ReduceSumSquare <keepdims: int = 1> (key_BSHK, last)
+        key_padded = Add (key_squares, added)
+        key_root = Sqrt (key_padded)
+        key_normed = Div (key_BSHK, key_root)
+        key_used = Where (normalized, key_normed, key_BSHK)
+        width = Shape <start: int = 3> (query_BSHK)
+        wide = Cast <to: int = 1> (width)
+        scale = Sqrt (wide)
+        query_scaled = Div (query_used, scale)
+        kept_BSHK = Exp (decay_BSHK)
+        # Tokens first: some runtimes scan the first axis only.
+        query_SBHK = Transpose <perm: ints = [1, 0, 2, 3]> (query_scaled)
+        key_SBHK = Transpose <perm: ints = [1, 0, 2, 3]> (key_used)
+        value_SBHV = Transpose <perm: ints = [1, 0, 2, 3]> (value_BSHV)
+        kept_SBHK = Transpose <perm: ints = [1, 0, 2, 3]> (kept_BSHK)
+        beta_SBH = Transpose <perm: ints = [1, 0, 2]> (beta_BSH)
+        valid_SB = Transpose <perm: ints = [1, 0]> (valid_BS)
+        state_out_BHKV, out_SBHV = Scan <num_scan_inputs: int = 6, body = token (
+                float[B, H, K, V] before, float[B, H, K] query, float[B, H, K] key,
+                float[B, H, V] value, float[B, H, K] kept, float[B, H] beta, bool[B] valid)
+            => (float[B, H, K, V] after, float[B, H, V] out) {
+                kept_BHK1 = Unsqueeze (kept, last)
+                decayed = Mul (before, kept_BHK1)
+                key_BH1K = Unsqueeze (key, row)
+                known_BH1V = MatMul (key_BH1K, decayed)
+                value_BH1V = Unsqueeze (value, row)
+                missing_BH1V = Sub (value_BH1V, known_BH1V)
+                beta_BH1 = Unsqueeze (beta, last)
+                beta_BH11 = Unsqueeze (beta_BH1, last)
+                delta_BH1V = Mul (missing_BH1V, beta_BH11)
+                key_BHK1 = Unsqueeze (key, last)
+                written = Mul (key_BHK1, delta_BH1V)
+                updated = Add (decayed, written)
+                valid_B111 = Unsqueeze (valid, all_inner)
+                after = Where (valid_B111, updated, before)
+                query_BH1K = Unsqueeze (query, row)
+                read_BH1V = MatMul (query_BH1K, updated)
+                read_BHV = Squeeze (read_BH1V, row)
+                valid_B11 = Unsqueeze (valid, inner)
+                out = Where (valid_B11, read_BHV, zero)
+            }
+        > (state_BHKV, query_SBHK, key_SBHK, value_SBHV, kept_SBHK, beta_SBH, valid_SB)
+        out_BSHV = Transpose <perm: ints = [1, 0, 2, 3]> (out_SBHV)
+    }""",
+    "ConvState": """
+    # activation (depthwise convolution over time of [state | mixed]), for the S new tokens; kept:
+    # the P rows that end with each row's last valid token. bias_C may be left out
+    ConvState <channels, activation>
+        (mixed_BSC, state_BPC, weight_C1K, new_lengths_B, bias_C) => (out_BSC, state_out_BPC) {
+        zero = Constant <value_int: int = 0> ()
+        one = Constant <value_int: int = 1> ()
+        time = Constant <value_ints: ints = [1]> ()
+        last = Constant <value_ints: ints = [-1]> ()
+        end = Constant <value_ints: ints = [9223372036854775807]> ()
+        asked = Constant <value_string: string = @activation> ()
+        silu = Constant <value_string: string = "silu"> ()
+        both_BTC = Concat <axis: int = 1> (state_BPC, mixed_BSC)
+        both_BCT = Transpose <perm: ints = [0, 2, 1]> (both_BTC)
+        made_BCY = Conv <group: int = @channels> (both_BCT, weight_C1K, bias_C)
+        made_BYC = Transpose <perm: ints = [0, 2, 1]> (made_BCY)
+        new = Shape <start: int = 1, end: int = 2> (mixed_BSC)
+        first = Neg (new)
+        made_BSC = Slice (made_BYC, first, end, time)
+        sigmoid_BSC = Sigmoid (made_BSC)
+        silu_BSC = Mul (made_BSC, sigmoid_BSC)
+        is_silu = Equal (asked, silu)
+        out_BSC = Where (is_silu, silu_BSC, made_BSC)
+        held_1 = Shape <start: int = 1, end: int = 2> (state_BPC)
+        held = Squeeze (held_1)
+        place_P = Range (zero, held, one)
+        length_B1 = Unsqueeze (new_lengths_B, time)
+        place_BP = Add (length_B1, place_P)
+        place_BP1 = Unsqueeze (place_BP, last)
+        state_out_BPC = GatherND <batch_dims: int = 1> (both_BTC, place_BP1)
+    }""",
 }
 
 COMPOSITES = tuple(_TEXTS)

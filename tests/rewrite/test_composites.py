@@ -189,7 +189,8 @@ def test_oldest_opset() -> None:
 
 
 def test_every_composite_is_tried_here() -> None:
+    """Those of linear attention in `test_delta_bodies.py`."""
     assert set(COMPOSITES) == {
         "RmsNorm", "SplitHeads", "ExpandLatent", "Attention", "LatentAttention", "CacheUpdate",
-        "MoE",
+        "MoE", "DeltaAttention", "ConvState",
     }  # fmt: skip
