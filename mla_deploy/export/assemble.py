@@ -200,8 +200,9 @@ class _Builder:
         common_passes.ClearMetadataAndDocStringPass()(model)
         _forget_types(model)
         model.graph.name = "mla_deploy"
-        model.graph.opset_imports[""] = OPSET
-        model.graph.opset_imports[DOMAIN] = 1
+        for function in model.functions.values():
+            model.graph.opset_imports.update(function.opset_imports)
+        model.graph.opset_imports.update({"": OPSET, DOMAIN: 1})
         model.ir_version = 11
         model.producer_name = "mla-deploy"
         return model
@@ -261,6 +262,11 @@ class _Builder:
             node = ir.node("Constant", [], attributes={"value": initializer.const_value})
             initializer.replace_all_uses_with(node.outputs[0])
             graph.insert_before(graph[0], node)
+        for place, value in enumerate(graph.outputs):
+            if value.producer() is None:  # handed through: a function gives only what it makes
+                node = ir.node("Identity", [value])
+                graph.append(node)
+                graph.outputs[place] = node.outputs[0]
         outputs = list(graph.outputs)
         nodes = list(graph)
         graph.outputs.clear()
@@ -268,9 +274,8 @@ class _Builder:
         graph.remove(nodes)
         for value in formal:
             value.const_value = None
-        body = ir.Graph(
-            formal, outputs, nodes=nodes, opset_imports={"": OPSET, DOMAIN: 1}, name=name
-        )
+        opsets = {**graph.opset_imports, "": OPSET, DOMAIN: 1}
+        body = ir.Graph(formal, outputs, nodes=nodes, opset_imports=opsets, name=name)
         function = ir.Function(DOMAIN, name, graph=body, attributes=[])
         self.model.functions[function.identifier()] = function
 

@@ -177,6 +177,7 @@ def _require_fired(graphs: dict[str, Assembled], trace: Trace) -> None:
         "lower_ring_update": found["RingUpdate"],
         "lower_experts": found["MoE"],
         "lower_delta_attention": found["DeltaAttention"],
+        "lower_conv_state": found["ConvState"],
     }
     order.require_counts(graphs["prefill"].counts, {"lower_expanded_attention": attention, **both})
     order.require_counts(

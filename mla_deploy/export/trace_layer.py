@@ -144,6 +144,7 @@ class _Layer(nn.Module):
             list(zip(self.own, held[:count], strict=True)),
             list(zip(self.shared, held[count:], strict=True)),
         )
+        self.step.cache = cache
         tensors = _all_arguments(self.call, arguments, self.step.plan, rings)
         args, kwargs = self.call.bound(tensors, SharedRows(cache, dict(self.call.reads)))
         kwargs = {**kwargs, cache_keyword(self.layer): cache, "use_cache": True}

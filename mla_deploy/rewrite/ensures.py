@@ -136,6 +136,14 @@ def _set_sizes(model: onnx.ModelProto) -> None:
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param in _DIMS:
                 dim.dim_value = _DIMS[dim.dim_param]
+    known = [v for v in model.graph.value_info if not _has_words(v)]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(known)
+
+
+def _has_words(value: onnx.ValueInfoProto) -> bool:
+    """Whether a size is still a word: inference knows better when all around it is a number."""
+    return any(dim.dim_param for dim in value.type.tensor_type.shape.dim)
 
 
 def _forget_weights(model: onnx.ModelProto) -> None:

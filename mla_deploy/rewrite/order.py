@@ -15,6 +15,8 @@ from mla_deploy.rewrite import (
     lower_attention,
     lower_cache,
     lower_choice,
+    lower_conv,
+    lower_delta,
     lower_expanded,
     lower_experts,
     lower_linear,
@@ -61,6 +63,8 @@ def _lower(growing: bool) -> Rules:
         lower_choice.CHOOSE,
         lower_choice.SELECT,
         lower_experts.RULE,
+        lower_delta.RULE,
+        *lower_conv.RULES,
         # With a bias first: without one it would match the product alone.
         *lower_linear.LINEAR,
         lower_linear.RMS_NORM,

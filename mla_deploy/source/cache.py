@@ -33,8 +33,13 @@ def cached_parts(layer: Any) -> list[torch.Tensor]:
         parts = [layer.keys[0, 0], layer.values[0, 0]]
     if getattr(layer, "indexer_keys", None) is not None:
         parts.append(layer.indexer_keys[0])
-    for states in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})):
-        parts += [state[0].reshape(1, -1) for state in states.values() if state is not None]
+    convolutions, recurrences = (
+        [state[0] for state in getattr(layer, name, {}).values() if state is not None]
+        for name in ("conv_states", "recurrent_states")
+    )
+    # We keep the columns of a convolution as rows, channels last.
+    parts += [state.T.reshape(1, -1) for state in convolutions]
+    parts += [state.reshape(1, -1) for state in recurrences]
     return parts
 
 

@@ -149,8 +149,8 @@ class _Notes:
     def update_conv_state(
         self, mixed: torch.Tensor, index: int, state_idx: int = 0, conv_kernel_size: int = 0
     ) -> torch.Tensor:
-        self.parts.append(CachePart(index, "conv_state", (mixed.shape[1], conv_kernel_size)))
-        return torch.cat((mixed.new_zeros(*mixed.shape[:-1], conv_kernel_size), mixed), dim=-1)
+        self.parts.append(CachePart(index, "conv_state", (conv_kernel_size, mixed.shape[1])))
+        return mixed
 
     def update_recurrent_state(self, state: torch.Tensor, index: int, **_: Any) -> torch.Tensor:
         self.parts.append(CachePart(index, "recurrent_state", tuple(state.shape[1:])))

@@ -5,6 +5,7 @@
     masks                        ->  the step plan's own: visible, ring, valid tokens
     rotary embedding             ->  rope.py, from tables that are graph inputs
     delta attention              ->  DeltaAttention(query, key, value, decay, beta, state, valid)
+    its convolution              ->  ConvState(mixed, state, weight, lengths)
 
 Each is put into the graph with `torch.onnx.ops.symbolic`, the documented door for one's own
 operator. A part that is not known here is refused by name, never traced wrongly.
@@ -28,7 +29,7 @@ from mla_deploy.source.attention_seam import attention, expand_latent
 from mla_deploy.source.experts_seam import experts, has_identity_experts, identity_experts
 from mla_deploy.source.indexer_seam import chosen_by_composite, is_indexer
 from mla_deploy.source.plan import RingPlan, StepPlan
-from mla_deploy.source.traced_cache import DOMAIN
+from mla_deploy.source.traced_cache import DOMAIN, TracedCache
 
 _IMPLEMENTATION = "mla_deploy"
 
@@ -38,6 +39,7 @@ class Step:
     """The call that is being traced: what the hooks, which get no plan passed, look at."""
 
     plan: StepPlan | None = None
+    cache: TracedCache | None = None  # of the layer that is being traced; None while probing
     rings: Mapping[int, RingPlan] = field(default_factory=dict)
 
     def required(self) -> StepPlan:
@@ -58,6 +60,7 @@ def hooked(model: PreTrainedModel) -> Iterator[Step]:
         "create_sliding_window_causal_mask": lambda config, **__: _ring_visible(step, config),
         "create_recurrent_attention_mask": lambda *_, **__: step.required().valid_BS,
         "chunk_kimi_delta_attention": lambda *a, **k: _delta_attention(step.required(), *a, **k),
+        "causal_conv1d_fn": lambda *a, **k: _convolution(step, *a, **k),
     }
     with contextlib.ExitStack() as stack:
         for module in model.modules():
@@ -115,6 +118,19 @@ def _delta_attention(
         version=1,
     )
     return out, state
+
+
+def _convolution(
+    step: Step,
+    mixed_BCS: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    **_: Any,
+) -> torch.Tensor:
+    if step.cache is None:
+        return mixed_BCS  # the probe asks for shapes alone
+    return step.cache.convolve(mixed_BCS, weight, bias, activation)
 
 
 _DELTA_INERT = {"chunk_size", "position_ids", "use_cache", "position_embeddings", "input_ids"}

@@ -1,10 +1,12 @@
 """Stands in for transformers' cache while a layer is traced: each call becomes a composite.
 
-update            ->  CacheUpdate(cache_B1MW, rows_B1SW, plan...)       every token kept
-                  ->  RingUpdate(ring_B1WX, rows_B1SX, ring plan...)    the last `window` kept
-update_indexer    ->  the same, for the indexer's keys
-update_conv_state, update_recurrent_state: plain tensors in, plain tensors out
-rows that another layer stored  ->  CacheRead(cache_B1TW, filled, all_visible)
+update             ->  CacheUpdate(cache_B1MW, rows_B1SW, plan...)     every token is kept
+                   ->  RingUpdate(ring_B1WX, rows_B1SX, ring...)       the last `window` are
+update_indexer     ->  the same, for the indexer's keys
+update_conv_state, then the convolution
+                   ->  ConvState(mixed_BSC, state_BPC, weight_C1K, new_lengths_B)
+rows that another layer stored
+                   ->  CacheRead(cache_B1TW, filled, all_visible)
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ class TracedCache:
         self._held = dict(buffers)
         self._shared = dict(shared)
         self._updated: dict[CacheBuffer, torch.Tensor] = {}
+        self._convolved: CacheBuffer | None = None
 
     @property
     def updated(self) -> tuple[torch.Tensor, ...]:
@@ -72,13 +75,35 @@ class TracedCache:
     def update_conv_state(
         self, mixed_BCS: torch.Tensor, index: int, state_idx: int = 0, **_: Any
     ) -> torch.Tensor:
-        """The kept columns and the new ones; of these the last valid ones of each row are kept."""
-        buffer = self._buffer(index, "conv_state")
-        state_BCP = self._held[buffer]
-        every_BCX = torch.cat((state_BCP, mixed_BCS), dim=-1)
-        columns_BP = self.plan.new_lengths_B[:, None] + torch.arange(state_BCP.shape[-1])
-        self._put(buffer, every_BCX.gather(-1, columns_BP[:, None].expand_as(state_BCP)))
-        return every_BCX
+        """The new columns as they are: the kept ones come in with the convolution."""
+        self._convolved = self._buffer(index, "conv_state")
+        return mixed_BCS
+
+    def convolve(
+        self,
+        mixed_BCS: torch.Tensor,
+        weight_CK: torch.Tensor,
+        bias_C: torch.Tensor | None,
+        activation: str | None,
+    ) -> torch.Tensor:
+        """Composite: the causal convolution behind the kept columns, and the columns kept now."""
+        buffer = self._convolved
+        if buffer is None or activation not in ("silu", None):
+            raise InputError("SRC-SEAM", f"a convolution with activation {activation} is not known")
+        self._convolved = None
+        held_BPC = self._held[buffer]
+        operands = [mixed_BCS.transpose(1, 2), held_BPC, weight_CK[:, None]]
+        operands += [self.plan.new_lengths_B, *(() if bias_C is None else (bias_C,))]
+        out_BSC, state_BPC = onnx_ops.symbolic_multi_out(
+            f"{DOMAIN}::ConvState",
+            operands,
+            {"channels": held_BPC.shape[-1], "activation": activation or "none"},
+            dtypes=(torch.float32, torch.float32),
+            shapes=(operands[0].shape, held_BPC.shape),
+            version=1,
+        )
+        self._put(buffer, state_BPC)
+        return out_BSC.transpose(1, 2)
 
     def update_recurrent_state(
         self, state: torch.Tensor, index: int, state_idx: int = 0, **_: Any
