@@ -183,19 +183,21 @@ _TEXTS = {
         best_BSK, chosen_BSK = TopK <axis: int = -1, sorted: int = 0> (scores_BST, taken_1)
     }""",
     "SelectVisible": """
-    # visible, and among the chosen
+    # visible, and among the chosen; a choice of -1 is none
     SelectVisible (visible_B1ST, chosen_BSK) => (selected_B1ST) {
         one = Constant <value_ints: ints = [1]> ()
+        last = Constant <value_ints: ints = [-1]> ()
         none = Constant <value_int: int = 0> ()
         no = Cast <to: int = 9> (none)
-        yes = Not (no)
         chosen = Cast <to: int = 7> (chosen_BSK)
         visible_BST = Squeeze (visible_B1ST, one)
         shape_BST = Shape (visible_BST)
         nothing_BST = Expand (no, shape_BST)
-        shape_BSK = Shape (chosen)
-        all_BSK = Expand (yes, shape_BSK)
-        selected_BST = ScatterElements <axis: int = 2> (nothing_BST, chosen, all_BSK)
+        another_BS1 = ReduceMax (chosen, last)
+        is_token_BSK = GreaterOrEqual (chosen, none)
+        place_BSK = Where (is_token_BSK, chosen, another_BS1)
+        is_any_BSK = GreaterOrEqual (place_BSK, none)
+        selected_BST = ScatterElements <axis: int = 2> (nothing_BST, place_BSK, is_any_BSK)
         selected_B1ST_ = Unsqueeze (selected_BST, one)
         selected_B1ST = And (visible_B1ST, selected_B1ST_)
     }""",

@@ -178,7 +178,10 @@ class Attend:
         """Over the chosen rows of one new token. [B, H, 1, L]."""
         index_B1K = op.Cast(chosen_B1K, to=ir.DataType.INT64)
         index_BK1 = op.Transpose(index_B1K, perm=[0, 2, 1])
-        seen_B11K = op.GatherElements(visible, op.Unsqueeze(index_B1K, ints(op, [1])), axis=3)
+        index_B11K = op.Unsqueeze(index_B1K, ints(op, [1]))
+        # A choice of -1 is none, and would be read as the last token.
+        is_token_B11K = op.GreaterOrEqual(index_B11K, op.Constant(value_int=0))
+        seen_B11K = op.And(op.GatherElements(visible, index_B11K, axis=3), is_token_B11K)
         seen_B1K1 = swapped(op, seen_B11K)
         keys = []
         for rows in self.rows:

@@ -4,9 +4,10 @@
     # after:   TopK(scores, Min(count, T))
 
     # before:  SelectVisible(visible_B1ST, chosen_BSK)
-    # after:   If(T <= count) { visible }  else { visible and Scatter(no, chosen, yes) }
+    # after:   If(T <= K, all chosen) { visible }  else { visible and Scatter(no, chosen, yes) }
 
-While no more tokens are cached than are chosen, every visible one is, and nothing is scattered.
+While no more tokens are cached than are chosen, every visible one is, and nothing is scattered. A
+choice of -1 is none, and a scatter would take it for the last token.
 """
 
 from __future__ import annotations
@@ -44,16 +45,22 @@ class LowerSelectVisible(Rule):
 def selected(op: Any, visible: ir.Value, chosen: ir.Value) -> ir.Value:
     """visible_B1ST where the token is among chosen_BSK, for any number of new tokens."""
     every = branch("every", [("Identity", [visible])])
+    none = ints(op, [0])
     some = branch(
         "some",
         [
             ("Squeeze", [visible, ints(op, [1])]),
             ("Shape", [0]),
-            ("Expand", [op.Cast(ints(op, [0]), to=_BOOL), 1]),
-            ("Expand", [op.Cast(ints(op, [1]), to=_BOOL), op.Shape(chosen)]),
-            ("ScatterElements", [2, op.Cast(chosen, to=_INT64), 3], {"axis": 2}),
-            ("Unsqueeze", [4, ints(op, [1])]),
-            ("And", [visible, 5]),
+            ("Expand", [op.Cast(none, to=_BOOL), 1]),
+            ("Cast", [chosen], {"to": _INT64}),
+            # In place of none another one of the same new token: both write the same.
+            ("ReduceMax", [3, ints(op, [-1])]),
+            ("GreaterOrEqual", [3, none]),
+            ("Where", [5, 3, 4]),
+            ("GreaterOrEqual", [6, none]),
+            ("ScatterElements", [2, 6, 7], {"axis": 2}),
+            ("Unsqueeze", [8, ints(op, [1])]),
+            ("And", [visible, 9]),
         ],
     )
     out: ir.Value = op.If(every_is_chosen(op, visible, chosen), then_branch=every, else_branch=some)
@@ -61,9 +68,11 @@ def selected(op: Any, visible: ir.Value, chosen: ir.Value) -> ir.Value:
 
 
 def every_is_chosen(op: Any, visible: ir.Value, chosen: ir.Value) -> ir.Value:
-    """Bool scalar: T <= K, there are no more tokens than are chosen."""
+    """Bool scalar: T <= K and no choice is none, so there are no more tokens than are chosen."""
     cached = op.Squeeze(op.Shape(visible, start=3))
-    out: ir.Value = op.LessOrEqual(cached, op.Squeeze(op.Shape(chosen, start=2)))
+    enough = op.LessOrEqual(cached, op.Squeeze(op.Shape(chosen, start=2)))
+    least = op.ReduceMin(op.Cast(chosen, to=_INT64), keepdims=0)
+    out: ir.Value = op.And(enough, op.GreaterOrEqual(least, op.Constant(value_int=0)))
     return out
 
 

@@ -297,7 +297,8 @@ def distance(found: Arrays, wanted: Arrays, names: list[str] | None = None) -> f
 def attention_reference(feeds: Arrays, count: int = 0) -> NDArray[np.float64]:
     """Expanded attention in numpy float64, token by token, from what the composites promise.
 
-    With sinks where the feeds have them; over the `count` best visible tokens unless that is 0.
+    With sinks where the feeds have them; over the `count` best visible tokens unless that is 0, or
+    over `chosen` ones where the feeds name them.
     """
     rows = feeds["new_rows"].astype(np.float64)
     caches = [feeds[name] for name in ("cache0", "cache1") if name in feeds]
@@ -316,6 +317,8 @@ def attention_reference(feeds: Arrays, count: int = 0) -> NDArray[np.float64]:
             if count:
                 order = sorted(seen_X, key=lambda t: -feeds["scores"][b, s, t])  # noqa: B023
                 seen_X = np.array(sorted(order[:count]))
+            if "chosen" in feeds:
+                seen_X = np.array([t for t in seen_X if t in feeds["chosen"][b, s]])
             latent_TL, rope_TR = known_TW[seen_X, :L], known_TW[seen_X, L:]
             key_HTN = np.einsum("hnl,tl->htn", w_HKL[:, :N], latent_TL)
             value_HTV = np.einsum("hvl,tl->htv", w_HKL[:, N:], latent_TL)

@@ -25,6 +25,7 @@ from tests.rewrite.graphs import (
     run,
 )
 from tests.rewrite.test_absorb import _PRODUCT
+from tests.rewrite.test_lower_choice import _EVERY, _SOME
 
 _FOLD = "Mul Shape Concat Reshape"  # scaled, then heads folded into rows
 _SHAPES = "Shape Concat Shape Concat"  # how scores unfold and fold again
@@ -41,12 +42,11 @@ def dense(softmax: str = "Softmax") -> str:
 
 def sparse(taken: str, scores: str, cut: str, softmax: str = "Softmax") -> str:
     """The chosen rows alone; or the choice as a mask, a no-op where every token is chosen."""
-    every = "Shape Squeeze Shape Squeeze LessOrEqual"
-    rest = f"And Cast Cast Shape Cast {every} "
-    rest += "If[Identity | Squeeze Shape Expand Expand ScatterElements Unsqueeze And]"
-    few = f"Cast Transpose Unsqueeze GatherElements Transpose {taken} {scores} Where {softmax} "
+    rest = f"And Cast {_EVERY} If[Identity | {_SOME}]"
+    few = "Cast Transpose Unsqueeze GreaterOrEqual GatherElements And Transpose "
+    few += f"{taken} {scores} Where {softmax} "
     return (
-        f"{every} Shape Squeeze Equal Not And If[{few}MatMul {cut}Reshape | "
+        f"{_EVERY} Shape Squeeze Equal Not And If[{few}MatMul {cut}Reshape | "
         f"{rest} {scores} {dense(softmax)} {cut}Reshape]"
     )
 
@@ -203,6 +203,20 @@ def test_a_choice_of_every_token_masks_nothing(new: int) -> None:
     feeds = attention_feeds(lengths=([5, 3], [new, new], new, 8), **form)
     wanted = attention_reference(feeds)
     assert np.abs(run(after, feeds)["out"] - wanted).max() < TOLERANCE["fp32"]
+
+
+@pytest.mark.parametrize("new", [1, 2])
+def test_a_choice_of_minus_one_is_none(new: int) -> None:
+    """A pooled indexer has places for more tokens than it finds; the last token is not meant."""
+    text = attention_text(count=4).replace("float[batch,new,total] scores", "int32[batch,new,k] chosen")
+    text = text.replace("chosen = mla_deploy.ChooseTokens <count: int = 4> (scores)\n", "")
+    after, _ = fired(absorbed(text), *lower_attention.RULES)
+    feeds = attention_feeds(lengths=([8 - new, 8 - new], [new, new], new, 8))
+    chosen = np.array([[[0, -1, 5, -1], [-1, -1, 7, 2]], [[-1, 1, -1, 6], [4, -1, -1, -1]]])
+    feeds["chosen"] = chosen[:, :new].astype(np.int32)
+    wanted = attention_reference(feeds)
+    for model in (after, parsed(text)):
+        assert np.abs(run(model, feeds)["out"] - wanted).max() < TOLERANCE["fp32"]
 
 
 def test_an_unlowered_mask_means_the_same() -> None:

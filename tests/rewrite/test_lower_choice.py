@@ -20,10 +20,12 @@ BOTH = """g (bool[batch,1,new,total] visible, float[batch,new,total] scores)
     => (bool[batch,1,new,total] selected) {{
     chosen = mla_deploy.ChooseTokens <count: int = {count}> (scores)
     selected = mla_deploy.SelectVisible (visible, chosen) }}"""
-_SELECTED = (
-    "Cast Cast Shape Cast Shape Squeeze Shape Squeeze LessOrEqual "
-    "If[Identity | Squeeze Shape Expand Expand ScatterElements Unsqueeze And]"
+_EVERY = "Shape Squeeze Shape Squeeze LessOrEqual Cast ReduceMin GreaterOrEqual And"
+_SOME = (
+    "Squeeze Shape Expand Cast ReduceMax GreaterOrEqual Where GreaterOrEqual ScatterElements "
+    "Unsqueeze And"
 )
+_SELECTED = f"Cast {_EVERY} If[Identity | {_SOME}]"
 COUNT = 3
 
 
@@ -82,13 +84,24 @@ def test_a_token_chosen_twice_is_chosen() -> None:
     )
 
 
-def test_no_token_at_position_minus_one_is_the_last() -> None:
-    """A pooled indexer writes -1 for none; see `test_none_is_chosen_by_minus_one`."""
-    feeds = {"visible": np.ones((1, 1, 1, 5), bool), "chosen": np.array([[[0, -1, -1]]], np.int32)}
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        [[0, -1, -1], [-1, 2, 1]],  # none is written as -1, which is not the last token
+        [[4, -1, -1], [-1, 4, -1]],  # the last one, beside none
+        [[-1, -1, -1], [3, -1, 4]],  # nothing at all
+        [[0, 1, -1, -1, -1, -1, -1], [4, 2, 0, 1, -1, -1, -1]],  # more places than tokens
+        [[-1] * 5, [4, 3, 2, 1, 0]],  # as many
+    ],
+)
+def test_none_is_chosen_by_minus_one(chosen: list[list[int]]) -> None:
+    visible = np.ones((1, 1, 2, 5), bool)
+    wanted = np.array([[t in places for t in range(5)] for places in chosen])
     before = parsed(SELECT.format(kind="int32"))
     after, _ = fired(before, lower_choice.SELECT)
-    one, other = (run(model, feeds)["selected"] for model in (before, after))
-    np.testing.assert_array_equal(one, other)
+    for model in (before, after):
+        found = run(model, {"visible": visible, "chosen": np.array([chosen], np.int32)})
+        np.testing.assert_array_equal(found["selected"][0, 0], wanted)
 
 
 def feeds_of(cached: list[int], new: list[int], width: int, rows: int) -> Arrays:
