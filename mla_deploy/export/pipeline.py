@@ -207,7 +207,7 @@ def _write_weights(
         report("weights", written, total)
 
     with stage.create(WEIGHT_FILE) as stream:
-        layout.write(stream, weights, source, done)
+        layout.write(stream, weights, done)
 
 
 def _copy_texts(source: Checkpoint, stage: Stage) -> None:
