@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mla_deploy.config import parse_config, read_config
 from mla_deploy.errors import InputError
@@ -22,6 +25,22 @@ from tests.checkpoint.quantizers import (
 from tests.faults.test_cfg import GOOD
 
 KEY = "quantization_config"
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=5,
+)
+CONFIGS = [
+    FP8_CONFIG,
+    AWQ_CONFIG,
+    GPTQ_CONFIG,
+    MODELOPT_CONFIG,
+    compressed_config("pack-quantized", **INT4),
+]
+FIELDS = sorted({key for config in CONFIGS for key in config} | {
+    "quantized_layers", "group_size", "checkpoint_format", "sparsity_config", "kv_cache_scheme",
+    "dynamic", "modules_to_not_convert", "scale_fmt",
+})  # fmt: skip
 
 
 def parsed(fields: Any) -> Quantization:
@@ -216,6 +235,29 @@ def test_a_bad_file_of_modelopt_s_own(tmp_path: Path, content: str, code: str) -
         read_config(tmp_path)
     assert caught.value.code == code
     assert "hf_quant_config.json" in caught.value.message
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(CONFIGS),
+    st.lists(st.tuples(st.integers(0, 40), ANY), max_size=3),
+)
+def test_only_our_refusals_escape(fields: dict[str, Any], edits: list[tuple[int, Any]]) -> None:
+    """Whatever stands in any field, of the object or of the innermost one."""
+    fields = copy.deepcopy(fields)
+    places = [(fields, key) for key in FIELDS]
+    for group in (fields.get("config_groups") or {}).values():
+        places += [(group, key) for key in ("weights", "format", "targets")]
+        places += [(group["weights"], key) for key in (*INT4, "block_structure", "actorder")]
+    for place, value in edits:
+        owner, key = places[place % len(places)]
+        owner[key] = value
+    try:
+        found = parsed(fields)
+    except InputError as error:
+        assert error.code in ("CFG-QUANT", "CFG-TYPE", "CFG-RANGE")
+    else:
+        assert all(hash(scheme) and min(scheme.block) >= 0 for scheme in found.schemes)
 
 
 def test_a_file_of_modelopt_s_own_that_quantises_nothing(tmp_path: Path) -> None:

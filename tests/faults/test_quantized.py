@@ -42,6 +42,10 @@ LAYOUTS: dict[str, tuple[Callable[[torch.Tensor], Made], dict[str, Any]]] = {
         partial(pack_quantized, symmetric=False),
         compressed_config("pack-quantized", **{**INT4, "symmetric": False}),
     ),
+    "int4-shuffled": (
+        partial(pack_quantized, shuffled=True),
+        compressed_config("pack-quantized", **{**INT4, "actorder": "group"}),
+    ),
     "nvfp4": (
         partial(nvfp4, divided=True),
         compressed_config(
@@ -145,6 +149,7 @@ PARTS: dict[str, tuple[str, Change, str, str]] = {
     "int4_zero_point_that_the_config_denies": (
         "int4", lambda t: t.update({f"{STEM}.weight_zero_point": torch.ones(4, 2).int()}),
         "CKPT-PART-SHAPE", ".weight_zero_point"),
+    "int4_no_index": ("int4-shuffled", drop(".weight_g_idx"), "CKPT-PART", ".weight_g_idx"),
     "nvfp4_no_scale": ("nvfp4", drop(".weight_scale"), "CKPT-PART", ".weight_scale"),
     "nvfp4_no_global_scale": (
         "nvfp4", drop(".weight_global_scale"), "CKPT-PART", ".weight_global_scale"),
@@ -200,6 +205,8 @@ VALUES: dict[str, tuple[str, Change, str, str]] = {
         "fp8", put(".weight_scale_inv", lambda t: torch.full(t.shape, 255, dtype=torch.uint8)),
         "CKPT-NONFINITE", ".weight_scale_inv"),
     "int4_scale_nan": ("int4", put(".weight_scale", at(3, torch.nan)), "CKPT-NONFINITE", ".weight"),
+    "int4_index_beyond": (
+        "int4-shuffled", put(".weight_g_idx", at(5, 2)), "CKPT-PART-VALUE", ".weight_g_idx"),
     "nvfp4_scale_nan": (
         "nvfp4", put(".weight_scale", lambda t: at(3, 0x7F)(t.view(torch.uint8)).view(t.dtype)),
         "CKPT-NONFINITE", ".weight_scale"),

@@ -30,16 +30,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _WEIGHT = ".weight"
-# Mistral's own name of the same scale.
-_OTHER_SCALE = ".qscale_weight"
+# Other endings of the same scale: Mistral's own, and that of FP8 with one scale per tensor.
+_OTHER_SCALES = (".qscale_weight", ".weight_scale")
 
 
 def find_fp8(values: TensorInfo, stored: Stored, scheme: WeightScheme) -> QuantizedTensor:
     """Raises: InputError CKPT-PART, CKPT-PART-SHAPE."""
     name = f"{values.name}_scale_inv"
-    other = values.name.removesuffix(_WEIGHT) + _OTHER_SCALE
-    if values.name.endswith(_WEIGHT) and stored.has(other):
-        name = other
+    if values.name.endswith(_WEIGHT) and not stored.has(name):
+        others = [values.name.removesuffix(_WEIGHT) + ending for ending in _OTHER_SCALES]
+        name = next((other for other in others if stored.has(other)), name)
     return _found(values, stored.part(values, name, *FLOATS, "F8_E8M0", "U8"), None, scheme)
 
 
