@@ -29,6 +29,7 @@ from tests.checkpoint.quantizers import (
     pack_quantized,
     quantize_folder,
 )
+from tests.faults.conftest import Refuses
 from tests.faults.refused import refused, refused_within_memory
 from tests.tiny import write_tiny
 
@@ -339,3 +340,29 @@ def test_F_QUANT_12_every_single_part_is_needed(tmp_path: Path) -> None:
                 mapped(folder)
             assert STEM in caught.value.message, (layout, role)
             (folder / "model.safetensors").write_bytes(whole)
+
+
+@pytest.mark.parametrize("case", ["fp8_no_scale", "int4_shape_lies", "awq_no_zero_point"])
+def test_F_QUANT_13_an_export_leaves_no_trace(
+    tmp_path: Path, refuses: Refuses, untraced: None, case: str
+) -> None:
+    layout, change, code, ending = PARTS[case]
+    refuses(edit_weights(written(tmp_path / "model", layout), change), code, STEM + ending)
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [({"quant_method": "wobble"}, "wobble"),
+     (compressed_config("wobble-quantized", **INT4), "wobble-quantized")],
+)  # fmt: skip
+def test_F_QUANT_14_an_unknown_method_or_format(
+    tmp_path: Path, refuses: Refuses, untraced: None, config: dict[str, Any], named: str
+) -> None:
+    folder = written(tmp_path / "model", "int4")
+    refuses(edit_config(folder, quantization_config=config), "CFG-QUANT", named)
+
+
+def test_F_QUANT_15_nan_found_while_weights_are_written(tmp_path: Path, refuses: Refuses) -> None:
+    layout, change, code, ending = VALUES["fp8_nan"]
+    folder = edit_weights(written(tmp_path / "model", layout), change)
+    refuses(folder, code, STEM + ending, seconds=120)
