@@ -112,20 +112,14 @@ _TEXTS = {
             (q_BHSE, k_B1TE, latent_B1TL, visible_B1ST, sinks_H)
     }""",
     "LatentAttention": """
-    # softmax(scale * (q_latent latent^T + q_rope rope_key^T) where visible) latent
+    # softmax(scale * (q_latent latent^T + q_rope rope_key^T) where visible) latent; as one product,
+    # because a runtime need not multiply rope keys of no width
     LatentAttention <scale, heads>
         (q_latent_BHSL, q_rope_BHSR, latent_B1TL, rope_key_B1TR, visible_B1ST) => (out_BHSL) {
-        scale = Constant <value_float: float = @scale> ()
-        masked = Constant <value_float: float = MASKED> ()
-        latent_B1LT = Transpose <perm: ints = [0, 1, 3, 2]> (latent_B1TL)
-        rope_key_B1RT = Transpose <perm: ints = [0, 1, 3, 2]> (rope_key_B1TR)
-        content_BHST = MatMul (q_latent_BHSL, latent_B1LT)
-        position_BHST = MatMul (q_rope_BHSR, rope_key_B1RT)
-        sum_BHST = Add (content_BHST, position_BHST)
-        scores_BHST = Mul (sum_BHST, scale)
-        seen_BHST = Where (visible_B1ST, scores_BHST, masked)
-        probabilities_BHST = Softmax <axis: int = -1> (seen_BHST)
-        out_BHSL = MatMul (probabilities_BHST, latent_B1TL)
+        q_BHSE = Concat <axis: int = -1> (q_latent_BHSL, q_rope_BHSR)
+        k_B1TE = Concat <axis: int = -1> (latent_B1TL, rope_key_B1TR)
+        out_BHSL = mla_deploy.Attention <scale: float = @scale>
+            (q_BHSE, k_B1TE, latent_B1TL, visible_B1ST)
     }""",
     "CacheUpdate": """
     # cache lengthened to T slots, with rows[source] put at slot; and its filled part, widened

@@ -95,8 +95,10 @@ class LowerLatentAttention(Rule):
         queries = [_rows(op, op.Mul(part, scale)) for part in parts]
         heads, rank = int(attribute(node, "heads")), static(latent, -1)
         rows = [Rows.of(op, source) for source in sources]
-        step = Attend(queries, rows, rank, Folding.of(op, heads, visible), sinks)
         choice = producer(visible, "SelectVisible", DOMAIN)
+        # Its shape is that of the mask behind it, which is there anyway.
+        like = visible if choice is None else required(choice.inputs[0])
+        step = Attend(queries, rows, rank, Folding.of(op, heads, like), sinks)
         if choice is None or sources[0].op_type == "RingUpdate":
             # Only the plan's own mask is all true when all is visible; a layer's own is its choice.
             own = visible.producer() is not None
