@@ -314,7 +314,7 @@ def attention_reference(feeds: Arrays, count: int = 0) -> NDArray[np.float64]:
         for s, seen_T in enumerate(visible_ST):
             seen_X = np.flatnonzero(seen_T)
             if count:
-                order = sorted(seen_X, key=lambda t: -feeds["scores"][b, s, t])  # noqa: B023
+                order = sorted(seen_X, key=lambda t: -feeds["scores"][b, s, t])
                 seen_X = np.array(sorted(order[:count]))
             latent_TL, rope_TR = known_TW[seen_X, :L], known_TW[seen_X, L:]
             key_HTN = np.einsum("hnl,tl->htn", w_HKL[:, :N], latent_TL)
