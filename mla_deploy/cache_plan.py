@@ -7,14 +7,12 @@ them an indexer key where the layer has an indexer of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mla_deploy.config import MlaConfig
-
-LINEAR, SLIDING, INDEXED = "linear_attention", "sliding_attention", "indexed_attention"
-_NO_ROWS = ("reuse", "reuse_but_indexer")
+from mla_deploy.layer_facts import FULL, INDEXED, LINEAR, SLIDING, LayerFacts
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,10 @@ class Cached:
 def cache_plan(config: MlaConfig) -> tuple[Cached, ...]:
     """Everything that is cached for one batch row, layer by layer."""
     return tuple(
-        cached for layer in range(_layers(config)) for cached in _layer(config.raw, config, layer)
+        cached
+        for index, layer in enumerate(config.layers)
+        for cached in _layer(config.raw, layer, index)
+        for _ in range(config.attentions_per_layer)
     )
 
 
@@ -52,58 +53,44 @@ def planned_bytes_per_token(config: MlaConfig, itemsize: int) -> int:
     return sum(c.elements * itemsize for c in cache_plan(config) if c.rows is None)
 
 
-def _layers(config: MlaConfig) -> int:
-    """How many caches there are: one a layer, or two where a layer has two attentions."""
-    fields = config.raw
-    twice = fields.get("zero_expert_num") is not None and fields.get("num_layers") is not None
-    return 2 * int(fields["num_layers"]) if twice else config.num_layers
-
-
-def _layer(fields: Mapping[str, Any], config: MlaConfig, layer: int) -> Sequence[Cached]:
-    kind = _at(fields.get("layer_types"), layer) or ""
-    if kind == LINEAR:
-        return _states(fields)
-    window = int(fields["sliding_window"]) if kind == SLIDING else None
-    found = []
-    if _at(fields.get("kv_sharing_modes"), layer) not in _NO_ROWS:
-        rank, rope = _widths(fields, config, layer, sliding=kind == SLIDING)
-        found.append(Cached("latent_cache", rank + rope, window))
-    if _has_indexer(fields, kind, layer):
+def _layer(fields: Mapping[str, Any], layer: LayerFacts, index: int) -> Iterator[Cached]:
+    if layer.kind == LINEAR:
+        yield from _states(fields)
+        return
+    window = _window(fields) if layer.kind == SLIDING else None
+    if layer.owns_latent:
+        yield Cached("latent_cache", layer.row_width, window)
+    if _has_indexer(fields, layer, index):
         width = int(fields["index_head_dim"])
         pooled = fields.get("index_kpool") is not None
         # A pooled indexer caches its gate and whether the token is one, beside its key.
-        found.append(Cached("indexer_key_cache", 2 * width + 1 if pooled else width, None))
-    return found
+        yield Cached("indexer_key_cache", 2 * width + 1 if pooled else width, None)
 
 
-def _widths(
-    fields: Mapping[str, Any], config: MlaConfig, layer: int, *, sliding: bool
-) -> tuple[int, int]:
-    """(L, R) of a layer."""
-    if sliding and fields.get("swa_kv_lora_rank") is not None:
-        rope = fields.get("swa_qk_rope_head_dim", config.qk_rope_head_dim)
-        return int(fields["swa_kv_lora_rank"]), int(rope)
-    turned = _at(fields.get("no_rope_layers"), layer)
-    return config.kv_lora_rank, 0 if turned in (0, False) else config.qk_rope_head_dim
+def _window(fields: Mapping[str, Any]) -> int:
+    return int(fields.get("sliding_window") or fields["sliding_window_size"])
 
 
-def _has_indexer(fields: Mapping[str, Any], kind: str, layer: int) -> bool:
-    if fields.get("index_head_dim") is None or kind not in ("", INDEXED):
-        return False
-    return _at(fields.get("indexer_types"), layer) != "shared"
+def _has_indexer(fields: Mapping[str, Any], layer: LayerFacts, index: int) -> bool:
+    if fields.get("index_head_dim") is None or layer.kind in (FULL, SLIDING):
+        return layer.kind == INDEXED
+    types = fields.get("indexer_types")
+    return types is None or types[index] != "shared"
 
 
-def _states(fields: Mapping[str, Any]) -> Sequence[Cached]:
-    """conv [3 H K, kernel] and recurrent [H, K, K] of delta attention."""
+def _states(fields: Mapping[str, Any]) -> Iterator[Cached]:
+    """conv [kernel, 3 H K] and recurrent [H, K, K] of delta attention."""
     given = fields.get("linear_attn_config") or {}
     heads = int(fields.get("linear_num_heads") or given["num_heads"])
     width = int(fields.get("linear_head_dim") or given["head_dim"])
-    kernel = int(fields.get("linear_conv_kernel_dim") or given["short_conv_kernel_size"])
-    return (
-        Cached("conv_state", 3 * heads * width * kernel, 0),
-        Cached("recurrent_state", heads * width * width, 0),
+    kernel = next(
+        int(value)
+        for value in (
+            fields.get("linear_conv_kernel_dim"),
+            fields.get("short_conv_kernel_size"),
+            given.get("short_conv_kernel_size"),
+        )
+        if value
     )
-
-
-def _at(values: Any, layer: int) -> Any:
-    return values[layer] if isinstance(values, list | tuple) and layer < len(values) else None
+    yield Cached("conv_state", 3 * heads * width * kernel, 0)
+    yield Cached("recurrent_state", heads * width * width, 0)

@@ -2,7 +2,7 @@
 
 Fields are read from the text model, which `wrapper.py` takes out of a wrapper. Rope settings are
 checked in `rope.py`, experts in `experts.py`, what differs from layer to layer in `layer_facts.py`,
-weights against this config in `checkpoint/`.
+quantised weights in `quantization.py`, weights against this config in `checkpoint/`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,13 @@ from mla_deploy.fields import (
     required,
 )
 from mla_deploy.layer_facts import LINEAR, SLIDING, LayerFacts, layer_facts
+from mla_deploy.quantization import (
+    MODELOPT_NAME,
+    QUANTIZATION_KEYS,
+    Quantization,
+    parse_modelopt,
+    parse_quantization,
+)
 from mla_deploy.rope import ROPE_TYPES, RopeFacts, rope_facts
 from mla_deploy.strict_json import canonical_json, parse_json
 from mla_deploy.text_fields import (
@@ -117,6 +124,7 @@ class MlaConfig:
     towers: tuple[str, ...] = ()
     # config.json names classes that come with the checkpoint.
     own_code: bool = False
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         for attribute, largest in _BOUNDS.items():
@@ -183,12 +191,18 @@ def read_config(folder: str | Path) -> MlaConfig:
 
 def config_in(folder: Folder) -> MlaConfig:
     """The config in an open checkpoint folder. Raises as `read_config`."""
-    return parse_config(folder.read_bytes(CONFIG_NAME, "checkpoint", max_bytes=MAX_CONFIG_BYTES))
+    text = folder.read_bytes(CONFIG_NAME, "checkpoint", max_bytes=MAX_CONFIG_BYTES)
+    if MODELOPT_NAME not in folder.names():
+        return parse_config(text)
+    beside = folder.read_bytes(MODELOPT_NAME, "checkpoint", max_bytes=MAX_CONFIG_BYTES)
+    return parse_config(text, beside)
 
 
-def parse_config(text: bytes) -> MlaConfig:
+def parse_config(text: bytes, modelopt: bytes | None = None) -> MlaConfig:
     """The config that `text`, the bytes of a config.json, holds.
 
+    `modelopt`: the bytes of a hf_quant_config.json beside it, used if config.json itself says
+    nothing of quantisation.
     Raises: InputError CFG-JSON, CFG-NOT-MLA, CFG-MISSING, CFG-TYPE, CFG-RANGE, CFG-HEADS,
     CFG-EXPERTS, CFG-FAMILY, CFG-LAYER-TYPE, CFG-ROPE, CFG-ROPE-CONFLICT, CFG-QUANT.
     """
@@ -201,7 +215,7 @@ def parse_config(text: bytes) -> MlaConfig:
         raise InputError("CFG-JSON", f"{CONFIG_NAME} holds {kind(parsed)}, wanted an object")
     found = sections(parsed)
     fields = found.text
-    _check_not_quantized(fields, parsed)
+    quantization = _quantization((fields, found.whole), parsed, modelopt)
     _check_mla(fields)
     rope = rope_facts(fields)
     experts = expert_facts(fields)
@@ -224,7 +238,8 @@ def parse_config(text: bytes) -> MlaConfig:
         bos_token_id=next(iter(token_ids(found, "bos_token_id")), None),
         raw=fields,
         digest=hashlib.sha256(canonical_json(found.whole)).hexdigest(),
-        notes=found.notes,
+        notes=found.notes + (quantization.notes if quantization else ()),
+        quantization=quantization,
         identity_experts=experts.identity,
         attentions_per_layer=attentions,
         whole=found.whole,
@@ -250,19 +265,18 @@ def _check_mla(fields: Mapping[str, Any]) -> None:
     )
 
 
-def _check_not_quantized(fields: dict[str, Any], parsed: Mapping[str, Any]) -> None:
-    for key in ("quantization_config", "compression_config"):
-        found = fields.pop(key, None) or parsed.get(key)
-        if not found:
-            continue
-        method = found.get("quant_method") if isinstance(found, dict) else found
-        raise InputError(
-            "CFG-QUANT",
-            f"{key} says quant_method {quoted(method)}: quantised checkpoints are not read yet",
-            hint="use the bf16, fp16 or fp32 weights of this model",
-            field=key,
-            quant_method=quoted(method),
-        )
+def _quantization(
+    parts: tuple[dict[str, Any], ...], parsed: Mapping[str, Any], modelopt: bytes | None
+) -> Quantization | None:
+    """What the config says of quantised weights, taken out of `parts`: the source is in float."""
+    for key in QUANTIZATION_KEYS:
+        found = [part.pop(key, None) for part in parts]
+        value = next((each for each in (*found, parsed.get(key)) if each), None)
+        if value:
+            return parse_quantization(value, key)
+    if modelopt is None:
+        return None
+    return parse_modelopt(parse_json(modelopt, what=MODELOPT_NAME, code="CFG-JSON"))
 
 
 def _check_model(config: MlaConfig) -> None:

@@ -18,6 +18,8 @@ from mla_deploy.layer_facts import LAYER_TYPES
 
 ROPE_TYPES = ("default", "linear", "yarn", "longrope", "llama3")
 DEFAULT_THETA = 10_000.0
+# Another name of a type, in configs that came with their own code.
+_ALIASES = {"deepseek_yarn": "yarn"}
 
 # What each type needs; all need rope_theta, which has a default.
 _NEEDED = {
@@ -166,6 +168,8 @@ def _merged(fields: Mapping[str, Any]) -> dict[str, Any]:
         if fields.get(key) is not None:
             _put(rope, key, fields[key], "config.json")
     rope_type = rope.setdefault("rope_type", "default")
+    if isinstance(rope_type, str):
+        rope_type = rope["rope_type"] = _ALIASES.get(rope_type, rope_type)
     if rope_type not in ROPE_TYPES:
         raise _refusal(
             "rope_type",

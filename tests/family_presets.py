@@ -226,6 +226,11 @@ _BASE: dict[str, Preset] = {
         mtp="model.mtp.layers.0.",
     ),
     "minicpm3": Preset("minicpm3", {**_SIZES, "dim_model_base": 24}),
+    "sarvam_mla": Preset(
+        "sarvam_mla",
+        {**_SIZES, **_EXPERTS, "q_lora_rank": None, "first_k_dense_replace": 1,
+         "rope_parameters": YARN},
+    ),
     "youtu": Preset("youtu", _SIZES),
     "mistral4": Preset("mistral4", _MISTRAL4),
     "axk1": Preset(

@@ -132,7 +132,11 @@ def _staged(
 
 def _build(source: Checkpoint, stage: Stage, options: ExportOptions, report: Progress) -> Bundle:
     config = source.config
-    cache = CacheForm(fused=options.cache_layout == "fused", growing=options.cache == "growing")
+    cache = CacheForm(
+        fused=options.cache_layout == "fused",
+        growing=options.cache == "growing",
+        least_rows=1 + int(config.raw.get("index_kpool") or 1),
+    )
     # All that headers and small files can get refused comes before the trace, which takes seconds.
     weights = source_weights(source)
     check_tied(weights)
@@ -207,7 +211,7 @@ def _write_weights(
         report("weights", written, total)
 
     with stage.create(WEIGHT_FILE) as stream:
-        layout.write(stream, weights, source, done)
+        layout.write(stream, weights, done)
 
 
 def _copy_texts(source: Checkpoint, stage: Stage) -> None:

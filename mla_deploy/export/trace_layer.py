@@ -37,6 +37,7 @@ class CacheForm:
 
     fused: bool
     growing: bool
+    least_rows: int = 2  # rows that an indexer's pools need to be told apart from one pool
 
     def buffers(self, call: LayerCall) -> tuple[CacheBuffer, ...]:
         """The caches that a layer keeps."""
@@ -44,11 +45,11 @@ class CacheForm:
 
     def dims(self) -> tuple[Any, Any, tuple[Any, Any]]:
         """Export dims: batch, new tokens, (rows held before, rows seen)."""
-        dim = torch.export.Dim
+        dim, least = torch.export.Dim, self.least_rows
         batch, new = dim(shapes.BATCH), dim(shapes.NEW_TOKENS)
         if self.growing:
-            return batch, new, (dim(shapes.PAST_TOKENS), dim("total_tokens"))
-        capacity = dim(shapes.CAPACITY)
+            return batch, new, (dim(shapes.PAST_TOKENS), dim("total_tokens", min=least))
+        capacity = dim(shapes.CAPACITY, min=least)
         return batch, new, (capacity, capacity)
 
 

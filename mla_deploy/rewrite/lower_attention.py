@@ -100,7 +100,9 @@ class LowerLatentAttention(Rule):
         like = visible if choice is None else required(choice.inputs[0])
         step = Attend(queries, rows, rank, Folding.of(op, heads, like), sinks)
         if choice is None or sources[0].op_type == "RingUpdate":
-            return step.dense(op, visible, step.rows[0].all_visible)
+            # Only the plan's own mask is all true when all is visible; a layer's own is its choice.
+            own = visible.producer() is not None
+            return step.dense(op, visible, None if own else step.rows[0].all_visible)
         return _sparse(op, step, *(required(value) for value in choice.inputs))
 
 
@@ -163,7 +165,10 @@ class Attend:
         scores_B1XT = self._scores(op, keys)
         if plain is None:
             weights = self._softmax(op, self.folding.masked(op, scores_B1XT, visible))
-            return self._heads(op, op.MatMul(weights, keys[0]))
+            values = keys[0]
+            if self.rows[0].filled_B1T1 is not None:
+                values = _cleared(op, values, self.rows[0].filled_B1T1)
+            return self._heads(op, op.MatMul(weights, values))
         bare = Body("bare")
         bare_out = bare.MatMul(self._softmax(bare, scores_B1XT), keys[0])
         stale = Body("stale")

@@ -24,6 +24,11 @@ _INERT = {
 }  # fmt: skip
 
 
+def carries_something(value: Any) -> bool:
+    """Whether an argument can change a result: not when it is left out, or a flag that is off."""
+    return value is not None and value is not False
+
+
 def expand_latent(
     module: nn.Module, latent_B1TL: torch.Tensor, rope_key_B1TR: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,7 +63,7 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """Stands in for the attention function; transformers calls it with these."""
     chosen, sinks = arguments.pop("indices", None), arguments.pop("s_aux", None)
-    unknown = sorted(k for k, v in arguments.items() if v is not None and k not in _INERT)
+    unknown = sorted(k for k, v in arguments.items() if carries_something(v) and k not in _INERT)
     if unknown or scaling is None or attention_mask is None:
         raise InputError(
             "SRC-SEAM",

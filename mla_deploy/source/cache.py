@@ -29,7 +29,7 @@ def cached_parts(layer: Any) -> list[torch.Tensor]:
     keeps window - 1 rows. States come as one row each.
     """
     parts = []
-    if getattr(layer, "is_initialized", False):
+    if getattr(layer, "keys", None) is not None:
         parts = [layer.keys[0, 0], layer.values[0, 0]]
     if getattr(layer, "indexer_keys", None) is not None:
         parts.append(layer.indexer_keys[0])

@@ -24,7 +24,7 @@ from mla_deploy.source.plan import RingPlan, StepPlan, ring_plan, step_plan
 from mla_deploy.source.seams import Step
 
 # Sizes that are told apart from one another and from any width of a model by being primes.
-BATCH, NEW, ROWS = 13, 11, 17
+BATCH, NEW, ROWS = 13, 11, 1009
 _CACHE_WORDS = ("cache", "past_key_values", "use_cache")
 
 
@@ -111,7 +111,11 @@ def probe_layers(model: PreTrainedModel, layers: list[Any], step: Step) -> tuple
 def sliding_windows(model: PreTrainedModel) -> dict[int, int]:
     """Window by cache index, of the cache layers that transformers itself makes sliding."""
     layers = DynamicCache(config=model.config).layers
-    return {i: int(layer.sliding_window) for i, layer in enumerate(layers) if layer.is_sliding}
+    return {
+        index: int(layer.sliding_window)
+        for index, layer in enumerate(layers)
+        if getattr(layer, "is_sliding", False)
+    }
 
 
 def planned_tensors(plan: StepPlan, rings: Any) -> dict[int, str]:

@@ -58,6 +58,12 @@ def rope_tables(rotary: nn.Module | None) -> RopeTables:
         )
     build: Any = type(rotary)
     real: Any = build(config=rotary.config)
+    if real.config.rope_parameters.get("mrope_section") is not None:
+        raise InputError(
+            "SRC-ROPE",
+            f"{type(rotary).__name__} turns by positions on several axes (mrope_section)",
+            hint="only text positions on one axis are known; export the text model alone",
+        )
     if not hasattr(real, "original_inv_freq"):
         return {kind: _typed_table(real, kind) for kind in real.rope_type}
     return {"": _table(real)}

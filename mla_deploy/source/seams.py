@@ -14,6 +14,7 @@ operator. A part that is not known here is refused by name, never traced wrongly
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,8 +26,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from mla_deploy.errors import InputError
-from mla_deploy.source.attention_seam import attention, expand_latent
-from mla_deploy.source.experts_seam import experts, has_identity_experts, identity_experts
+from mla_deploy.source.attention_seam import attention, carries_something, expand_latent
+from mla_deploy.source.experts_seam import expert_gates, experts, has_identity
 from mla_deploy.source.indexer_seam import chosen_by_composite, is_indexer
 from mla_deploy.source.plan import RingPlan, StepPlan
 from mla_deploy.source.traced_cache import DOMAIN, TracedCache
@@ -53,7 +54,8 @@ def hooked(model: PreTrainedModel) -> Iterator[Step]:
     """Within, `model` traces to composites; outside, its classes are as they were."""
     step = Step()
     AttentionInterface.register(_IMPLEMENTATION, attention)
-    ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, experts)
+    gated = functools.partial(experts, expert_gates(model))
+    ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, gated)
     functions: dict[str, Callable[..., Any]] = {
         "apply_rotary_emb": _rotate_pairs,
         "create_causal_mask": lambda *_, **__: step.required().visible_B1ST,
@@ -72,8 +74,8 @@ def hooked(model: PreTrainedModel) -> Iterator[Step]:
                 stack.enter_context(chosen_by_composite(module, step.required))
         for owner in {type(m) for m in model.modules() if hasattr(m, "expand_kv")}:
             stack.enter_context(_swapped(owner, "expand_kv", expand_latent))
-        for owner in {type(m) for m in model.modules() if has_identity_experts(m)}:
-            stack.enter_context(_swapped(owner, "forward", identity_experts))
+        for owner in [m for m in model.modules() if has_identity(m)]:
+            stack.enter_context(_swapped(owner, "forward", functools.partial(gated, owner)))
         for source in {inspect.getmodule(type(m)) for m in model.modules()}:
             for name, function in functions.items():
                 if hasattr(source, name):
@@ -102,7 +104,7 @@ def _delta_attention(
     **unknown: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Composite: padding leaves the state as it is and gives zeros. `g` is the log of the decay."""
-    left = sorted(k for k, v in unknown.items() if v is not None and k not in _DELTA_INERT)
+    left = sorted(k for k, v in unknown.items() if carries_something(v) and k not in _DELTA_INERT)
     if left:
         raise InputError("SRC-SEAM", f"delta attention is called with {', '.join(left)}")
     batch, _, heads, width = key_BSHK.shape

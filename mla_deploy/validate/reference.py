@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ class RowTrace:
     """One row after its calls: logits after each call, and the cache it left, per layer."""
 
     logits: Floats  # [X, vocab]
-    cached: tuple[Floats, ...]  # by cache layer, as `Runner.cached_rows`
+    cached: Mapping[int, Floats]  # by cache layer, as `Runner.cached_rows`
 
 
 class Reference:
@@ -63,7 +63,7 @@ class Reference:
         if segments not in self._traces:
             self._source.reset()
             logits = [self._source.prefill([segment])[0] for segment in segments]
-            cached = tuple(self._source.cached_rows(i, 0) for i in self._source.cache_layers)
+            cached = {i: self._source.cached_rows(i, 0) for i in self._source.cache_layers}
             self._traces[segments] = RowTrace(np.stack(logits), cached)
         return self._traces[segments]
 

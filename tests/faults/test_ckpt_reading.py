@@ -64,9 +64,8 @@ def test_stand_in_for_a_file(good: Path, content: bytes, word: str, name: str, c
 
 
 @pytest.mark.parametrize("scale", [None, [1, 1], [7, 7]], ids=["none", "right", "wrong"])
-def test_F_CKPT_63_64_fp8_is_refused_whatever_its_scale(
-    good: Path, scale: list[int] | None
-) -> None:
+def test_F_CKPT_63_64_fp8_without_a_word_in_the_config(good: Path, scale: list[int] | None) -> None:
+    """Right scales do not help: nothing tells the size of their blocks."""
     import torch
 
     name = "model.layers.0.self_attn.kv_b_proj.weight"
@@ -76,4 +75,5 @@ def test_F_CKPT_63_64_fp8_is_refused_whatever_its_scale(
         if scale:
             tensors[f"{name}_scale_inv"] = torch.ones(scale)
 
-    refused(lambda: opened(edit_weights(good, change)), "CKPT-DTYPE", name, "FP8")
+    named = [name, "F8_E4M3", "quantization_config"] + (["weight_block_size"] if scale else [])
+    refused(lambda: opened(edit_weights(good, change)), "CKPT-DTYPE", *named)

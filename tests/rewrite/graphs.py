@@ -315,7 +315,7 @@ def attention_reference(feeds: Arrays, count: int = 0) -> NDArray[np.float64]:
         for s, seen_T in enumerate(visible_ST):
             seen_X = np.flatnonzero(seen_T)
             if count:
-                order = sorted(seen_X, key=lambda t: -feeds["scores"][b, s, t])  # noqa: B023
+                order = sorted(seen_X, key=lambda t: -feeds["scores"][b, s, t])
                 seen_X = np.array(sorted(order[:count]))
             if "chosen" in feeds:
                 seen_X = np.array([t for t in seen_X if t in feeds["chosen"][b, s]])

@@ -72,10 +72,13 @@ def test_attention_from_trace_to_plain(dtype: str, graph: str, name: str) -> Non
     uses = collect_weights(after, _OTHERS)
     order.require_lowered(after)
     assert {node.domain for node in after.graph} == {""}
-    wanted = also | {
-        "prefill": {"lower_expanded_attention": 1},
-        "decode": {"absorb_projections": 1, "lower_latent_attention": 1},
-    }[graph]
+    wanted = (
+        also
+        | {
+            "prefill": {"lower_expanded_attention": 1},
+            "decode": {"absorb_projections": 1, "lower_latent_attention": 1},
+        }[graph]
+    )
     if graph == "prefill" and form.get("count"):
         wanted["lower_select_visible"] = 1  # in decode the attention itself does it
     if graph == "prefill" and form.get("shared"):
