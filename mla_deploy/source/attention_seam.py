@@ -18,15 +18,10 @@ from mla_deploy.errors import InputError
 from mla_deploy.source.traced_cache import DOMAIN
 
 # Arguments that carry nothing the graph does not already have.
-_INERT = {
+INERT = {
     "dropout", "position_ids", "use_cache", "is_causal", "output_attentions", "sliding_window",
-    "input_ids", "position_embeddings",
+    "input_ids", "position_embeddings", "output_router_logits", "output_hidden_states",
 }  # fmt: skip
-
-
-def carries_something(value: Any) -> bool:
-    """Whether an argument can change a result: not when it is left out, or a flag that is off."""
-    return value is not None and value is not False
 
 
 def expand_latent(
@@ -63,7 +58,7 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """Stands in for the attention function; transformers calls it with these."""
     chosen, sinks = arguments.pop("indices", None), arguments.pop("s_aux", None)
-    unknown = sorted(k for k, v in arguments.items() if carries_something(v) and k not in _INERT)
+    unknown = sorted(k for k, v in arguments.items() if v is not None and k not in INERT)
     if unknown or scaling is None or attention_mask is None:
         raise InputError(
             "SRC-SEAM",

@@ -26,7 +26,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from mla_deploy.errors import InputError
-from mla_deploy.source.attention_seam import attention, carries_something, expand_latent
+from mla_deploy.source.attention_seam import INERT, attention, expand_latent
 from mla_deploy.source.experts_seam import expert_gates, experts, has_identity
 from mla_deploy.source.indexer_seam import chosen_by_composite, is_indexer
 from mla_deploy.source.plan import RingPlan, StepPlan
@@ -104,7 +104,9 @@ def _delta_attention(
     **unknown: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Composite: padding leaves the state as it is and gives zeros. `g` is the log of the decay."""
-    left = sorted(k for k, v in unknown.items() if carries_something(v) and k not in _DELTA_INERT)
+    left = sorted(
+        k for k, v in unknown.items() if v is not None and k not in INERT and k != "chunk_size"
+    )
     if left:
         raise InputError("SRC-SEAM", f"delta attention is called with {', '.join(left)}")
     batch, _, heads, width = key_BSHK.shape
@@ -133,9 +135,6 @@ def _convolution(
     if step.cache is None:
         return mixed_BCS  # the probe asks for shapes alone
     return step.cache.convolve(mixed_BCS, weight, bias, activation)
-
-
-_DELTA_INERT = {"chunk_size", "position_ids", "use_cache", "position_embeddings", "input_ids"}
 
 
 def _rotate_pairs(

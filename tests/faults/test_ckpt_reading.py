@@ -1,4 +1,4 @@
-"""F-CKPT 56-64: files that change or are not what they seem while they are read; dtypes."""
+"""F-CKPT 54-64: other formats, files that change or are not what they seem while they are read; dtypes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,35 @@ def good(tmp_path: Path) -> Path:
     return write_tiny(tmp_path / "model")
 
 
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    return write_tiny(tmp_path / "sharded", max_shard_size="60KB")
+
+
 def opened(folder: Path) -> None:
     open_checkpoint(folder).close()
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "last.ckpt"])
+def test_F_CKPT_54_only_pickles(good: Path, name: str) -> None:
+    (good / WEIGHTS).rename(good / name)
+    refused(lambda: opened(good), "CKPT-FORMAT", name, "save_pretrained")
+
+
+def test_F_CKPT_54_no_weights_at_all(good: Path) -> None:
+    (good / WEIGHTS).unlink()
+    refused(lambda: opened(good), "CKPT-FORMAT", "no weights")
+
+
+def test_F_CKPT_54_shards_without_an_index(sharded: Path) -> None:
+    (sharded / INDEX).unlink()
+    refused(lambda: opened(sharded), "CKPT-INDEX", INDEX)
+
+
+def test_F_CKPT_55_pickle_beside_safetensors_is_a_note(good: Path) -> None:
+    (good / "pytorch_model.bin").write_bytes(b"\x80\x04never opened")
+    with open_checkpoint(good) as checkpoint:
+        assert any("pytorch_model.bin" in note for note in checkpoint.notes)
 
 
 def test_F_CKPT_56_truncated_while_open(good: Path) -> None:

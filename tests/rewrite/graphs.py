@@ -161,7 +161,8 @@ def experts_text(
         float[tokens,{chosen}] weight, float[{gates},{2 * inner},{D}] "mlp.experts.gate_up_proj",
         float[{experts},{D},{inner}] "mlp.experts.down_proj") => (float[tokens,{D}] out) {{
         out = mla_deploy.MoE
-            <activation: string = "{activation}", limit: float = {limit}, identity: int = {identity}>
+            <activation: string = "{activation}",
+             limit: float = {limit}, identity: int = {identity}>
             (hidden, index, weight, "mlp.experts.gate_up_proj", "mlp.experts.down_proj") }}"""
 
 

@@ -208,7 +208,9 @@ def test_a_choice_of_every_token_masks_nothing(new: int) -> None:
 @pytest.mark.parametrize("new", [1, 2])
 def test_a_choice_of_minus_one_is_none(new: int) -> None:
     """A pooled indexer has places for more tokens than it finds; the last token is not meant."""
-    text = attention_text(count=4).replace("float[batch,new,total] scores", "int32[batch,new,k] chosen")
+    text = attention_text(count=4).replace(
+        "float[batch,new,total] scores", "int32[batch,new,k] chosen"
+    )
     text = text.replace("chosen = mla_deploy.ChooseTokens <count: int = 4> (scores)\n", "")
     after, _ = fired(absorbed(text), *lower_attention.RULES)
     feeds = attention_feeds(lengths=([8 - new, 8 - new], [new, new], new, 8))
@@ -234,7 +236,8 @@ TWICE = "out = mla_deploy.Attention <scale: float = 0.4> (query, key, value, vis
 
 def test_two_attentions_in_one_layer() -> None:
     """Branches of both lie side by side in one graph, and names in them are the same."""
-    second = """key2, value2 = mla_deploy.ExpandLatent <heads: int = 3, nope: int = 4, value: int = 5>
+    second = """key2, value2 = mla_deploy.ExpandLatent
+            <heads: int = 3, nope: int = 4, value: int = 5>
             (latent, rope_key, w_kv_b)
         out2 = mla_deploy.Attention <scale: float = 0.9> (query, key2, value2, visible)
         """
