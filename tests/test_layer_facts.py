@@ -109,6 +109,12 @@ def test_bytes_of_layers_that_differ() -> None:
     assert shared.expanded_bytes_per_token(2) == 27 * 16 * 320 * 2
 
 
+def test_bytes_where_all_layers_slide() -> None:
+    config = of_v2_lite(layer_types=[SLIDING] * 26 + [LINEAR])
+    assert config.cache_bytes_per_token(2) == 26 * 576 * 2
+    assert config.expanded_bytes_per_token(2) == 26 * 16 * 320 * 2
+
+
 def test_two_attentions_in_a_layer() -> None:
     config = parsed("auto_map", "num_hidden_layers", num_layers=14)
     assert (config.num_layers, config.attentions_per_layer) == (14, 2)

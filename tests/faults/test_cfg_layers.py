@@ -115,6 +115,7 @@ def test_F_CFG_123_integer(saved: Any, field: str, value: Any, code: str) -> Non
          {"layer_types": None,
           "linear_attn_config": {"full_attn_layers": [0, 1, 2], "kda_layers": [3, 4]}},
          "CFG-RANGE", ("full_attn_layers",)),
+        ("kimi_linear", {"layer_types": ["linear_attention"] * 4}, "CFG-NOT-MLA", ("layer_types",)),
         ("bailing_hybrid", {"kda_safe_gate": 1}, "CFG-TYPE", ("kda_safe_gate",)),
         ("bailing_hybrid", {"kda_lower_bound": "low"}, "CFG-TYPE", ("kda_lower_bound",)),
         ("hy_v4", {"swiglu_limit": True}, "CFG-TYPE", ("swiglu_limit",)),
