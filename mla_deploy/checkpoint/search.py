@@ -217,7 +217,8 @@ class Search:
         if len(found) > 1:
             one, other = list(found.values())[:2]
             raise duplicate(one, other)
-        return PER_EXPERT_STYLES[next(iter(found), 0) % len(PER_EXPERT_STYLES)]
+        style = next(iter(found), 0)
+        return PER_EXPERT_STYLES[0 if style == _FUSED_STYLE else style]
 
     def _take(self, canonical: str, shape: tuple[int, ...]) -> TensorSlice | None:
         name = self.names.get(canonical)
