@@ -359,7 +359,7 @@ def test_towers_without_their_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["deepseek_v3", "bailing_hybrid", "youtu"])
 def test_prediction_layers_hide_no_layer(tmp_path: Path, name: str) -> None:
     folder = write_family(tmp_path, name)
-    lists = {"layer_types": ["linear_attention"] * 3, "mlp_layer_types": ["dense"] * 3}
+    lists = {"layer_types": ["full_attention"] * 3, "mlp_layer_types": ["dense"] * 3}
     changes = lists if name == "bailing_hybrid" else {}
     edit_config(folder, num_hidden_layers=3, **changes)
     error = refused(folder)
