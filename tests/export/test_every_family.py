@@ -104,7 +104,7 @@ def test_a_sliding_layer_keeps_a_window(tmp_path: Path) -> None:
 
 def test_a_layer_that_reads_another_s_rows_keeps_none(tmp_path: Path) -> None:
     bundle = made(tmp_path, "mistral_large4", cache="growing")
-    modes = read_config(tmp_path / "checkpoint").raw["kv_sharing_modes"]
+    layers = read_config(tmp_path / "checkpoint").layers
     latents = {t["layer"] for t in bundle.manifest["cache"]["tensors"] if "latent" in t["kind"]}
-    assert latents == {i for i, mode in enumerate(modes) if not str(mode).startswith("reuse")}
+    assert latents == {i for i, layer in enumerate(layers) if layer.owns_latent}
     assert validate(bundle, source=tmp_path / "checkpoint").passed
