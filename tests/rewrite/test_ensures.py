@@ -6,9 +6,11 @@ from typing import Any
 
 import onnx
 import onnx.parser
+import onnx_ir as ir
 import pytest
 
 from mla_deploy.errors import MlaDeployError
+from mla_deploy.rewrite import ensures
 from mla_deploy.rewrite.ensures import latent_violations, require_latent_only
 from tests.exported import GROWING, HALF_SPLIT, PLAIN, Exported, exported
 
@@ -61,9 +63,12 @@ _SCORES = """keys = Transpose <perm: ints = [0, 1, 3, 2]> ({rows})
     out = MatMul (weights, {rows})"""
 
 
+def _whole(body: str) -> str:
+    return _GRAPH.format(body=body).replace("latent_cache.0", '"latent_cache.0"')
+
+
 def violations(body: str) -> list[tuple[str, int]]:
-    text = _GRAPH.format(body=body).replace("latent_cache.0", '"latent_cache.0"')
-    found = latent_violations(onnx.parser.parse_model(text), HEADS, WIDTH)
+    found = latent_violations(onnx.parser.parse_model(_whole(body)), HEADS, WIDTH)
     return [(v.value, v.per_token) for v in found]
 
 
@@ -133,6 +138,73 @@ def test_inside_a_branch() -> None:
         else_branch = f () => (b) { b = Identity (zero) }>
     out = Mul (query, some)"""
     assert violations(body) == [("wide", 32)]
+
+
+# A branch over the row as a trace leaves it: the shapes that it reshapes by lie outside.
+_BRANCH = """folded = Constant <value_ints: ints = [0, 1, -1, 24]> ()
+    apart = Constant <value_ints: ints = [0, 4, -1, 24]> ()
+    total = ReduceSum <keepdims: int = 0> (query)
+    zero = Constant <value_float: float = 0.0> ()
+    positive = Greater (total, zero)
+    out = If (positive) <
+        then_branch = t () => (a) {
+            rows = Reshape (query, folded)
+            turned = Transpose <perm: ints = [0, 1, 3, 2]> (rows)
+            scores = MatMul (latent_cache.0, turned)
+            back = Transpose <perm: ints = [0, 1, 3, 2]> (scores)
+            weights = Softmax <axis: int = -1> (back)
+            made = MatMul (weights, latent_cache.0)
+            a = Reshape (made, apart)
+        },
+        else_branch = f () => (b) { b = Identity (query) }>"""
+
+
+def test_a_branch_that_reshapes_by_a_constant_outside_of_it() -> None:
+    """Its shapes are known: scores hold one number a head, which is allowed."""
+    assert violations(_BRANCH) == []
+
+
+def test_without_the_constant_inside_nothing_of_it_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ensures, "_constants_inside", lambda graph: None)
+    assert -1 in [held for _, held in violations(_BRANCH)]
+
+
+@pytest.mark.parametrize("place", ["scores", "weights"])
+def test_an_expanded_key_inside_a_branch_with_constants(place: str) -> None:
+    """As many values as a key of 4 heads of 8 holds, beside the attention proper."""
+    wide = "wide = MatMul (latent_cache.0, w)\n            heads = Reshape (wide, folded8)\n"
+    body = _BRANCH.replace(f"            {place} =", f"            {wide}            {place} =")
+    body = "folded8 = Constant <value_ints: ints = [0, -1, 4, 8]> ()\n    " + body
+    assert violations(body) == [("wide", 32), ("heads", 32)]
+
+
+def test_an_expanded_key_two_branches_deep() -> None:
+    inner = """b = If (positive) <
+                then_branch = tt () => (c) {
+                    wide = MatMul (latent_cache.0, w)
+                    few = ReduceMax <keepdims: int = 0> (wide)
+                    c = Mul (query, few)
+                },
+                else_branch = ff () => (d) { d = Identity (query) }>"""
+    body = _BRANCH.replace("b = Identity (query)", inner)
+    assert violations(body) == [("wide", 32)]
+
+
+def test_a_large_constant_is_not_repeated() -> None:
+    """Weights of a branch stay outside, whatever their number."""
+    model = ir.from_proto(onnx.parser.parse_model(_whole(_BRANCH)))
+    ensures._constants_inside(model.graph)
+    branch = next(n for n in model.graph if n.op_type == "If").attributes["then_branch"].as_graph()
+    inside = [node for node in branch if node.op_type == "Constant"]
+    assert [node.attributes["value"].as_tensor().size for node in inside] == [4, 4]
+    onnx.checker.check_model(ir.to_proto(model))
+    big = _BRANCH.replace("[0, 1, -1, 24]", str(list(range(65))))
+    model = ir.from_proto(onnx.parser.parse_model(_whole(big)))
+    ensures._constants_inside(model.graph)
+    branch = next(n for n in model.graph if n.op_type == "If").attributes["then_branch"].as_graph()
+    assert len([node for node in branch if node.op_type == "Constant"]) == 1
 
 
 def test_a_value_of_unknown_shape_is_refused() -> None:
