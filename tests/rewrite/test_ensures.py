@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import onnx
@@ -10,11 +12,14 @@ import onnx_ir as ir
 import pytest
 
 from mla_deploy.errors import MlaDeployError
-from mla_deploy.rewrite import ensures
+from mla_deploy.rewrite import ensures, order
 from mla_deploy.rewrite.ensures import latent_violations, require_latent_only
+from mla_deploy.rewrite.weights import collect_weights
 from tests.exported import GROWING, HALF_SPLIT, PLAIN, Exported, exported
+from tests.rewrite.graphs import H, L, N, R, V, attention_text, parsed
 
 HEADS, WIDTH = 4, 24
+GRAPHS = (order.decode_cpu, order.prefill_cpu)
 
 
 def graph_of(made: Exported, name: str) -> onnx.ModelProto:
@@ -164,11 +169,74 @@ def test_a_branch_that_reshapes_by_a_constant_outside_of_it() -> None:
     assert violations(_BRANCH) == []
 
 
-def test_without_the_constant_inside_nothing_of_it_is_known(
+FORMS: list[dict[str, Any]] = [
+    {}, {"split": True}, {"sinks": True}, {"rope": 0}, {"count": 3}, {"shared": True},
+    {"count": 3, "sinks": True, "split": True},
+]  # fmt: skip
+
+
+def lowered(rules: Any, **form: Any) -> ir.Model:
+    """An attention step after `rules`, with the names that a bundle's graphs have."""
+    text = attention_text(**form)
+    for old, new in ((r"new", "new_tokens"), (r"total", "capacity")):
+        text = re.sub(rf"\b{old}\b", new, text)
+    model = parsed(re.sub(r"\bcache(\d)\b", r'"latent_cache.\1"', text))
+    order.apply_rules(model, rules)
+    collect_weights(model, {str(v.name) for v in model.graph.inputs} - {"w_kv_b"})
+    return model
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_attention(form: dict[str, Any]) -> None:
+    row = L + form.get("rope", R)
+    decode, prefill = (lowered(rules(False), **form) for rules in GRAPHS)
+    assert latent_violations(ir.to_proto(decode), H, row) == []
+    held = {v.per_token for v in latent_violations(ir.to_proto(prefill), H, row)}
+    assert {H * N, H * V} <= held
+
+
+def test_without_the_constants_inside_a_sparse_layer_is_not_understood(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Two branches deep a Reshape by a constant outside is of unknown shape."""
+    model = ir.to_proto(lowered(order.decode_cpu(False), count=3))
     monkeypatch.setattr(ensures, "_constants_inside", lambda graph: None)
-    assert -1 in [held for _, held in violations(_BRANCH)]
+    assert -1 in [v.per_token for v in latent_violations(model, H, L + R)]
+
+
+def branches(graph: ir.Graph) -> Iterator[ir.Graph]:
+    for node in graph:
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                yield attribute.as_graph()
+                yield from branches(attribute.as_graph())
+
+
+@pytest.mark.parametrize("place", range(6))
+def test_an_expanded_key_in_any_branch_of_a_sparse_layer(place: int) -> None:
+    """few | rows, every | some, bare | stale: each in turn has a key of all heads as well."""
+    model = lowered(order.decode_cpu(False), count=3)
+    found = list(branches(model.graph))
+    assert [graph.name for graph in found] == ["few", "rows", "every", "some", "bare", "stale"]
+    cache = next(v for v in model.graph.outputs if v.name != "out")
+    wide = ir.val("w_wide", ir.DataType.FLOAT, [L + R, H * N])
+    model.graph.inputs.append(wide)
+    key = ir.node("MatMul", [cache, wide])
+    key.outputs[0].name = "wide"
+    # What nobody reads would be tidied away before it is seen.
+    out = found[place].outputs[0]
+    first = ir.node("ReduceMax", [key.outputs[0]], attributes={"keepdims": 0})
+    more = ir.node("Cast", [first.outputs[0]], attributes={"to": out_type(found[place])})
+    sum_ = ir.node("Or" if out_type(found[place]) == 9 else "Add", [out, more.outputs[0]])
+    found[place].extend([key, first, more, sum_])
+    found[place].outputs[0] = sum_.outputs[0]
+    told = latent_violations(ir.to_proto(model), H, L + R)
+    assert [(v.value, v.per_token) for v in told] == [("wide", H * N)]
+
+
+def out_type(branch: ir.Graph) -> int:
+    """bool for a mask, else float."""
+    return 9 if branch.name in ("every", "some") else 1
 
 
 @pytest.mark.parametrize("place", ["scores", "weights"])
