@@ -100,9 +100,7 @@ class LowerLatentAttention(Rule):
         like = visible if choice is None else required(choice.inputs[0])
         step = Attend(queries, rows, rank, Folding.of(op, heads, like), sinks)
         if choice is None or sources[0].op_type == "RingUpdate":
-            # Only the plan's own mask is all true when all is visible; a layer's own is its choice.
-            own = visible.producer() is not None
-            return step.dense(op, visible, None if own else step.rows[0].all_visible)
+            return step.dense(op, visible, _all_visible(step, visible))
         return _sparse(op, step, *(required(value) for value in choice.inputs))
 
 
@@ -235,7 +233,8 @@ def _sparse(op: Any, step: Attend, visible: ir.Value, chosen: ir.Value) -> ir.Va
     few = Body("few")
     few_out = step.chosen(few, visible, chosen)
     all_rows = Body("rows")
-    plain = all_rows.And(required(step.rows[0].all_visible), every)
+    all_visible = _all_visible(step, visible)
+    plain = None if all_visible is None else all_rows.And(all_visible, every)
     all_out = step.dense(all_rows, selected(all_rows, visible, chosen), plain)
     out: ir.Value = op.If(
         op.And(one_new, op.Not(every)),
@@ -243,6 +242,13 @@ def _sparse(op: Any, step: Attend, visible: ir.Value, chosen: ir.Value) -> ir.Va
         else_branch=all_rows.graph(all_out),
     )
     return out
+
+
+def _all_visible(step: Attend, visible: ir.Value) -> ir.Value | None:
+    """Tells that `visible` is all true. None: only the plan's own mask is when all is visible to
+    the plan, and this one is the layer's.
+    """
+    return step.rows[0].all_visible if visible.producer() is None else None
 
 
 def _cleared(op: Any, rows: ir.Value, filled: ir.Value | None) -> ir.Value:

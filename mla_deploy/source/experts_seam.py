@@ -90,7 +90,8 @@ def _gate(module: Any) -> tuple[str, float] | None:
                 return known, 0.0
         return None
     limit = getattr(module, "swiglu_limit", None)
-    if limit is None or not _is_clamped_silu(gate, module, float(limit)):
+    # A limit of 0 leaves nothing in the source, and would read as no limit here.
+    if limit is None or float(limit) <= 0 or not _is_clamped_silu(gate, module, float(limit)):
         return None
     return "silu", float(limit)
 

@@ -205,6 +205,44 @@ def test_a_choice_of_every_token_masks_nothing(new: int) -> None:
     assert np.abs(run(after, feeds)["out"] - wanted).max() < TOLERANCE["fp32"]
 
 
+OWN: dict[str, tuple[dict[str, Any], str]] = {
+    "dense": ({}, "visible"),
+    "split, sinks": ({"split": True, "sinks": True}, "visible"),
+    "shared rows": ({"shared": True}, "visible"),
+    "sparse": ({"count": 3}, "visible, chosen"),
+    "sparse, every token chosen": ({"count": 8}, "visible, chosen"),
+}
+
+
+@pytest.mark.parametrize("step", ["every slot is seen", "padded, full and idle"])
+@pytest.mark.parametrize("name", OWN)
+def test_a_mask_of_the_layer_s_own_is_never_skipped(name: str, step: str) -> None:
+    """All is visible to the plan, and the layer hides some of it nevertheless."""
+    form, operand = OWN[name]
+    text = attention_text(**form).replace("bool all_visible", "bool all_visible, bool[total] kept")
+    head, _, tail = text.rpartition(f"{operand}")
+    at = head.rindex("\n")
+    text = (
+        f"{head[:at]}\n mine = And (visible, kept){head[at:]}{operand.replace('visible', 'mine')}"
+    )
+    before = parsed(text + tail)
+    after, count = fired(before, *absorb.RULES, *lower_attention.RULES)
+    assert count == 2
+    feeds = attention_feeds(lengths=STEPS[step], seed=2, **form)
+    feeds["kept"] = np.array([False, True, True, False, True, True, True, True])
+    if "count" in form:
+        feeds["scores"] = np.where(feeds["kept"], feeds["scores"], np.float32(-1e30))
+    found = run(after, feeds)
+    assert distance(found, run(before, feeds)) < TOLERANCE["fp32"]
+    whole = attention_reference(feeds, form.get("count", 0))
+    batch, _, new, _ = feeds["visible"].shape
+    kept_X = np.flatnonzero(feeds["kept"])
+    feeds["chosen"] = np.broadcast_to(kept_X, (batch, new, kept_X.size))
+    reference = attention_reference(feeds, form.get("count", 0))
+    assert np.abs(found["out"] - reference).max() < TOLERANCE["fp32"]
+    assert "count" in form or np.abs(whole - reference).max() > 1e-2
+
+
 @pytest.mark.parametrize("new", [1, 2])
 def test_a_choice_of_minus_one_is_none(new: int) -> None:
     """A pooled indexer has places for more tokens than it finds; the last token is not meant."""

@@ -15,6 +15,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from mla_deploy.errors import InputError
 from mla_deploy.source.cache_parts import CachePart, buffers_of
+from mla_deploy.source.experts_seam import expert_gates
 from mla_deploy.source.plan import step_plan
 from mla_deploy.source.seams import hooked
 from mla_deploy.source.traced_cache import TracedCache
@@ -117,21 +118,71 @@ def shifted(self: Any, gate_up: torch.Tensor) -> torch.Tensor:
     return nn.functional.silu(gate.clamp(max=self.swiglu_limit)) * (up + 1)
 
 
-@pytest.mark.parametrize(("gate", "known"), [(clamped, True), (shifted, False)])
-def test_a_gate_of_a_class_s_own_is_tried(
-    monkeypatch: pytest.MonkeyPatch, gate: Any, known: bool
-) -> None:
-    """A clamp is taken over; another gate (as GPT-OSS has) would be lost without a word."""
+def cut_on_both_sides(self: Any, gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.clamp(-self.swiglu_limit, self.swiglu_limit).chunk(2, dim=-1)
+    return nn.functional.silu(gate) * up
+
+
+def up_not_cut(self: Any, gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return nn.functional.silu(gate.clamp(max=self.swiglu_limit)) * up
+
+
+def up_first(self: Any, gate_up: torch.Tensor) -> torch.Tensor:
+    up, gate = gate_up.chunk(2, dim=-1)
+    return clamped(self, torch.cat((gate, up), dim=-1))
+
+
+def interleaved(self: Any, gate_up: torch.Tensor) -> torch.Tensor:
+    return clamped(self, torch.cat((gate_up[..., ::2], gate_up[..., 1::2]), dim=-1))
+
+
+def steeper(self: Any, gate_up: torch.Tensor) -> torch.Tensor:
+    """As GPT-OSS: x sigmoid(1.702 x)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    limit = self.swiglu_limit
+    gate = gate.clamp(max=limit)
+    return gate * torch.sigmoid(1.702 * gate) * up.clamp(-limit, limit)
+
+
+def of_two(self: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return clamped(self, torch.cat((gate, up), dim=-1))
+
+
+def taken(monkeypatch: pytest.MonkeyPatch, gate: Any, limit: float | None) -> bool:
     model = tiny_model("deepseek_v3")
     module = model.model.layers[1].mlp.experts
-    module.swiglu_limit = 2.0
+    module.swiglu_limit = limit
     monkeypatch.setattr(type(module), "_apply_gate", gate)
+    assert (module in expert_gates(model)) == (expert_gates(model).get(module) == ("silu", limit))
     with hooked(model):
-        if known:
-            assert experts(module).shape == (2, 48)
-        else:
-            with pytest.raises(InputError, match="SRC-SEAM"):
-                experts(module)
+        try:
+            return bool(experts(module).shape == (2, 48))
+        except InputError as error:
+            assert error.code == "SRC-SEAM"
+            return False
+
+
+@pytest.mark.parametrize("limit", [0.05, 0.5, 2.0, 10.0])
+def test_a_clamp_is_taken_over(monkeypatch: pytest.MonkeyPatch, limit: float) -> None:
+    assert taken(monkeypatch, clamped, limit)
+
+
+@pytest.mark.parametrize(
+    "gate", [shifted, cut_on_both_sides, up_not_cut, up_first, interleaved, steeper, of_two]
+)
+@pytest.mark.parametrize("limit", [0.05, 0.5, 2.0, 10.0])
+def test_another_gate_is_refused(monkeypatch: pytest.MonkeyPatch, gate: Any, limit: float) -> None:
+    """It would be lost without a word."""
+    assert not taken(monkeypatch, gate, limit)
+
+
+@pytest.mark.parametrize("limit", [None, 0.0, -1.0])
+def test_a_clamp_at_nothing_is_refused(
+    monkeypatch: pytest.MonkeyPatch, limit: float | None
+) -> None:
+    """At 0 the source gives zeros, and our 0 means no clamp."""
+    assert not taken(monkeypatch, clamped, limit)
 
 
 @pytest.mark.usefixtures("hooks")
