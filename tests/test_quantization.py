@@ -196,7 +196,7 @@ def test_the_source_never_sees_it(key: str) -> None:
 
 
 def test_beside_a_text_config() -> None:
-    whole = {"text_config": GOOD, "quantization_config": FP8_CONFIG}
+    whole = {"model_type": "kimi_k25", "text_config": GOOD, "quantization_config": FP8_CONFIG}
     config = parse_config(json.dumps(whole).encode())
     assert config.quantization == parsed(FP8_CONFIG)
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mla_deploy.errors import InputError
 from mla_deploy.source.attention_seam import choose_tokens
 from mla_deploy.source.plan import StepPlan
 
@@ -36,12 +37,11 @@ def is_pooled(module: nn.Module) -> bool:
 def chosen_by_composite(module: Any, plan: Callable[[], StepPlan]) -> Iterator[None]:
     """Within, the indexer `module` traces to `ChooseTokens`; a pooled one to plain operators."""
     if is_pooled(module):
-        original = module.forward
         module.forward = lambda *args, **kwargs: _pooled(module, plan(), *args, **kwargs)
         try:
             yield
         finally:
-            module.forward = original
+            del module.forward
         return
     count, original = int(module.index_topk), module.forward
 
@@ -78,9 +78,17 @@ def _pooled(
     """Token positions int32 [B, S, index_topk + pool - 1], -1 where there is none.
 
     Pools of `index_kpool` tokens start at token 0 of each row; one is a candidate when its last
-    token is visible. Visible tokens behind the last whole pool are always taken where the module
-    says so.
+    token is visible. Visible tokens behind the last whole pool are always taken.
+
+    Raises: SRC-SEAM when the module does not take those.
     """
+    if not module.index_kpool_always_select_tail:
+        raise InputError(
+            "SRC-SEAM",
+            "index_kpool_always_select_tail is false: a token with no whole pool before it then "
+            "chooses nothing, and the source gives it a mean over every row there is",
+            hint="no published model has it; wanted true",
+        )
     cache = renamed.get("past_key_values", cache)
     pool, heads, width = int(module.index_kpool), int(module.n_heads), int(module.head_dim)
     query_BSHK = module.wq_b(q_resid).unflatten(-1, (heads, width))
@@ -114,8 +122,7 @@ def _pooled(
     token_BSCG = best_BSC[..., None] * pool + torch.arange(pool)
     token_BSX = torch.where(taken_BSC[..., None], token_BSCG, -1).flatten(-2)
     missing = int(module.index_topk) - count * pool
-    if module.index_kpool_always_select_tail:
-        token_BSX = torch.cat((token_BSX, _tail(visible_BST, pool)), dim=-1)
+    token_BSX = torch.cat((token_BSX, _tail(visible_BST, pool)), dim=-1)
     token_BSX = nn.functional.pad(token_BSX, (0, missing), value=-1)
     return torch.where(attention_mask[..., None], token_BSX, -1).to(torch.int32)
 

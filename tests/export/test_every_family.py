@@ -16,6 +16,7 @@ from mla_deploy import open_runner
 from mla_deploy.bundle import Bundle, open_bundle
 from mla_deploy.cache_plan import cache_plan
 from mla_deploy.config import read_config
+from mla_deploy.errors import InputError
 from mla_deploy.export import export
 from mla_deploy.runtime import generate
 from mla_deploy.validate import validate
@@ -77,6 +78,12 @@ class TestOthers:
 
 def test_a_mixture_of_known_parts_needs_no_code(tmp_path: Path) -> None:
     check(tmp_path, "glm_moe_dsa", **MIXTURE)
+
+
+def test_pools_that_may_choose_nothing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="index_kpool_always_select_tail"):
+        made(tmp_path, "glm5_next", {"index_kpool_always_select_tail": False})
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_each_of_these_is_a_known_family() -> None:
