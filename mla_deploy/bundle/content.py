@@ -104,13 +104,13 @@ def find_damage(descriptor: int, record: FileRecord) -> str | None:
     so the whole-file hash adds nothing. The caller has compared the size.
     """
     if not record.blocks:
-        found = _sha256_of_range(descriptor, 0, record.bytes)
+        found = sha256_of_range(descriptor, 0, record.bytes)
         return None if found == record.sha256 else f"sha256 is {found}, wanted {record.sha256}"
     starts = range(0, record.bytes, BLOCK_BYTES)
     threads = min(os.cpu_count() or 1, len(record.blocks), _MAX_THREADS)
     with ThreadPoolExecutor(threads, thread_name_prefix="mla-deploy-hash") as pool:
         pending = [
-            pool.submit(_sha256_of_range, descriptor, start, min(start + BLOCK_BYTES, record.bytes))
+            pool.submit(sha256_of_range, descriptor, start, min(start + BLOCK_BYTES, record.bytes))
             for start in starts
         ]
         try:
@@ -123,7 +123,7 @@ def find_damage(descriptor: int, record: FileRecord) -> str | None:
     return None
 
 
-def _sha256_of_range(descriptor: int, start: int, stop: int) -> str:
+def sha256_of_range(descriptor: int, start: int, stop: int) -> str:
     """sha256 of bytes [start, stop); of fewer when the file ends early."""
     hasher = hashlib.sha256()
     buffer = memoryview(bytearray(min(_READ_BYTES, max(stop - start, 1))))

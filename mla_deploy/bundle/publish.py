@@ -67,8 +67,8 @@ def stage_bundle(
         try:
             with as_failures(target):
                 fs.make_folder(path)
-                if exists and not fs.can_exchange(path):
-                    raise _cannot_replace(target)
+                if exists:
+                    require_exchange(path, target.parent, fs)
             with disk_failures(target):
                 yield stage
         finally:
@@ -81,6 +81,8 @@ def stage_bundle(
 class Stage:
     """The folder a bundle is made in. Files are named once and never reopened for writing."""
 
+    manifest_name = MANIFEST_NAME
+
     def __init__(self, path: Path, target: Path, *, replace: bool, fs: FileSystem) -> None:
         self.path = path
         self._target = target
@@ -88,6 +90,15 @@ class Stage:
         self._fs = fs
         self._records: dict[str, FileRecord] = {}
         self._open: dict[str, StagedFile] = {}
+
+    def named(self, part: str) -> str:
+        """The file name of a part: "prefill.onnx", "decode.onnx", or "weights"."""
+        return f"{part}.safetensors" if part == "weights" else part
+
+    def require_space(self, needed_bytes: int) -> None:
+        """Raises: EnvironmentFailure ENV-DISK."""
+        with as_failures(self._target):
+            check_space(self.path, needed_bytes, self._fs)
 
     def create(self, name: str) -> StagedFile:
         """A new file of the bundle, hashed while it is written; a context manager.
@@ -131,21 +142,32 @@ class Stage:
         with as_failures(self._target):
             self._check_complete()
             file = StagedFile(
-                self._fs.create(self.path / MANIFEST_NAME), self._fs, self._target, lambda _: None
+                self._fs.create(self.path / self.manifest_name),
+                self._fs,
+                self._target,
+                lambda _: None,
             )
             with file:
                 file.write(text)
             self._fs.sync_folder(self.path)
-            bundle = open_bundle(self.path, verify="sizes")
+            bundle = self._accepted()
             self._move()
         discard(self.path, self._fs)  # after an exchange: the old bundle
-        return dataclasses.replace(bundle, path=self._target, verified="full")
+        return self._published(bundle)
 
     def abandon(self) -> None:
         """Close what is still open, without keeping it."""
         for file in self._open.values():
             file.abandon()
         self._open.clear()
+
+    def _accepted(self) -> Bundle:
+        """The stage as our own reader sees it; its hashes were taken while it was written."""
+        return open_bundle(self.path, verify="sizes")
+
+    def _published(self, accepted: Bundle) -> Bundle:
+        """What was accepted, at the place where it stands now."""
+        return dataclasses.replace(accepted, path=self._target, verified="full")
 
     def _move(self) -> None:
         parent = self._target.parent
@@ -285,10 +307,15 @@ class StagedFile:
             self.abandon()
 
 
-def _cannot_replace(target: Path) -> EnvironmentFailure:
-    return EnvironmentFailure(
-        "ENV-RENAME",
-        f"the file system of {quoted(target.parent)} cannot swap two folders in one step, "
-        "so a bundle on it cannot be replaced safely",
-        hint="choose a new output, or remove the old bundle first",
-    )
+def require_exchange(stage: Path, folder: Path, fs: FileSystem) -> None:
+    """Refuse to replace where two names cannot be swapped in one step, tried inside `stage`.
+
+    Raises: EnvironmentFailure ENV-RENAME; OSError.
+    """
+    if not fs.can_exchange(stage):
+        raise EnvironmentFailure(
+            "ENV-RENAME",
+            f"the file system of {quoted(folder)} cannot swap two names in one step, so a bundle "
+            "on it cannot be replaced safely",
+            hint="choose a new output, or remove the old bundle first",
+        )

@@ -85,7 +85,7 @@ def assemble(
     return Assembled(builder.finished(), counts)
 
 
-def bind_weights(model: ir.Model, layout: WeightLayout, folder: Path) -> None:
+def bind_weights(model: ir.Model, layout: WeightLayout, folder: Path, file: str) -> None:
     """Point every weight initializer at its bytes in the weight file."""
     ranges = layout.ranges()
     for name, value in model.graph.initializers.items():
@@ -93,7 +93,7 @@ def bind_weights(model: ir.Model, layout: WeightLayout, folder: Path) -> None:
             offset, length = ranges[name]
             stored = layout.weights[name]
             value.const_value = ir.ExternalTensor(
-                WEIGHT_FILE,
+                file,
                 offset,
                 length,
                 IR_DTYPES[stored.dtype],

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import mla_deploy
 from mla_deploy.checkpoint import Checkpoint, WeightMap
 from mla_deploy.config import MlaConfig
 from mla_deploy.export.assemble import Assembled, GraphForm, cache_names, graph_values
-from mla_deploy.export.weights import DTYPES, WEIGHT_FILE, WeightLayout
+from mla_deploy.export.weights import DTYPES, WeightLayout
 
 if TYPE_CHECKING:
     from mla_deploy.export.pipeline import ExportOptions
@@ -26,8 +27,9 @@ def manifest_of(
     *,
     layout: WeightLayout,
     weights: WeightMap,
+    named: Callable[[str], str],
 ) -> dict[str, Any]:
-    """Everything but `files`, which publishing adds."""
+    """Everything but `files`, which publishing adds; `named` gives a part's file name."""
     config = source.config
     itemsize = DTYPES[options.dtype].itemsize
     crossover = config.crossover_tokens
@@ -57,10 +59,10 @@ def manifest_of(
         },
         "crossover_tokens": crossover if math.isfinite(crossover) else None,
         "all_logits": options.all_logits,
-        "io": _io(form, graphs),
+        "io": _io(form, graphs, named),
         "rewrite": {name: graph.counts for name, graph in graphs.items()},
         "weights": {
-            "file": WEIGHT_FILE,
+            "file": named("weights"),
             "bytes": layout.total_bytes,
             "tensors": len(layout.weights),
         },
@@ -87,7 +89,9 @@ def _model(config: MlaConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in fields}
 
 
-def _io(form: GraphForm, graphs: dict[str, Assembled]) -> dict[str, Any]:
+def _io(
+    form: GraphForm, graphs: dict[str, Assembled], named: Callable[[str], str]
+) -> dict[str, Any]:
     layers = range(form.config.num_layers)
     pairs = [
         [given, updated]
@@ -99,7 +103,7 @@ def _io(form: GraphForm, graphs: dict[str, Assembled]) -> dict[str, Any]:
     io: dict[str, Any] = {"alias": [] if form.cache.growing else pairs}
     for name, graph in graphs.items():
         io[name] = {
-            "file": f"{name}.onnx",
+            "file": named(f"{name}.onnx"),
             "inputs": graph_values(list(graph.model.graph.inputs), _kind),
             "outputs": graph_values(list(graph.model.graph.outputs), _kind),
         }
