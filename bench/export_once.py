@@ -27,19 +27,19 @@ def main(checkpoint: Path, out: Path, threads: int, realtime: bool) -> dict[str,
     from mla_deploy import export, open_checkpoint
 
     torch.set_num_threads(threads)
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     export(checkpoint, out)
     seconds = time.perf_counter() - start
     with open_checkpoint(checkpoint) as source:
         largest = max(tensor.nbytes for tensor in source.tensors.values())
     return {
         "call_seconds": seconds, "processor_seconds": time.process_time(),
-        "before_bytes": before, "peak_bytes": _resident("VmHWM"),
+        "before_bytes": before, "peak_bytes": resident("VmHWM"),
         "largest_tensor_bytes": largest,
     }  # fmt: skip
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024

@@ -16,10 +16,9 @@ import dataclasses
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from mla_deploy.bundle.failures import as_failures, disk_failures, finish
 from mla_deploy.bundle.filesystem import FileSystem

@@ -172,7 +172,7 @@ def open_bundle(
 
 
 def manifest_name(names: Iterable[str]) -> str | None:
-    """The manifest among the names in a folder; a checkpoint may have a manifest.json of its own."""
+    """The manifest among names in a folder; a checkpoint may have a manifest.json of its own."""
     known = set(names)
     return next((name for name in (IN_PLACE_MANIFEST, MANIFEST_NAME) if name in known), None)
 

@@ -78,7 +78,7 @@ def export(
     `in_place`, without `out`, writes the bundle beside the checkpoint, as files `mla-deploy.*` of
     its folder: weights stay in the checkpoint's files and dtype, and are not read.
 
-    Raises: EXP-OPTION, EXP-IN-PLACE, CFG-*, CKPT-*, SRC-* (input), BUN-EXISTS, BUN-BUSY, TARGET-*, ENV-*, REW-*.
+    Raises: CFG-*, CKPT-*, SRC-*, EXP-* (input), BUN-EXISTS, BUN-BUSY, TARGET-*, ENV-*, REW-*.
     """
     report = progress or (lambda *_: None)
     if in_place == (out is not None):
