@@ -18,9 +18,11 @@ def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
     """Integers of `bits` (1, 2, 4 or 8) each, lowest bits first along the last axis, as bytes."""
     import torch
 
-    raw = words.contiguous().view(torch.uint8)
+    # Flat first: the last stride of an axis of one may be any number, which a view would refuse.
+    raw = words.reshape(-1).view(torch.uint8)
     mask = (1 << bits) - 1
-    return torch.stack([(raw >> shift) & mask for shift in range(0, 8, bits)], -1).flatten(-2)
+    codes = torch.stack([(raw >> shift) & mask for shift in range(0, 8, bits)], -1)
+    return codes.view(*words.shape[:-1], -1)
 
 
 def spread(
