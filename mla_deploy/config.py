@@ -2,8 +2,8 @@
 
 Fields are read from the text model: a wrapper with `text_config` (a vision-language model) is
 stripped. Keys that could make a library load code, and keys that are private to one, are dropped
-and noted, never acted upon. Rope settings are checked in `rope.py`, weights against this config in
-`checkpoint/`.
+and noted, never acted upon. Rope settings are checked in `rope.py`, how weights are quantised in
+`quantization.py`, weights against this config in `checkpoint/`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,13 @@ from mla_deploy.door import Folder, open_folder
 from mla_deploy.errors import InputError, quoted
 from mla_deploy.experts import MAX_EXPERTS, expert_counts
 from mla_deploy.fields import check_integer, check_number, kind, missing, required, wrong_type
+from mla_deploy.quantization import (
+    MODELOPT_NAME,
+    QUANTIZATION_KEYS,
+    Quantization,
+    parse_modelopt,
+    parse_quantization,
+)
 from mla_deploy.rope import ROPE_TYPES, RopeFacts, rope_facts
 from mla_deploy.strict_json import canonical_json, parse_json
 
@@ -97,6 +104,7 @@ class MlaConfig:
     raw: Mapping[str, Any]
     digest: str
     notes: tuple[str, ...] = ()
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         for attribute, largest in _BOUNDS.items():
@@ -154,12 +162,18 @@ def read_config(folder: str | Path) -> MlaConfig:
 
 def config_in(folder: Folder) -> MlaConfig:
     """The config in an open checkpoint folder. Raises as `read_config`."""
-    return parse_config(folder.read_bytes(CONFIG_NAME, "checkpoint", max_bytes=MAX_CONFIG_BYTES))
+    text = folder.read_bytes(CONFIG_NAME, "checkpoint", max_bytes=MAX_CONFIG_BYTES)
+    if MODELOPT_NAME not in folder.names():
+        return parse_config(text)
+    beside = folder.read_bytes(MODELOPT_NAME, "checkpoint", max_bytes=MAX_CONFIG_BYTES)
+    return parse_config(text, beside)
 
 
-def parse_config(text: bytes) -> MlaConfig:
+def parse_config(text: bytes, modelopt: bytes | None = None) -> MlaConfig:
     """The config that `text`, the bytes of a config.json, holds.
 
+    `modelopt`: the bytes of a hf_quant_config.json beside it, used if config.json itself says
+    nothing of quantisation.
     Raises: InputError CFG-JSON, CFG-NOT-MLA, CFG-MISSING, CFG-TYPE, CFG-RANGE, CFG-HEADS,
     CFG-EXPERTS, CFG-FAMILY, CFG-ROPE, CFG-ROPE-CONFLICT, CFG-QUANT.
     """
@@ -171,7 +185,7 @@ def parse_config(text: bytes) -> MlaConfig:
     if not isinstance(parsed, dict):
         raise InputError("CFG-JSON", f"{CONFIG_NAME} holds {kind(parsed)}, wanted an object")
     fields, notes = _text_model(parsed)
-    _check_not_quantized(fields, parsed)
+    quantization = _quantization(fields, parsed, modelopt)
     _check_mla(fields)
     rope = rope_facts(fields)
     experts = expert_counts(fields)
@@ -191,7 +205,8 @@ def parse_config(text: bytes) -> MlaConfig:
         bos_token_id=next(iter(_token_ids(fields, "bos_token_id")), None),
         raw=fields,
         digest=hashlib.sha256(canonical_json(fields)).hexdigest(),
-        notes=notes,
+        notes=notes + (quantization.notes if quantization else ()),
+        quantization=quantization,
     )
     _check_model(config, rope)
     return config
@@ -249,19 +264,17 @@ def _check_mla(fields: Mapping[str, Any]) -> None:
     )
 
 
-def _check_not_quantized(fields: dict[str, Any], parsed: Mapping[str, Any]) -> None:
-    for key in ("quantization_config", "compression_config"):
-        found = fields.pop(key, None) or parsed.get(key)
-        if not found:
-            continue
-        method = found.get("quant_method") if isinstance(found, dict) else found
-        raise InputError(
-            "CFG-QUANT",
-            f"{key} says quant_method {quoted(method)}: quantised checkpoints are not read yet",
-            hint="use the bf16, fp16 or fp32 weights of this model",
-            field=key,
-            quant_method=quoted(method),
-        )
+def _quantization(
+    fields: dict[str, Any], parsed: Mapping[str, Any], modelopt: bytes | None
+) -> Quantization | None:
+    """What the config says of quantised weights, taken out of `fields`: the source is in float."""
+    found = {key: fields.pop(key, None) or parsed.get(key) for key in QUANTIZATION_KEYS}
+    for key, value in found.items():
+        if value:
+            return parse_quantization(value, key)
+    if modelopt is None:
+        return None
+    return parse_modelopt(parse_json(modelopt, what=MODELOPT_NAME, code="CFG-JSON"))
 
 
 def _check_model(config: MlaConfig, rope: RopeFacts) -> None:

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "mla_deploy"
 
 # Arrows point down this list only. The ground floor's modules may use one another.
 GROUND = ("errors", "strict_json", "shapes", "targets", "door", "fields", "rope", "experts",
-          "config", "machine", "callable_package")  # fmt: skip
+          "quantization", "config", "machine", "callable_package")  # fmt: skip
 FLOORS: tuple[tuple[str, ...], ...] = (
     GROUND,
     ("bundle", "checkpoint"),
