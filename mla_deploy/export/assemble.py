@@ -92,6 +92,7 @@ def bind_weights(model: ir.Model, layout: WeightLayout, folder: Path, file: str)
         if name in ranges:
             offset, length = ranges[name]
             stored = layout.weights[name]
+            value.type = ir.TensorType(IR_DTYPES[stored.dtype])
             value.const_value = ir.ExternalTensor(
                 file,
                 offset,

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import onnx_ir as ir
@@ -17,7 +18,7 @@ from mla_deploy.config import MlaConfig
 from mla_deploy.door import open_folder
 from mla_deploy.errors import InputError
 from mla_deploy.export.assemble import Assembled, GraphForm, assemble, bind_weights
-from mla_deploy.export.in_place import files_section, keep, own_dtype, require_plain_files
+from mla_deploy.export.in_place import Kept, files_section, keep, own_dtype, require_plain_files
 from mla_deploy.export.manifest import manifest_of
 from mla_deploy.export.trace import CacheForm, Trace, trace_model
 from mla_deploy.export.weights import DTYPES, WeightLayout
@@ -141,8 +142,9 @@ def _staged(
         require_plain_files(source)
         return stage_in_place(source.folder, replace=replace)
     refuse_overlap(out, source.folder)
-    widest = max((DTYPES[options.dtype].itemsize / 2), 1)
-    return stage_bundle(out, replace=replace, needed_bytes=int(source.total_bytes * widest))
+    elements = sum(prod(info.shape) for info in source.tensors.values())
+    needed = elements * DTYPES[options.dtype].itemsize
+    return stage_bundle(out, replace=replace, needed_bytes=needed)
 
 
 def _build(source: Checkpoint, stage: Stage, options: ExportOptions, report: Progress) -> Bundle:
@@ -169,9 +171,9 @@ def _build(source: Checkpoint, stage: Stage, options: ExportOptions, report: Pro
     }
     _require_fired(graphs, trace, config.num_layers)
     report("rewrite", 1, 1)
-    kept = {}
+    kept: Kept = {}
     if options.in_place:
-        kept = keep(layout, weights)
+        kept = keep(layout, weights, [graph.model for graph in graphs.values()])
         stage.require_space(layout.total_bytes)
     _write_weights(source, weights, layout, stage, report)
     for name, graph in graphs.items():

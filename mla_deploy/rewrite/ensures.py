@@ -106,7 +106,8 @@ def _first_calls(model: onnx.ModelProto) -> onnx.ModelProto:
     functions = {(f.domain, f.name) for f in copy.functions}
     dims = {t.name: tuple(t.dims) for t in graph.initializer}
     seen: dict[tuple[object, ...], onnx.NodeProto] = {}
-    kept, same = [], {}
+    same: dict[str, str] = {}
+    kept = []
     for node in graph.node:
         key = (
             node.domain,
