@@ -29,6 +29,17 @@ def required(fields: Mapping[str, Any], key: str) -> Any:
     return found
 
 
+def one_of(fields: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, Any]:
+    """(key, value) of the first of `keys`, names of one setting, that is there and not null.
+
+    Raises: InputError CFG-MISSING, under the first name.
+    """
+    for key in keys:
+        if fields.get(key) is not None:
+            return key, fields[key]
+    raise missing(keys[0])
+
+
 def missing(key: str, hint: str = "") -> InputError:
     """The refusal of a config without `key`."""
     return InputError(

@@ -1,21 +1,25 @@
 """Rotary settings of a config.json: one reading of its two spellings, checked.
 
-`rope_parameters` (transformers 5) and `rope_theta` with `rope_scaling` (older) are both read. Where
-both stand and differ, or where two readers would compute different tables from the same fields,
-the config is refused: nobody can say which one the weights were trained with.
+`rope_parameters` (transformers 5) and `rope_theta` with `rope_scaling` (older) are both read, and
+`rope_parameters` with an object for each type of layer. Where two places differ, or where two
+readers would compute different tables from the same fields, the config is refused: nobody can say
+which one the weights were trained with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mla_deploy.errors import InputError, quoted
 from mla_deploy.fields import check_integer, check_number, wrong_type
+from mla_deploy.layer_facts import LAYER_TYPES
 
 ROPE_TYPES = ("default", "linear", "yarn", "longrope", "llama3")
 DEFAULT_THETA = 10_000.0
+# Another name of a type, in configs that came with their own code.
+_ALIASES = {"deepseek_yarn": "yarn"}
 
 # What each type needs; all need rope_theta, which has a default.
 _NEEDED = {
@@ -35,6 +39,7 @@ _POSITIVE = {
     "rope_theta": 1e18,
     "factor": 1e9,
     "attention_factor": 1e6,
+    "partial_rotary_factor": 1.0,
     "beta_fast": 1e9,
     "beta_slow": 1e9,
     "low_freq_factor": 1e9,
@@ -45,7 +50,11 @@ _MAX_LENGTH = (1 << 31) - 1
 
 @dataclass(frozen=True)
 class RopeFacts:
-    """The rotary settings that other parts need; `fields` holds them all under one spelling."""
+    """The rotary settings that other parts need; `fields` holds them all under one spelling.
+
+    `by_layer_type` holds those of each type of layer, where they differ; the rest are then of the
+    layers that see the whole context.
+    """
 
     rope_type: str
     theta: float
@@ -53,8 +62,9 @@ class RopeFacts:
     original_length: int | None
     head_dim: int | None
     fields: Mapping[str, Any]
+    by_layer_type: Mapping[str, RopeFacts] = field(default_factory=dict)
 
-    def check_widths(self, rope_width: int, nope_width: int) -> None:
+    def check_widths(self, rope_width: int) -> None:
         """Refuse lists and partial factors that do not fit the rotary width R.
 
         Raises: InputError CFG-ROPE.
@@ -70,8 +80,8 @@ class RopeFacts:
         partial = self.fields.get("partial_rotary_factor")
         if partial is None or partial == 1:
             return
-        # The only other reading in use: a head of N + R of which the part R turns.
-        if self.head_dim != rope_width + nope_width or int(self.head_dim * partial) != rope_width:
+        # The only other reading in use: a head_dim of which the part R turns.
+        if self.head_dim is None or int(self.head_dim * partial) != rope_width:
             raise _refusal(
                 "partial_rotary_factor",
                 f"partial_rotary_factor is {partial}, wanted 1: all of qk_rope_head_dim turns",
@@ -81,8 +91,27 @@ class RopeFacts:
 def rope_facts(fields: Mapping[str, Any]) -> RopeFacts:
     """The rotary settings of the text model's `fields`.
 
-    Raises: InputError CFG-ROPE, CFG-ROPE-CONFLICT, CFG-MISSING, CFG-TYPE.
+    Raises: InputError CFG-ROPE, CFG-ROPE-CONFLICT, CFG-MISSING, CFG-TYPE, CFG-LAYER-TYPE.
     """
+    nested = fields.get("rope_parameters")
+    if not isinstance(nested, dict) or not nested:
+        return _one(fields)
+    if not all(isinstance(settings, dict) for settings in nested.values()):
+        return _one(fields)
+    found = {}
+    for kind, settings in nested.items():
+        if kind not in LAYER_TYPES:
+            raise InputError(
+                "CFG-LAYER-TYPE",
+                f"rope_parameters says {quoted(kind)}, wanted one of {', '.join(LAYER_TYPES)}",
+                field="rope_parameters",
+            )
+        found[kind] = _one({"rope_parameters": settings, "head_dim": fields.get("head_dim")})
+    whole = next(found[kind] for kind in LAYER_TYPES if kind in found)
+    return replace(whole, by_layer_type=found)
+
+
+def _one(fields: Mapping[str, Any]) -> RopeFacts:
     rope = _merged(fields)
     rope_type = rope["rope_type"]
     for key, most in _POSITIVE.items():
@@ -131,14 +160,16 @@ def _merged(fields: Mapping[str, Any]) -> dict[str, Any]:
             if isinstance(value, dict):
                 raise _refusal(
                     section,
-                    f"{section} holds {quoted(key)} as an object: rope settings per layer type "
-                    "are not read yet",
+                    f"{section} holds {quoted(key)} as an object beside settings for all layers; "
+                    "wanted one or the other",
                 )
             _put(rope, "rope_type" if key == "type" else key, value, section)
     for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
         if fields.get(key) is not None:
             _put(rope, key, fields[key], "config.json")
     rope_type = rope.setdefault("rope_type", "default")
+    if isinstance(rope_type, str):
+        rope_type = rope["rope_type"] = _ALIASES.get(rope_type, rope_type)
     if rope_type not in ROPE_TYPES:
         raise _refusal(
             "rope_type",
@@ -179,7 +210,7 @@ def _check_mscale(rope: Mapping[str, Any]) -> None:
     With only one of the two, transformers (the source that parity is measured against) takes
     0.1 ln f + 1 for cos and sin; DeepSeek's first code took 1 and 0 for the missing one.
     """
-    for key in ("mscale", "mscale_all_dim"):
+    for key in ("mscale", "mscale_all_dim", "llama_4_scaling_beta"):
         if rope.get(key) is not None:
             check_number(key, rope[key], 1e6, zero=True)
     all_dim = rope.get("mscale_all_dim")

@@ -66,7 +66,10 @@ def manifest(**changes: Any) -> dict[str, Any]:
         "target": "cpu",
         "dtype": "fp32",
         "cache": {"kind": "in-place", "layout": "fused", "dtype": "fp32", "itemsize": 4,
-                  "row_width": 24, "capacity": 64, "bytes_per_token": 96},
+                  "row_width": 24, "capacity": 64, "bytes_per_token": 96,
+                  "tensors": [{"input": name, "output": name.replace(".", "_out."), "layer": 0,
+                               "kind": "latent_cache", "rows": "tokens", "elements": 24}
+                              for name in caches]},
         "crossover_tokens": 32.0,
         "all_logits": False,
         "io": {

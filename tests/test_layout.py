@@ -19,8 +19,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mla_deploy"
 
 # Arrows point down this list only. The ground floor's modules may use one another.
-GROUND = ("errors", "strict_json", "shapes", "targets", "door", "fields", "rope", "experts",
-          "quantization", "config", "machine", "callable_package")  # fmt: skip
+GROUND = ("errors", "strict_json", "shapes", "targets", "door", "fields", "text_fields", "rope",
+          "experts", "layer_facts", "wrapper", "quantization", "config", "cache_plan", "machine",
+          "callable_package")  # fmt: skip
 FLOORS: tuple[tuple[str, ...], ...] = (
     GROUND,
     ("bundle", "checkpoint"),
@@ -50,7 +51,9 @@ IN_FUNCTIONS = {
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_POSITIONAL, MEDIAN_LINES = 400, 60, 5, 200
 # A longer file or function stands here with its reason.
 LONGER = {
-    "mla_deploy/source/seams.py:_attention": "transformers calls it with these six",
+    "mla_deploy/source/attention_seam.py:attention": "transformers calls it with these six",
+    "mla_deploy/source/indexer_seam.py:_pooled": "stands in for a forward that takes these",
+    "mla_deploy/source/seams.py:_delta_attention": "stands in for a function that takes these",
 }
 # Methods whose parameters a framework gives, one per value of a pattern or input of a module.
 FRAMEWORK_CALLS = {"forward", "pattern", "check", "rewrite"}

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 from mla_deploy.errors import IntegrityError, quoted
 
 GRAPHS = ("prefill", "decode")
-KINDS = ("token_ids", "length", "latent_cache", "rope_key_cache", "logits")
+ROW_KINDS = ("latent_cache", "rope_key_cache", "indexer_key_cache")
+STATE_KINDS = ("conv_state", "recurrent_state")
+KINDS = ("token_ids", "length", "logits", *ROW_KINDS, *STATE_KINDS)
 _MAX_COUNT = 1 << 53
 
 
@@ -29,7 +31,7 @@ def check_sections(manifest: Mapping[str, Any], files: set[str]) -> None:
     _check_rules(manifest, _RULES)
     if "in_place" in manifest:
         _check_rules(manifest, _IN_PLACE_RULES)
-    _check_cache(manifest["model"], manifest["cache"])
+    _check_cache(manifest["cache"])
     _check_file("weights.file", manifest["weights"]["file"], files)
     for graph in GRAPHS:
         _check_graph(graph, manifest["io"][graph], manifest["io"]["alias"], files)
@@ -46,17 +48,31 @@ def _check_rules(manifest: Mapping[str, Any], rules: Mapping[str, _Rule]) -> Non
             raise _damaged(path, f"is {quoted(value)}", rule.wanted)
 
 
-def _check_cache(model: Mapping[str, Any], cache: Mapping[str, Any]) -> None:
-    row_width = model["kv_lora_rank"] + model["qk_rope_head_dim"]
-    if cache["row_width"] != row_width:
-        raise _damaged("cache.row_width", f"is {cache['row_width']}", f"L + R = {row_width}")
-    per_token = model["num_layers"] * row_width * cache["itemsize"]
-    if cache["bytes_per_token"] != per_token:
+def _check_cache(cache: Mapping[str, Any]) -> None:
+    """The bytes of a token are those of its rows, in every cache that has one for each token."""
+    elements = sum(t["elements"] for t in cache["tensors"] if t["rows"] == "tokens")
+    if cache["bytes_per_token"] != elements * cache["itemsize"]:
         raise _damaged(
             "cache.bytes_per_token",
             f"is {cache['bytes_per_token']}",
-            f"layers x row_width x itemsize = {per_token}",
+            f"{elements} elements x itemsize = {elements * cache['itemsize']}",
         )
+
+
+def _is_cache_tensor(tensor: object) -> bool:
+    """One entry of cache.tensors: `rows` is tokens, a window's size, or state."""
+    if not isinstance(tensor, Mapping):
+        return False
+    rows, kind = tensor.get("rows"), tensor.get("kind")
+    known = ROW_KINDS if rows == "tokens" or _is_count(rows) else STATE_KINDS
+    return (
+        all(isinstance(tensor.get(name), str) for name in ("input", "output"))
+        and kind in known
+        and (rows in ("tokens", "state") or _is_count(rows))
+        and _is_count(tensor.get("elements"))
+        and type(tensor.get("layer")) is int
+        and tensor["layer"] >= 0
+    )
 
 
 def _check_graph(
@@ -137,6 +153,9 @@ _COUNTS = _Rule(
     "an object of counts", lambda v: isinstance(v, dict) and all(map(_is_natural, v.values()))
 )
 _LIST = _Rule("a list", lambda value: isinstance(value, list))
+_CACHE_TENSORS = _Rule(
+    "a list of cache tensors", lambda v: isinstance(v, list) and all(map(_is_cache_tensor, v))
+)
 _PAIRS = _Rule("a list of [input, output]", _is_pairs)
 
 _RULES: dict[str, _Rule] = {
@@ -151,7 +170,7 @@ _RULES: dict[str, _Rule] = {
     "model.num_heads": _COUNT,
     "model.kv_lora_rank": _COUNT,
     "model.qk_nope_head_dim": _COUNT,
-    "model.qk_rope_head_dim": _COUNT,
+    "model.qk_rope_head_dim": _NATURAL,
     "model.v_head_dim": _COUNT,
     "model.vocab_size": _COUNT,
     "model.max_position_embeddings": _COUNT,
@@ -167,7 +186,8 @@ _RULES: dict[str, _Rule] = {
     "cache.itemsize": _one_of(1, 2, 4),
     "cache.row_width": _COUNT,
     "cache.capacity": _COUNT,
-    "cache.bytes_per_token": _COUNT,
+    "cache.bytes_per_token": _NATURAL,
+    "cache.tensors": _CACHE_TENSORS,
     "crossover_tokens": _POSITIVE_OR_NULL,
     "all_logits": _FLAG,
     "io.prefill.file": _TEXT,

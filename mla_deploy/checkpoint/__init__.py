@@ -2,13 +2,17 @@
 
 from mla_deploy.checkpoint.header import TensorInfo
 from mla_deploy.checkpoint.reader import Checkpoint, open_checkpoint
-from mla_deploy.checkpoint.weight_map import TensorSlice, WeightMap, map_weights
+from mla_deploy.checkpoint.slices import Place, StackedSlices, TensorSlice, Zeros
+from mla_deploy.checkpoint.weight_map import WeightMap, map_weights
 
 __all__ = [
     "Checkpoint",
+    "Place",
+    "StackedSlices",
     "TensorInfo",
     "TensorSlice",
     "WeightMap",
+    "Zeros",
     "map_weights",
     "open_checkpoint",
 ]

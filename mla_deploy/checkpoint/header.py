@@ -111,8 +111,14 @@ def _entry(name: str, found: Any, file: str, data_start: int, size: int) -> Tens
         raise _refusal("CKPT-DTYPE", file, f"dtype {quoted(dtype)} is unknown", name)
     if not _integers(shape, _MAX_DIM) or len(shape) > _MAX_RANK:
         raise _refusal("CKPT-HEADER", file, f"{quoted(shape)} is not a shape", name)
-    if 0 in shape:
-        raise _refusal("CKPT-EMPTY", file, f"shape {shape}, wanted sizes above 0", name)
+    # A number on its own is no weight, but the scale of a quantised one may be that.
+    if 0 in shape or (not shape and "scale" not in name):
+        raise _refusal(
+            "CKPT-EMPTY",
+            file,
+            f"shape {shape} holds no vector or matrix, wanted sizes above 0",
+            name,
+        )
     if not _integers(offsets, 1 << 62) or len(offsets) != 2:
         raise _refusal(
             "CKPT-RANGE", file, f"data_offsets {quoted(offsets)} are no byte range", name

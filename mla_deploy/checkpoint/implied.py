@@ -10,37 +10,35 @@ import re
 from collections.abc import Iterable, Mapping
 
 from mla_deploy.checkpoint.header import TensorInfo
-from mla_deploy.checkpoint.names import LAYER_NAME, is_extra_prediction_layer
+from mla_deploy.checkpoint.names import LAYER_NAME, text_names
 from mla_deploy.config import MlaConfig
 from mla_deploy.errors import InputError, quoted
+from mla_deploy.layer_facts import LayerFacts
 
-_IMPLIED_NAME = re.compile(
-    r"model\.(?:layers\.\d+\.self_attn\.(?P<part>[a-z_]+)|(?P<embedding>embed_tokens))"
+_ATTENTION = re.compile(
+    r"(?P<prefix>model\.layers\.(?P<layer>\d{1,9})\.self_attn(?:\.\d)?)\.(?P<part>[a-z_]+)"
     r"\.(?P<kind>weight|bias)"
 )
+_EMBEDDING = "model.embed_tokens.weight"
+
+# (shape, how it comes about, the fields to blame)
+Implied = tuple[tuple[int, ...], str, str]
 
 
 def check_layers(config: MlaConfig, names: Iterable[str]) -> None:
     """Refuse fewer or more layers on disk than num_hidden_layers.
 
-    Raises: InputError CKPT-LAYERS.
+    Raises: InputError CKPT-LAYERS, CKPT-DUPLICATE.
     """
-    known = set(names)
-    found = {int(match[1]) for name in known if (match := LAYER_NAME.match(name))}
+    text = text_names(names)
+    prediction = text.prediction_layers(config.num_layers)
+    found = {int(match[1]) for name in text.on_disk if (match := LAYER_NAME.match(name))}
     missing = sorted(set(range(config.num_layers)) - found)
     extra = sorted(
-        layer
-        for layer in found
-        if layer >= config.num_layers and not is_extra_prediction_layer(layer, known)
+        layer for layer in found if layer >= config.num_layers and layer not in prediction
     )
     if not missing and not extra:
         return
-    if not found and any(name.startswith("language_model.") for name in known):
-        raise InputError(
-            "CKPT-LAYERS",
-            "the layers stand under language_model.*: weights of a wrapper are not read yet",
-            hint="save the text model alone",
-        )
     found_count = len([layer for layer in found if layer < config.num_layers]) + len(extra)
     which = f"layer {missing[0]} is missing" if missing else f"layer {extra[0]} is one too many"
     raise InputError(
@@ -56,72 +54,85 @@ def check_layers(config: MlaConfig, names: Iterable[str]) -> None:
 def check_shapes(config: MlaConfig, tensors: Mapping[str, TensorInfo]) -> None:
     """Refuse attention and embedding tensors whose shape contradicts the config.
 
-    Raises: InputError CKPT-SHAPE.
+    Raises: InputError CKPT-SHAPE, CKPT-DUPLICATE.
     """
-    for name, info in tensors.items():
-        prefix = name.rpartition(".self_attn.")[0]
-        if prefix and f"{prefix}.self_attn.kv_b_proj.weight" not in tensors:
+    on_disk = text_names(tensors).on_disk
+    for canonical, name in on_disk.items():
+        match = _ATTENTION.fullmatch(canonical)
+        if match and f"{match['prefix']}.kv_b_proj.weight" not in on_disk:
             continue  # not a latent attention layer
-        implied = implied_shape(config, name)
-        if implied is not None and implied[0] != info.shape:
-            raise wrong_shape(config, name, info.shape, implied[0])
+        implied = _implied(config, canonical)
+        info = tensors[name]
+        if implied and info.shape not in [shape for shape, _, _ in implied]:
+            raise wrong_shape(config, info, canonical, implied[0][0])
 
 
 def wrong_shape(
-    config: MlaConfig, name: str, found: tuple[int, ...], wanted: tuple[int, ...]
+    config: MlaConfig, info: TensorInfo, canonical: str, wanted: tuple[int, ...]
 ) -> InputError:
     """The refusal of a shape, with the sizes and config fields that it follows from."""
-    implied = implied_shape(config, name)
-    why, fields = (f" ({implied[1]})", implied[2]) if implied and implied[0] == wanted else ("", "")
+    implied = next((row for row in _implied(config, canonical) if row[0] == wanted), None)
+    why, fields = (f" ({implied[1]})", implied[2]) if implied else ("", "")
     return InputError(
         "CKPT-SHAPE",
-        f"{quoted(name)} is {list(found)}, config.json implies {list(wanted)}{why}",
+        f"{quoted(info.name)} is {list(info.shape)}, config.json implies {list(wanted)}{why}",
         hint=f"{fields or 'config.json'} disagrees with the weights; check that both are of the "
         "same revision",
-        tensor=name,
-        found=list(found),
+        tensor=info.name,
+        found=list(info.shape),
         wanted=list(wanted),
     )
 
 
-def implied_shape(config: MlaConfig, name: str) -> tuple[tuple[int, ...], str, str] | None:
-    """(shape, how it comes about, the fields to blame) of a tensor of MLA, or None."""
-    match = _IMPLIED_NAME.fullmatch(name)
-    if not match:
-        return None
-    width, rank = config.hidden_size, config.kv_lora_rank
-    nope, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-    heads = config.num_heads
-    if match["embedding"]:
-        row = ((config.vocab_size, width), "vocabulary x width", "vocab_size or hidden_size")
-        return row if match["kind"] == "weight" else None
+def _implied(config: MlaConfig, canonical: str) -> list[Implied]:
+    """What the config implies for a tensor, more than one where it leaves a choice."""
+    if canonical == _EMBEDDING:
+        shape = (config.vocab_size, config.hidden_size)
+        return [(shape, "vocabulary x width", "vocab_size or hidden_size")]
+    match = _ATTENTION.fullmatch(canonical)
+    if not match or int(match["layer"]) >= len(config.layers):
+        return []
+    layer = config.layers[int(match["layer"])]
+    rows = _table(config.hidden_size, layer).get(match["part"], [])
+    if match["kind"] == "weight":
+        return rows
+    return [(shape[:1], why, fields) for shape, why, fields in rows if len(shape) == 2]
+
+
+def _table(width: int, layer: LayerFacts) -> dict[str, list[Implied]]:
+    rank, nope, rope, value = layer.rank, layer.nope, layer.rope, layer.value
+    heads, query_rank = layer.heads, layer.query_rank
     query = f"heads {heads} x (nope {nope} + rope {rope})"
     query_fields = "num_attention_heads, qk_nope_head_dim or qk_rope_head_dim"
     latent = f"rank {rank} + rope {rope}, width {width}"
-    table: dict[str, tuple[tuple[int, ...], str, str]] = {
-        "kv_a_proj_with_mqa": ((rank + rope, width), latent, "kv_lora_rank or qk_rope_head_dim"),
-        "kv_a_layernorm": ((rank,), f"rank {rank}", "kv_lora_rank"),
-        "kv_b_proj": (
-            (heads * (nope + value), rank),
-            f"heads {heads} x (nope {nope} + value {value}), rank {rank}",
-            "num_attention_heads, qk_nope_head_dim, v_head_dim or kv_lora_rank",
-        ),
-        "o_proj": (
-            (width, heads * value),
-            f"width {width}, heads {heads} x value {value}",
-            "hidden_size, num_attention_heads or v_head_dim",
-        ),
+    table: dict[str, list[Implied]] = {
+        "kv_a_proj_with_mqa": [((rank + rope, width), latent, "kv_lora_rank or qk_rope_head_dim")],
+        "kv_a_layernorm": [((rank,), f"rank {rank}", "kv_lora_rank")],
+        "kv_b_proj": [
+            (
+                (heads * (nope + value), rank),
+                f"heads {heads} x (nope {nope} + value {value}), rank {rank}",
+                "num_attention_heads, qk_nope_head_dim, v_head_dim or kv_lora_rank",
+            )
+        ],
+        "o_proj": [
+            (
+                (width, heads * value),
+                f"width {width}, heads {heads} x value {value}",
+                "hidden_size, num_attention_heads or v_head_dim",
+            )
+        ],
     }
-    query_rank = config.q_lora_rank
     if query_rank is None:
-        table["q_proj"] = ((heads * (nope + rope), width), f"{query}, width {width}", query_fields)
-    else:
-        rank_fields = f"{query_fields} or q_lora_rank"
-        table["q_a_proj"] = ((query_rank, width), f"query rank {query_rank}", "q_lora_rank")
-        table["q_a_layernorm"] = ((query_rank,), f"query rank {query_rank}", "q_lora_rank")
-        table["q_b_proj"] = ((heads * (nope + rope), query_rank), query, rank_fields)
-    row_or_none = table.get(match["part"])
-    if row_or_none is None or match["kind"] == "weight":
-        return row_or_none
-    shape, why, fields = row_or_none
-    return (shape[:1], why, fields) if len(shape) == 2 else None
+        shape = (heads * (nope + rope), width)
+        table["q_proj"] = [(shape, f"{query}, width {width}", query_fields)]
+        return table
+    rank_fields = f"{query_fields} or q_lora_rank"
+    table["q_a_proj"] = [((query_rank, width), f"query rank {query_rank}", "q_lora_rank")]
+    table["q_a_layernorm"] = [((query_rank,), f"query rank {query_rank}", "q_lora_rank")]
+    table["q_b_proj"] = [
+        ((heads * (nope + rope), query_rank), query, rank_fields),
+        # With the output gate's rows below, both read the normed and the plain query latent.
+        ((heads * (nope + rope + value), 2 * query_rank), f"{query}, gate", rank_fields),
+    ]
+    return table

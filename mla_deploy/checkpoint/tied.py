@@ -16,29 +16,29 @@ def check_tied(weights: WeightMap) -> None:
     The model would silently lose it. Both are read in blocks of rows.
     Raises: InputError CKPT-TIED, and as `Checkpoint.read`.
     """
-    tensors = weights.checkpoint.tensors
-    for name, owner in weights.tied.items():
-        shared = weights.slices.get(owner)
-        if name in tensors and shared is not None and not _equal(weights, name, shared.tensor):
+    for name, on_disk in weights.tied_on_disk.items():
+        owner = weights.tied[name]
+        if owner in weights.slices and not _equal(weights, on_disk, owner):
             raise InputError(
                 "CKPT-TIED",
-                f"{quoted(name)} differs from {quoted(owner)}, config.json says that they are one",
+                f"{quoted(on_disk)} differs from {quoted(owner)}, config.json says they are one",
                 hint="set tie_word_embeddings to false in config.json if both are meant",
-                tensor=name,
+                tensor=on_disk,
             )
 
 
-def _equal(weights: WeightMap, one: str, other: str) -> bool:
+def _equal(weights: WeightMap, one: str, owner: str) -> bool:
     import torch
 
     checkpoint = weights.checkpoint
     shape = checkpoint.tensors[one].shape
-    if shape != checkpoint.tensors[other].shape:
+    if shape != weights.slices[owner].shape:
         return False
     step = max(1, _BLOCK_VALUES // prod(shape[1:]))
     for start in range(0, shape[0], step):
-        rows = slice(start, min(start + step, shape[0]))
-        first, second = checkpoint.read(one, rows), checkpoint.read(other, rows)
+        stop = min(start + step, shape[0])
+        first = checkpoint.read(one, slice(start, stop))
+        second = weights.read_rows(owner, start, stop)
         if not torch.equal(first.float(), second.float()):
             return False
     return True

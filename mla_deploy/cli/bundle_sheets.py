@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mla_deploy.cli.model_sheet import model_sheet
@@ -16,7 +17,7 @@ _COPIED = ("model", "target", "dtype", "cache", "crossover_tokens", "all_logits"
 def bundle_result(bundle: Bundle) -> dict[str, Any]:
     """The manifest facts that a program asks for, and the bytes they predict."""
     manifest = bundle.manifest
-    cache, layers = manifest["cache"], manifest["model"]["num_layers"]
+    cache = manifest["cache"]
     return {
         "kind": "bundle",
         "path": str(bundle.path),
@@ -30,10 +31,19 @@ def bundle_result(bundle: Bundle) -> dict[str, Any]:
         "total_bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
         "predicted": {
             "weight_bytes": manifest["weights"]["bytes"],
-            "cache_bytes_per_row": layers * cache["capacity"] * cache["row_width"]
-            * cache["itemsize"],
+            "cache_bytes_per_row": _cache_bytes(cache),
         },
-    }  # fmt: skip
+    }
+
+
+def _cache_bytes(cache: Mapping[str, Any]) -> int:
+    """Bytes of one batch row at the bundle's capacity; states are fp32."""
+    total = 0
+    for tensor in cache["tensors"]:
+        rows = {"tokens": cache["capacity"], "state": 1}.get(tensor["rows"], tensor["rows"])
+        itemsize = 4 if tensor["rows"] == "state" else cache["itemsize"]
+        total += tensor["elements"] * rows * itemsize
+    return total
 
 
 def bundle_sheets(bundle: Bundle) -> tuple[Sheet, ...]:

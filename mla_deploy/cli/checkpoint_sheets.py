@@ -36,7 +36,7 @@ def checkpoint_result(checkpoint: Checkpoint) -> dict[str, Any]:
         },
         "weights": {
             "total_bytes": checkpoint.total_bytes,
-            "tensors": len(checkpoint.tensors),
+            "tensors": len(checkpoint.stored),
             "bytes_by_dtype": dict(_bytes_by(checkpoint, "dtype")),
         },
         "files": dict(_bytes_by(checkpoint, "file")),
@@ -52,7 +52,7 @@ def checkpoint_sheets(checkpoint: Checkpoint) -> tuple[Sheet, ...]:
             "Weights",
             ("file", "#tensors", "#bytes", "dtypes"),
             [
-                (name, sum(1 for info in checkpoint.tensors.values() if info.file == name),
+                (name, sum(1 for info in checkpoint.stored.values() if info.file == name),
                  f"{count:,}", ", ".join(_dtypes_in(checkpoint, name)))
                 for name, count in _bytes_by(checkpoint, "file").items()
             ],
@@ -85,13 +85,13 @@ def _model_facts(config: MlaConfig) -> dict[str, Any]:
 
 def _bytes_by(checkpoint: Checkpoint, field: str) -> Counter[str]:
     counts: Counter[str] = Counter()
-    for info in checkpoint.tensors.values():
+    for info in checkpoint.stored.values():
         counts[getattr(info, field)] += info.nbytes
     return counts
 
 
 def _dtypes_in(checkpoint: Checkpoint, file: str) -> list[str]:
-    return sorted({info.dtype for info in checkpoint.tensors.values() if info.file == file})
+    return sorted({info.dtype for info in checkpoint.stored.values() if info.file == file})
 
 
 def _finite(value: float) -> float | None:

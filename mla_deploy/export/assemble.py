@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import torch
 from onnx_ir.passes import common as common_passes
 
 from mla_deploy import shapes
 from mla_deploy.config import MlaConfig
-from mla_deploy.export.trace import LAYER_INPUTS, CacheForm, Trace, TracedLayer
+from mla_deploy.errors import MlaDeployError
+from mla_deploy.export.trace import Trace
+from mla_deploy.export.trace_layer import CacheForm, TracedLayer
+from mla_deploy.export.trace_trunk import INPUTS, frequency_names
 from mla_deploy.export.weights import (
     WEIGHT_FILE,
     StoredWeight,
@@ -28,10 +32,10 @@ from mla_deploy.export.weights import (
 from mla_deploy.rewrite import order
 from mla_deploy.rewrite.rule import DOMAIN
 from mla_deploy.rewrite.weights import WeightUse, collect_weights
+from mla_deploy.source.cache_parts import CacheBuffer
+from mla_deploy.source.probe import BATCH, NEW
 
 OPSET = 23  # RMSNormalization; every other operator means the same since the trace's opset
-_TRUNK_INPUTS = {"input_ids", "cache_lengths", "new_lengths", "cache"}
-_FREQUENCIES = ("inv_freq_F", "long_inv_freq_F")
 IR_DTYPES = {
     "fp32": ir.DataType.FLOAT,
     "fp16": ir.DataType.FLOAT16,
@@ -58,13 +62,6 @@ class Assembled:
     counts: dict[str, int]
 
 
-def cache_names(form: GraphForm, layer: int, out: bool = False) -> list[str]:
-    """The graph's names for the cache buffers of one layer."""
-    suffix = "_out" if out else ""
-    names = [f"latent_cache{suffix}.{layer}"]
-    return names if len(form.cache.widths) == 1 else [*names, f"rope_key_cache{suffix}.{layer}"]
-
-
 def assemble(
     trace: Trace, form: GraphForm, layer_rules: order.Rules, layout: WeightLayout
 ) -> Assembled:
@@ -74,14 +71,14 @@ def assemble(
     """
     trunk = trace.trunk.clone()
     counts = order.apply_rules(trunk, order.trunk_cpu())
-    uses = collect_weights(trunk, {*_TRUNK_INPUTS, *_FREQUENCIES})
+    uses = collect_weights(trunk, {*INPUTS, *frequency_names(trace.rope)})
     builder = _Builder(trunk, form, layout, trace)
     builder.trunk_weights({k: _renamed(u, "model.") for k, u in uses.items()})
     for traced in trace.layers:
         fired = builder.kind(traced, layer_rules)
         for rule, number in fired.items():
             counts[rule] = counts.get(rule, 0) + number * len(traced.kind.indices)
-    builder.inputs_and_outputs(trace)
+    builder.inputs_and_outputs()
     return Assembled(builder.finished(), counts)
 
 
@@ -135,12 +132,14 @@ class _Builder:
     def kind(self, traced: TracedLayer, rules: order.Rules) -> dict[str, int]:
         """Rewrite one layer kind, add its function, and call it for each of its layers."""
         layer = traced.model.clone()
-        buffers = [f"cache{i}" for i in range(len(self.form.cache.widths))]
+        first = traced.kind.indices[0]
+        held = [*self.trace.buffers(first), *traced.shared]
         for value in layer.graph.inputs:
-            if value.name in buffers:
+            if value.name in traced.held and not held[traced.held.index(value.name)].is_state:
                 value.dtype = self.dtype
         counts = order.apply_rules(layer, rules)
-        uses = collect_weights(layer, {*LAYER_INPUTS, *buffers})
+        given = [*traced.inputs, *traced.held]
+        uses = collect_weights(layer, set(given))
         order.require_lowered(layer)
         by_name = {str(v.name): v for v in layer.graph.inputs}
         weights = []
@@ -155,28 +154,25 @@ class _Builder:
                     for name, use in uses.items()
                 ]
             )
-        formal = [by_name[n] for n in (*LAYER_INPUTS, *buffers)] + [by_name[n] for n in uses]
-        arguments = zip(formal[-len(uses) :], weights[0], strict=True)
+        formal = [by_name[n] for n in given] + [by_name[n] for n in uses]
+        arguments = zip(formal[len(given) :], weights[0], strict=True)
         half = [v for v, w in arguments if w.dtype != ir.DataType.FLOAT]
         self._add_function(traced.kind.name, layer, formal, half)
         for index, stored in zip(traced.kind.indices, weights, strict=True):
-            self._call(traced.kind.name, index, stored)
+            self._call(traced, index, stored)
         return counts
 
-    def inputs_and_outputs(self, trace: Trace) -> None:
+    def inputs_and_outputs(self) -> None:
         """Name and type the graph's contract: lengths, tokens, caches, logits."""
         graph = self.model.graph
         by_name = {str(v.name): v for v in graph.inputs}
-        tables = (trace.rope.inv_freq_F, trace.rope.long_inv_freq_F)
-        for name, table in zip(_FREQUENCIES, tables, strict=True):
-            if name in by_name and table is not None:
-                value = by_name[name]
-                graph.inputs.remove(value)
-                value.const_value = ir.tensor(table.numpy(), name=name)
-                graph.register_initializer(value)
-        shape_source = by_name["cache"]
-        graph.inputs.remove(shape_source)
-        shape_source.replace_all_uses_with(next(iter(self.cache_inputs.values())))
+        sets = [t for table in self.trace.rope.values() for t in table.sets]
+        for name, table in zip(frequency_names(self.trace.rope), sets, strict=True):
+            value = by_name[name]
+            graph.inputs.remove(value)
+            value.const_value = ir.tensor(table.numpy(), name=name)
+            graph.register_initializer(value)
+        self._bind_row_count(by_name["rows_held"])
         batch, new = shapes.BATCH, shapes.NEW_TOKENS
         by_name["input_ids"].shape = ir.Shape([batch, new])
         by_name["cache_lengths"].shape = ir.Shape([batch])
@@ -185,10 +181,19 @@ class _Builder:
         logits.name = "logits"
         vocab = self.form.config.vocab_size
         logits.shape = ir.Shape([batch, new, vocab] if self.form.all_logits else [batch, vocab])
-        for name in self._cache_order(out=False):
-            graph.inputs.append(self.cache_inputs[name])
-        for name in self._cache_order(out=True):
-            graph.outputs.append(self.cache_outputs[name])
+        for buffer in self.trace.all_buffers:
+            graph.inputs.append(self.cache_inputs[buffer.name()])
+            graph.outputs.append(self.cache_outputs[buffer.name(out=True)])
+
+    def _bind_row_count(self, rows_held: ir.Value) -> None:
+        """How many rows are bound is read off a cache that has a row for every token."""
+        graph = self.model.graph
+        graph.inputs.remove(rows_held)
+        whole = [b for b in self.trace.all_buffers if not b.is_state and b.window is None]
+        if whole:
+            rows_held.replace_all_uses_with(self.cache_inputs[whole[0].name()])
+        elif rows_held.uses():
+            raise MlaDeployError("EXP-ROWS", "no layer keeps a row for every token; wanted one")
 
     def finished(self) -> ir.Model:
         model = self.model
@@ -196,8 +201,9 @@ class _Builder:
         common_passes.ClearMetadataAndDocStringPass()(model)
         _forget_types(model)
         model.graph.name = "mla_deploy"
-        model.graph.opset_imports[""] = OPSET
-        model.graph.opset_imports[DOMAIN] = 1
+        for function in model.functions.values():
+            model.graph.opset_imports.update(function.opset_imports)
+        model.graph.opset_imports.update({"": OPSET, DOMAIN: 1})
         model.ir_version = 11
         model.producer_name = "mla-deploy"
         return model
@@ -257,6 +263,11 @@ class _Builder:
             node = ir.node("Constant", [], attributes={"value": initializer.const_value})
             initializer.replace_all_uses_with(node.outputs[0])
             graph.insert_before(graph[0], node)
+        for place, value in enumerate(graph.outputs):
+            if value.producer() is None:  # handed through: a function gives only what it makes
+                node = ir.node("Identity", [value])
+                graph.append(node)
+                graph.outputs[place] = node.outputs[0]
         outputs = list(graph.outputs)
         nodes = list(graph)
         graph.outputs.clear()
@@ -264,58 +275,65 @@ class _Builder:
         graph.remove(nodes)
         for value in formal:
             value.const_value = None
-        body = ir.Graph(
-            formal, outputs, nodes=nodes, opset_imports={"": OPSET, DOMAIN: 1}, name=name
-        )
+        opsets = {**graph.opset_imports, "": OPSET, DOMAIN: 1}
+        body = ir.Graph(formal, outputs, nodes=nodes, opset_imports=opsets, name=name)
         function = ir.Function(DOMAIN, name, graph=body, attributes=[])
         self.model.functions[function.identifier()] = function
 
-    def _call(self, kind: str, index: int, weights: list[ir.Value]) -> None:
+    def _call(self, traced: TracedLayer, index: int, weights: list[ir.Value]) -> None:
         opaque = self.calls[index]
         graph = self.model.graph
-        caches = [
-            self._cache_value(n, w, out=False)
-            for n, w in zip(cache_names(self.form, index), self.form.cache.widths, strict=True)
-        ]
-        updated = [
-            self._cache_value(n, w, out=True)
-            for n, w in zip(
-                cache_names(self.form, index, out=True), self.form.cache.widths, strict=True
+        own, made = self.trace.buffers(index), self.trace.calls[index]
+        given = [self._cache_value(buffer, out=False) for buffer in own]
+        updated = [self._cache_value(buffer, out=True) for buffer in own]
+        shared = [self._cache_value(b, out=True) for b in self.trace.shared_buffers(index)]
+        results = [
+            ir.Value(
+                name=f"layer.{index}.{place}",
+                type=value.type,
+                shape=_given_shape(made.output_shapes[place], made.output_dtypes[place]),
             )
+            for place, value in enumerate(opaque.outputs)
         ]
-        hidden = ir.Value(name=f"hidden.{index}", type=ir.TensorType(ir.DataType.FLOAT))
         call = ir.Node(
             DOMAIN,
-            kind,
-            [*opaque.inputs, *caches, *weights],
-            outputs=[hidden, *updated],
+            traced.kind.name,
+            [*opaque.inputs, *given, *shared, *weights],
+            outputs=[*results, *updated],
             name=f"layer.{index}",
         )
         graph.insert_after(opaque, call)
-        opaque.outputs[0].replace_all_uses_with(hidden)
+        for old, new in zip(opaque.outputs, results, strict=True):
+            old.replace_all_uses_with(new)
         graph.remove(opaque, safe=True)
 
-    def _cache_value(self, name: str, width: int, *, out: bool) -> ir.Value:
-        growing = self.form.cache.growing
-        rows: Any = shapes.PAST_TOKENS if growing else shapes.CAPACITY
-        if out and growing:
-            rows = f"{shapes.PAST_TOKENS} + {shapes.NEW_TOKENS}"
+    def _cache_value(self, buffer: CacheBuffer, *, out: bool) -> ir.Value:
+        known = self.cache_outputs if out else self.cache_inputs
+        if buffer.name(out=out) in known:
+            return known[buffer.name(out=out)]
+        shape: list[Any] = [shapes.BATCH, *buffer.shape]
+        if not buffer.is_state:
+            shape[1:1] = [1, buffer.window or self._rows(out)]
         value = ir.Value(
-            name=name,
-            shape=ir.Shape([shapes.BATCH, 1, rows, width]),
-            type=ir.TensorType(self.dtype),
+            name=buffer.name(out=out),
+            shape=ir.Shape(shape),
+            type=ir.TensorType(ir.DataType.FLOAT if buffer.is_state else self.dtype),
         )
-        (self.cache_outputs if out else self.cache_inputs)[name] = value
+        known[buffer.name(out=out)] = value
         return value
 
-    def _cache_order(self, *, out: bool) -> list[str]:
-        layers = range(self.form.config.num_layers)
-        return [name for layer in layers for name in cache_names(self.form, layer, out)]
+    def _rows(self, out: bool) -> str:
+        if not self.form.cache.growing:
+            return shapes.CAPACITY
+        return f"{shapes.PAST_TOKENS} + {shapes.NEW_TOKENS}" if out else shapes.PAST_TOKENS
 
 
 def _forget_types(model: ir.Model) -> None:
     """Drop the tracer's types of inner values: they are fp32's, and a runtime infers its own."""
     kept = {*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()}
+    for call in model.graph:
+        if call.domain == DOMAIN:
+            kept.update(call.outputs)  # ours: a reader needs not look into a layer for them
     nodes = [*model.graph.all_nodes()]
     for function in model.functions.values():
         nodes.extend(function.all_nodes())
@@ -324,6 +342,15 @@ def _forget_types(model: ir.Model) -> None:
             if value not in kept:
                 value.type = None
                 value.shape = None
+
+
+def _given_shape(shape: tuple[int, ...], dtype: torch.dtype) -> ir.Shape:
+    """The shape of what a layer gives back: rows, new tokens, and sizes of the model."""
+    if shape[:2] != (BATCH, NEW):
+        raise MlaDeployError("EXP-SHAPE", f"a layer gives back {shape}, wanted [rows, new tokens]")
+    # Positions of chosen tokens are as many as are cached, up to what the model chooses.
+    widths = shape[2:] if dtype.is_floating_point else ("chosen_tokens",)
+    return ir.Shape([shapes.BATCH, shapes.NEW_TOKENS, *widths])
 
 
 def _half_name(use: WeightUse) -> str:

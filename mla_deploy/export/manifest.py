@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import mla_deploy
 from mla_deploy.checkpoint import Checkpoint, WeightMap
 from mla_deploy.config import MlaConfig
-from mla_deploy.export.assemble import Assembled, GraphForm, cache_names, graph_values
+from mla_deploy.export.assemble import Assembled, graph_values
+from mla_deploy.export.trace import Trace
 from mla_deploy.export.weights import DTYPES, WeightLayout
+from mla_deploy.source.cache_parts import CacheBuffer
 
 if TYPE_CHECKING:
     from mla_deploy.export.pipeline import ExportOptions
@@ -22,7 +24,7 @@ _LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "safeten
 def manifest_of(
     source: Checkpoint,
     options: ExportOptions,
-    form: GraphForm,
+    trace: Trace,
     graphs: dict[str, Assembled],
     *,
     layout: WeightLayout,
@@ -33,6 +35,7 @@ def manifest_of(
     config = source.config
     itemsize = DTYPES[options.dtype].itemsize
     crossover = config.crossover_tokens
+    tensors = [_cache_tensor(buffer) for buffer in trace.all_buffers]
     return {
         "format_version": 1,
         "tool": {"name": "mla-deploy", "version": mla_deploy.__version__},
@@ -55,11 +58,13 @@ def manifest_of(
             "itemsize": itemsize,
             "row_width": config.row_width,
             "capacity": options.capacity,
-            "bytes_per_token": config.cache_bytes_per_token(itemsize),
+            "bytes_per_token": itemsize
+            * sum(t["elements"] for t in tensors if t["rows"] == "tokens"),
+            "tensors": tensors,
         },
         "crossover_tokens": crossover if math.isfinite(crossover) else None,
         "all_logits": options.all_logits,
-        "io": _io(form, graphs, named),
+        "io": _io(trace, graphs, named),
         "rewrite": {name: graph.counts for name, graph in graphs.items()},
         "weights": {
             "file": named("weights"),
@@ -89,18 +94,23 @@ def _model(config: MlaConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in fields}
 
 
-def _io(
-    form: GraphForm, graphs: dict[str, Assembled], named: Callable[[str], str]
-) -> dict[str, Any]:
-    layers = range(form.config.num_layers)
-    pairs = [
-        [given, updated]
-        for layer in layers
-        for given, updated in zip(
-            cache_names(form, layer), cache_names(form, layer, out=True), strict=True
-        )
-    ]
-    io: dict[str, Any] = {"alias": [] if form.cache.growing else pairs}
+def _cache_tensor(buffer: CacheBuffer) -> dict[str, Any]:
+    """One cache tensor: `elements` are those of one row, or of the whole state."""
+    rows: str | int = "state" if buffer.is_state else buffer.window or "tokens"
+    return {
+        "input": buffer.name(),
+        "output": buffer.name(out=True),
+        "kind": buffer.kind,
+        "layer": buffer.index,
+        "rows": rows,
+        "elements": buffer.elements,
+        "parts": {part.kind: part.shape[0] for part in buffer.parts if not buffer.is_state},
+    }
+
+
+def _io(trace: Trace, graphs: dict[str, Assembled], named: Callable[[str], str]) -> dict[str, Any]:
+    pairs = [[b.name(), b.name(out=True)] for b in trace.all_buffers if _is_in_place(b)]
+    io: dict[str, Any] = {"alias": [] if trace.form.growing else pairs}
     for name, graph in graphs.items():
         io[name] = {
             "file": named(f"{name}.onnx"),
@@ -110,11 +120,13 @@ def _io(
     return io
 
 
+def _is_in_place(buffer: CacheBuffer) -> bool:
+    """Rows of every token are written where they lie; a ring or a state is read first, then new."""
+    return not buffer.is_state and buffer.window is None
+
+
 def _kind(name: str) -> str:
     if name in ("cache_lengths", "new_lengths"):
         return "length"
-    if name.startswith("rope_key_cache"):
-        return "rope_key_cache"
-    if name.startswith("latent_cache"):
-        return "latent_cache"
-    return {"input_ids": "token_ids", "logits": "logits"}[name]
+    known = {"input_ids": "token_ids", "logits": "logits"}
+    return known.get(name) or name.partition(".")[0].removesuffix("_out")

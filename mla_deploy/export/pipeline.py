@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from mla_deploy.errors import InputError
 from mla_deploy.export.assemble import Assembled, GraphForm, assemble, bind_weights
 from mla_deploy.export.in_place import Kept, files_section, keep, own_dtype, require_plain_files
 from mla_deploy.export.manifest import manifest_of
-from mla_deploy.export.trace import CacheForm, Trace, trace_model
+from mla_deploy.export.trace import Trace, trace_model
+from mla_deploy.export.trace_layer import CacheForm
 from mla_deploy.export.weights import DTYPES, WeightLayout
 from mla_deploy.export.widen import point_in_place
 from mla_deploy.rewrite import order
@@ -149,12 +151,11 @@ def _staged(
 
 def _build(source: Checkpoint, stage: Stage, options: ExportOptions, report: Progress) -> Bundle:
     config = source.config
-    widths = (
-        (config.row_width,)
-        if options.cache_layout == "fused"
-        else (config.kv_lora_rank, config.qk_rope_head_dim)
+    cache = CacheForm(
+        fused=options.cache_layout == "fused",
+        growing=options.cache == "growing",
+        least_rows=1 + int(config.raw.get("index_kpool") or 1),
     )
-    cache = CacheForm(widths, growing=options.cache == "growing")
     # All that headers and small files can get refused comes before the trace, which takes seconds.
     weights = source_weights(source)
     check_tied(weights)
@@ -169,7 +170,7 @@ def _build(source: Checkpoint, stage: Stage, options: ExportOptions, report: Pro
         "prefill": assemble(trace, form, order.prefill_cpu(cache.growing), layout),
         "decode": assemble(trace, form, order.decode_cpu(cache.growing), layout),
     }
-    _require_fired(graphs, trace, config.num_layers)
+    _require_fired(graphs, trace)
     report("rewrite", 1, 1)
     kept: Kept = {}
     if options.in_place:
@@ -181,11 +182,11 @@ def _build(source: Checkpoint, stage: Stage, options: ExportOptions, report: Pro
         point_in_place(graph.model, kept, source.folder)
         proto = ir.to_proto(graph.model)
         if name == "decode":
-            require_latent_only(proto, config.num_heads, config.row_width)
+            require_latent_only(proto, _most_heads(config), _widest_row(trace))
         stage.write_bytes(stage.named(f"{name}.onnx"), proto.SerializeToString(deterministic=True))
     report("publish", 0, 1)
     manifest = manifest_of(
-        source, options, form, graphs, layout=layout, weights=weights, named=stage.named
+        source, options, trace, graphs, layout=layout, weights=weights, named=stage.named
     )
     if options.in_place:
         manifest["in_place"] = files_section(source, _TEXTS, kept)
@@ -194,31 +195,37 @@ def _build(source: Checkpoint, stage: Stage, options: ExportOptions, report: Pro
     return bundle
 
 
-def _require_fired(graphs: dict[str, Assembled], trace: Trace, layers: int) -> None:
-    """Each attention rule fires once a layer in its graph, each expert rule once a MoE layer."""
-    experts = sum(
-        len(kind.kind.indices)
-        for kind in trace.layers
-        if any(node.op_type == "MoE" for node in kind.model.graph)
+def _require_fired(graphs: dict[str, Assembled], trace: Trace) -> None:
+    """Each composite that was traced is lowered once, and attention is where the latent is."""
+    found: Counter[str] = Counter()
+    for traced in trace.layers:
+        for node in traced.model.graph:
+            found[node.op_type] += len(traced.kind.indices)
+    attention = sum(
+        len(call.reads) + sum(part.kind == "latent" for part in call.parts) for call in trace.calls
     )
-    buffers = trace.buffers * layers
-    order.require_counts(
-        graphs["prefill"].counts,
-        {
-            "lower_expanded_attention": layers,
-            "lower_cache_update": buffers,
-            "lower_experts": experts,
-        },
-    )
+    both = {
+        "lower_cache_update": found["CacheUpdate"],
+        "lower_ring_update": found["RingUpdate"],
+        "lower_experts": found["MoE"],
+        "lower_delta_attention": found["DeltaAttention"],
+        "lower_conv_state": found["ConvState"],
+    }
+    order.require_counts(graphs["prefill"].counts, {"lower_expanded_attention": attention, **both})
     order.require_counts(
         graphs["decode"].counts,
-        {
-            "absorb_projections": layers,
-            "lower_latent_attention": layers,
-            "lower_cache_update": buffers,
-            "lower_experts": experts,
-        },
+        {"absorb_projections": attention, "lower_latent_attention": attention, **both},
     )
+
+
+def _most_heads(config: MlaConfig) -> int:
+    """The most numbers per cached token that scores of any layer or indexer hold."""
+    keys = ("index_n_heads", "swa_num_attention_heads")
+    return max(config.num_heads, *(int(config.raw.get(key) or 0) for key in keys))
+
+
+def _widest_row(trace: Trace) -> int:
+    return max(b.shape[0] for b in trace.all_buffers if not b.is_state)
 
 
 def _write_weights(
@@ -232,7 +239,7 @@ def _write_weights(
         report("weights", written, total)
 
     with stage.create(stage.named("weights")) as stream:
-        layout.write(stream, weights, source, done)
+        layout.write(stream, weights, done)
 
 
 def _copy_texts(source: Checkpoint, stage: Stage) -> None:

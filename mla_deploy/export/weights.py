@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from mla_deploy.checkpoint import Checkpoint, TensorSlice, WeightMap
+from mla_deploy.checkpoint import WeightMap
 from mla_deploy.errors import InputError, MlaDeployError
 from mla_deploy.rewrite.weights import WeightUse
 
@@ -95,7 +95,6 @@ class WeightLayout:
         self,
         stream: Writable,
         source: WeightMap,
-        checkpoint: Checkpoint,
         done: Callable[[int], None],
     ) -> None:
         """Stream every tensor; `done(bytes)` after each block.
@@ -104,15 +103,13 @@ class WeightLayout:
         """
         stream.write(self.header())
         for weight in self._ordered():
-            for block in _blocks(weight, source, checkpoint):
+            for block in _blocks(weight, source):
                 converted = _converted(block, weight)
                 stream.write(converted.view(torch.uint8).numpy().data)
                 done(converted.numel() * converted.element_size())
 
 
-def _blocks(
-    weight: StoredWeight, source: WeightMap, checkpoint: Checkpoint
-) -> Iterator[torch.Tensor]:
+def _blocks(weight: StoredWeight, source: WeightMap) -> Iterator[torch.Tensor]:
     use = weight.use
     if use.half is not None:
         yield _half(source.read(use.parameter), use)
@@ -123,14 +120,8 @@ def _blocks(
     if rows <= step or len(part.shape) < 2:
         yield source.read(use.parameter)
         return
-    first = part.rows[0] if part.rows is not None else 0
     for start in range(0, rows, step):
-        stop = min(rows, start + step)
-        yield _read_rows(checkpoint, part, first + start, first + stop)
-
-
-def _read_rows(checkpoint: Checkpoint, part: TensorSlice, start: int, stop: int) -> torch.Tensor:
-    return checkpoint.read(part.tensor, rows=slice(start, stop), index=part.index)
+        yield source.read_rows(use.parameter, start, min(rows, start + step))
 
 
 def _half(w_kv_b: torch.Tensor, use: WeightUse) -> torch.Tensor:

@@ -32,26 +32,16 @@ from mla_deploy.rewrite.rule import (
 
 
 class AbsorbProjections(Rule):
+    """`sinks`: the form of attention that has one more score per head."""
+
+    def __init__(self, name: str, sinks: bool) -> None:
+        super().__init__(name)
+        self.sinks = sinks
+
     def pattern(
-        self, op: Any, query: Any, latent: Any, rope_key: Any, w_kv_b: Any, visible: Any
+        self, op: Any, query: Any, latent: Any, rope_key: Any, w_kv_b: Any, visible: Any, sinks: Any
     ) -> Any:
-        key, value = op.ExpandLatent(
-            latent,
-            rope_key,
-            w_kv_b,
-            _domain=DOMAIN,
-            _outputs=["key", "value"],
-            _allow_other_attributes=True,
-        )
-        return op.Attention(
-            query,
-            key,
-            value,
-            visible,
-            _domain=DOMAIN,
-            _outputs=["out"],
-            _allow_other_attributes=True,
-        )
+        return expanded_attention(op, query, (latent, rope_key, w_kv_b), visible, self._of(sinks))
 
     def check(
         self,
@@ -80,24 +70,50 @@ class AbsorbProjections(Rule):
         visible: ir.Value,
         key: ir.Value,
         out: ir.Value,
+        sinks: ir.Value | None = None,
         **_: Any,
     ) -> Any:
         heads, nope, value, rank = expansion_sizes(key, latent, w_kv_b)
         w_uk_HNL, w_uv_HLV = split_heads(op, w_kv_b, heads, nope, value)
         q_nope_BHSN, q_rope_BHSR = split_query(op, query, nope, static(rope_key, -1))
         q_latent_BHSL = heads_product(op, q_nope_BHSN, w_uk_HNL, rank)
-        out_BHSL = op.LatentAttention(
+        attend = op.LatentSinkAttention if self.sinks else op.LatentAttention
+        out_BHSL = attend(
             q_latent_BHSL,
             q_rope_BHSR,
             latent,
             rope_key,
             visible,
+            *self._of(sinks),
             scale=attribute(required_node(out), "scale"),
             heads=heads,
             _domain=DOMAIN,
             _version=1,
         )
         return heads_product(op, out_BHSL, w_uv_HLV, value)
+
+    def _of(self, sinks: Any) -> tuple[Any, ...]:
+        return (sinks,) if self.sinks else ()
+
+
+def expanded_attention(
+    op: Any, query: Any, expanded: tuple[Any, Any, Any], visible: Any, sinks: tuple[Any, ...]
+) -> Any:
+    """Pattern: attention over ExpandLatent(latent, rope key, w_kv_b)."""
+    key, value = op.ExpandLatent(
+        *expanded, _domain=DOMAIN, _outputs=["key", "value"], _allow_other_attributes=True
+    )
+    attend = op.SinkAttention if sinks else op.Attention
+    return attend(
+        query,
+        key,
+        value,
+        visible,
+        *sinks,
+        _domain=DOMAIN,
+        _outputs=["out"],
+        _allow_other_attributes=True,
+    )
 
 
 def expansion_sizes(key: ir.Value, latent: ir.Value, w_kv_b: ir.Value) -> tuple[int, int, int, int]:
@@ -122,6 +138,8 @@ def split_heads(
 
 def split_query(op: Any, query: ir.Value, nope: int, rope: int) -> tuple[ir.Value, ir.Value]:
     """query_BHSE as its two parts; without a node when the graph had just joined them."""
+    if rope == 0:
+        return query, op.Slice(query, ints(op, [0]), ints(op, [0]), ints(op, [3]))
     node = query.producer()
     if node is not None and node.op_type == "Concat" and len(node.inputs) == 2:
         parts = [required(part) for part in node.inputs]
@@ -142,4 +160,4 @@ def heads_product(op: Any, x_BHSI: ir.Value, w_HIO: ir.Value, width: int) -> ir.
     return op.Transpose(op.Reshape(y_HXO, shape), perm=[1, 0, 2, 3])
 
 
-RULE = AbsorbProjections.rule("absorb_projections")
+RULES = tuple(AbsorbProjections.rule("absorb_projections", sinks) for sinks in (False, True))

@@ -49,7 +49,8 @@ _MOVES = {
     "Unsqueeze",
     "Where",
 }
-_CACHE = ("latent_cache.", "rope_key_cache.")
+_CACHE = ("latent_cache.", "rope_key_cache.", "indexer_key_cache.")
+_SMALL = 64  # elements of a constant that can be a shape
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ def latent_violations(model: onnx.ModelProto, num_heads: int, row_width: int) ->
     # Shapes that hang on a Range or a Shape are known only once those are folded.
     folded = ir.from_proto(flat)
     optimizer.fold_constants(folded, onnx_shape_inference=True)
+    _constants_inside(folded.graph)
     inferred = shape_inference.infer_shapes(ir.to_proto(folded), data_prop=True)
     return _Walk(num_heads, row_width).graph(inferred.graph, ChainMap(), set())
 
@@ -130,11 +132,18 @@ def _first_calls(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _set_sizes(model: onnx.ModelProto) -> None:
-    for value in [*model.graph.input, *model.graph.output]:
+    for value in [*model.graph.input, *model.graph.output, *model.graph.value_info]:
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param in _DIMS:
                 dim.dim_value = _DIMS[dim.dim_param]
+    known = [v for v in model.graph.value_info if not _has_words(v)]
     del model.graph.value_info[:]
+    model.graph.value_info.extend(known)
+
+
+def _has_words(value: onnx.ValueInfoProto) -> bool:
+    """Whether a size is still a word: inference knows better when all around it is a number."""
+    return any(dim.dim_param for dim in value.type.tensor_type.shape.dim)
 
 
 def _forget_weights(model: onnx.ModelProto) -> None:
@@ -149,6 +158,28 @@ def _forget_weights(model: onnx.ModelProto) -> None:
             kind.shape.dim.add(dim_value=size)
     del graph.initializer[:]
     graph.initializer.extend(constants)
+
+
+def _constants_inside(graph: ir.Graph) -> None:
+    """Repeat small constants in the branches that read them: inference does not look outside."""
+    for node in graph:
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                _repeat_constants(attribute.as_graph())
+                _constants_inside(attribute.as_graph())
+
+
+def _repeat_constants(branch: ir.Graph) -> None:
+    for number, node in enumerate(list(branch)):
+        for place, value in enumerate(node.inputs):
+            if value is None or value.graph is branch:
+                continue
+            tensor = ir.convenience.get_const_tensor(value)
+            if tensor is not None and tensor.size <= _SMALL:
+                copy = ir.node("Constant", [], attributes={"value": tensor})
+                copy.outputs[0].name = f"{branch.name}_constant_{number}_{place}"
+                branch.insert_before(node, copy)
+                node.replace_input_with(place, copy.outputs[0])
 
 
 class _Walk:

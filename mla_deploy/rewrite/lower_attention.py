@@ -1,29 +1,31 @@
-"""lower: attention composites -> MatMul / Softmax / MatMul, for ONNX Runtime on a CPU.
+"""lower: attention over the latent cache -> MatMul / Softmax / MatMul, for ONNX Runtime on a CPU.
 
-Two forms. *Absorbed* reads the cache as it lies: heads are folded into rows, so that one matrix
-product [B, 1, H*S, L+R] x [B, 1, T, L+R]^T serves all heads (4 to 8 times faster there than the
-Attention operator with one shared key head), and the probabilities multiply the whole fused row
-because slicing the small result is free and slicing the cache copies it. *Expanded* makes keys
-and values per head, for prefill.
+    # before:  [q_latent | q_rope], rows_B1TW = CacheUpdate(...) --LatentAttention--> out_BHSL
+    # after:   scores = (cache q^T)^T --Softmax--> probabilities --MatMul(cache)--> [..., :L]
 
-Stale slots: a masked score is replaced, but a probability of zero times a NaN is a NaN, so values
-are cleared too. That copies the cache, hence only when some row really has a stale slot.
+Heads are folded into rows, so that one matrix product [B, 1, T, W] x [B, 1, H*S, W]^T serves all
+heads (4 to 8 times faster there than the Attention operator with one shared key head). The cache is
+the first operand, which that runtime multiplies faster than the second. The probabilities multiply
+the whole fused row: slicing the small result is free and slicing the cache copies it.
+
+When each new token sees every slot nothing is masked. Otherwise a masked score is replaced, and
+stale rows are cleared, because a probability of zero times a NaN is a NaN; that copies the cache.
+
+A sparse layer's one new token attends to the rows it has chosen, and to no other.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
 
-from mla_deploy.rewrite.absorb import (
-    expansion_sizes,
-    split_heads,
-    split_query,
-)
+from mla_deploy.rewrite.lower_choice import every_is_chosen, selected
 from mla_deploy.rewrite.rule import (
     DOMAIN,
     MASKED,
+    Body,
     Mismatch,
     Rule,
     as_fp32,
@@ -37,204 +39,243 @@ from mla_deploy.rewrite.rule import (
     swapped,
 )
 
+_SOURCES = ("CacheUpdate", "CacheRead", "RingUpdate")
 
-class LowerFusedRow(Rule):
-    """LatentAttention whose latent and rope key are two slices of one cached row.
 
-    # before:  rows_B1TW --Slice[:L]--> latent --+
-    #          rows_B1TW --Slice[L:]--> rope key-LatentAttention -> out_BHSL
-    # after:   [q_latent | q_rope]_B1XW --MatMul(cache^T)--> Softmax --MatMul(cache)--> [..., :L]
-    """
+class LowerLatentAttention(Rule):
+    def __init__(self, name: str, sinks: bool) -> None:
+        super().__init__(name)
+        self.sinks = sinks
 
     def pattern(
-        self, op: Any, q_latent: Any, q_rope: Any, latent: Any, rope_key: Any, visible: Any
-    ) -> Any:
-        return _latent_attention(op, q_latent, q_rope, latent, rope_key, visible)
-
-    def check(self, context: Any, latent: ir.Value, rope_key: ir.Value, **_: Any) -> bool:
-        update = _cache_update(latent, sliced=True)
-        if update is not _cache_update(rope_key, sliced=True):
-            raise Mismatch("latent and rope key are not slices of one row", rope_key)
-        first, second = _slice_start(latent), _slice_start(rope_key)
-        rank, width = static(latent, -1), static(update.outputs[1], -1)
-        if (first, second, width) != (0, rank, rank + static(rope_key, -1)):
-            raise Mismatch("the row is not [latent | rope key]", rope_key)
-        return True
-
-    def rewrite(
         self,
         op: Any,
-        q_latent: ir.Value,
-        q_rope: ir.Value,
-        latent: ir.Value,
-        visible: ir.Value,
-        out: ir.Value,
-        **_: Any,
+        q_latent: Any,
+        q_rope: Any,
+        latent: Any,
+        rope_key: Any,
+        visible: Any,
+        sinks: Any,
     ) -> Any:
-        node = required_node(out)
-        heads, rank = int(attribute(node, "heads")), static(latent, -1)
-        cache = Cached(op, _cache_update(latent, sliced=True))
-        q_BHSW = op.Mul(op.Concat(q_latent, q_rope, axis=-1), _scale(op, node))
-        q_B1XW = _rows(op, q_BHSW)
-        scores_B1XT = op.MatMul(q_B1XW, swapped(op, cache.rows_B1TW))
-        probabilities_B1XT = _softmax(op, scores_B1XT, visible, heads)
-        out_B1XW = cache.weighted(op, probabilities_B1XT)
-        out_B1XL = op.Slice(out_B1XW, ints(op, [0]), ints(op, [rank]), ints(op, [3]))
-        return _heads(op, out_B1XL, heads, rank)
-
-
-class LowerSplitRows(Rule):
-    """LatentAttention with the latent and the rope key in caches of their own."""
-
-    def pattern(
-        self, op: Any, q_latent: Any, q_rope: Any, latent: Any, rope_key: Any, visible: Any
-    ) -> Any:
-        return _latent_attention(op, q_latent, q_rope, latent, rope_key, visible)
-
-    def check(self, context: Any, latent: ir.Value, rope_key: ir.Value, **_: Any) -> bool:
-        _cache_update(latent, sliced=False)
-        _cache_update(rope_key, sliced=False)
-        return True
-
-    def rewrite(
-        self,
-        op: Any,
-        q_latent: ir.Value,
-        q_rope: ir.Value,
-        latent: ir.Value,
-        rope_key: ir.Value,
-        visible: ir.Value,
-        out: ir.Value,
-        **_: Any,
-    ) -> Any:
-        node = required_node(out)
-        heads, rank = int(attribute(node, "heads")), static(latent, -1)
-        latents = Cached(op, _cache_update(latent, sliced=False))
-        keys = Cached(op, _cache_update(rope_key, sliced=False))
-        scale = _scale(op, node)
-        q_latent_B1XL = _rows(op, op.Mul(q_latent, scale))
-        q_rope_B1XR = _rows(op, op.Mul(q_rope, scale))
-        scores_B1XT = op.Add(
-            op.MatMul(q_latent_B1XL, swapped(op, latents.rows_B1TW)),
-            op.MatMul(q_rope_B1XR, swapped(op, keys.rows_B1TW)),
-        )
-        probabilities_B1XT = _softmax(op, scores_B1XT, visible, heads)
-        return _heads(op, latents.weighted(op, probabilities_B1XT), heads, rank)
-
-
-class LowerExpanded(Rule):
-    """Attention over an expanded latent, heads apart, the rope key never copied per head.
-
-    # before:  Attention(query, ExpandLatent(latent, rope key, w_kv_b))
-    # after:   scores = q_nope (w_uk latent^T) + q_rope rope_key^T
-    #          out = softmax(scores) (latent w_uv)
-    """
-
-    def pattern(
-        self, op: Any, query: Any, latent: Any, rope_key: Any, w_kv_b: Any, visible: Any
-    ) -> Any:
-        key, value = op.ExpandLatent(
+        attend = op.LatentSinkAttention if self.sinks else op.LatentAttention
+        return attend(
+            q_latent,
+            q_rope,
             latent,
             rope_key,
-            w_kv_b,
-            _domain=DOMAIN,
-            _outputs=["key", "value"],
-            _allow_other_attributes=True,
-        )
-        return op.Attention(
-            query,
-            key,
-            value,
             visible,
+            *((sinks,) if self.sinks else ()),
             _domain=DOMAIN,
             _outputs=["out"],
             _allow_other_attributes=True,
         )
 
-    def check(
-        self, context: Any, latent: ir.Value, w_kv_b: ir.Value, key: ir.Value, **_: Any
-    ) -> bool:
-        expansion_sizes(key, latent, w_kv_b)
+    def check(self, context: Any, latent: ir.Value, rope_key: ir.Value, **_: Any) -> bool:
+        _row_sources(latent, rope_key)
         return True
 
     def rewrite(
         self,
         op: Any,
-        query: ir.Value,
+        q_latent: ir.Value,
+        q_rope: ir.Value,
         latent: ir.Value,
         rope_key: ir.Value,
-        w_kv_b: ir.Value,
         visible: ir.Value,
-        key: ir.Value,
         out: ir.Value,
+        sinks: ir.Value | None = None,
         **_: Any,
     ) -> Any:
-        heads, nope, value, _rank = expansion_sizes(key, latent, w_kv_b)
-        w_uk_HNL, w_uv_HLV = split_heads(op, w_kv_b, heads, nope, value)
-        q_nope_BHSN, q_rope_BHSR = split_query(op, query, nope, static(rope_key, -1))
-        scale = _scale(op, required_node(out))
-        key_BHNT = op.MatMul(w_uk_HNL, swapped(op, latent))
-        scores_BHST = op.Add(
-            op.MatMul(op.Mul(q_nope_BHSN, scale), key_BHNT),
-            op.MatMul(op.Mul(q_rope_BHSR, scale), swapped(op, rope_key)),
+        node = required_node(out)
+        sources = _row_sources(latent, rope_key)
+        parts = [q_latent] if static(rope_key, -1) == 0 else [q_latent, q_rope]
+        if len(parts) > len(sources):
+            parts = [op.Concat(*parts, axis=-1)]
+        scale = op.Constant(value_float=float(attribute(node, "scale")))
+        queries = [_rows(op, op.Mul(part, scale)) for part in parts]
+        heads, rank = int(attribute(node, "heads")), static(latent, -1)
+        rows = [Rows.of(op, source) for source in sources]
+        choice = producer(visible, "SelectVisible", DOMAIN)
+        # Its shape is that of the mask behind it, which is there anyway.
+        like = visible if choice is None else required(choice.inputs[0])
+        step = Attend(queries, rows, rank, Folding.of(op, heads, like), sinks)
+        if choice is None or sources[0].op_type == "RingUpdate":
+            # Only the plan's own mask is all true when all is visible; a layer's own is its choice.
+            own = visible.producer() is not None
+            return step.dense(op, visible, None if own else step.rows[0].all_visible)
+        return _sparse(op, step, *(required(value) for value in choice.inputs))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Cached rows as they lie, and what is stale among them (None: they are cleared already)."""
+
+    rows_B1TW: ir.Value
+    filled_B1T1: ir.Value | None
+    all_visible: ir.Value | None
+
+    @classmethod
+    def of(cls, op: Any, source: ir.Node) -> Rows:
+        if source.op_type == "RingUpdate":
+            return cls(source.outputs[1], None, None)
+        if source.op_type == "CacheRead":
+            cache, filled, all_visible = (required(value) for value in source.inputs)
+            return cls(as_fp32(op, cache, cache), filled, all_visible)
+        rows = as_fp32(op, source.outputs[0], required(source.inputs[0]))
+        return cls(rows, required(source.inputs[2]), required(source.inputs[3]))
+
+
+@dataclass(frozen=True)
+class Folding:
+    """How scores unfold around a mask that is per new token. Made outside of any branch, where
+    shapes can be told ahead of a run.
+    """
+
+    heads: int
+    apart: ir.Value  # [B, H, S, T]
+    folded: ir.Value  # [B, 1, H*S, T]
+    new_tokens: ir.Value  # int64 [1]
+
+    @classmethod
+    def of(cls, op: Any, heads: int, visible: ir.Value) -> Folding:
+        apart = op.Concat(ints(op, [0, heads]), op.Shape(visible, start=2), axis=0)
+        folded = op.Concat(ints(op, [0, 1, -1]), op.Shape(visible, start=3), axis=0)
+        return cls(heads, apart, folded, op.Shape(visible, start=2, end=3))
+
+    def masked(self, op: Any, scores_B1XT: ir.Value, visible: ir.Value) -> ir.Value:
+        scores_BHST = op.Reshape(scores_B1XT, self.apart)
+        masked = op.Where(visible, scores_BHST, op.Constant(value_float=MASKED))
+        out: ir.Value = op.Reshape(masked, self.folded)
+        return out
+
+
+@dataclass(frozen=True)
+class Attend:
+    """One attention: a query for each row tensor (folded rows, scaled); values are the first's."""
+
+    queries: list[ir.Value]
+    rows: list[Rows]
+    rank: int
+    folding: Folding
+    sinks: ir.Value | None
+
+    def dense(self, op: Any, visible: ir.Value, plain: ir.Value | None) -> ir.Value:
+        """Over every row; `plain` tells when nothing has to be masked or cleared. [B, H, S, L]."""
+        keys = [rows.rows_B1TW for rows in self.rows]
+        scores_B1XT = self._scores(op, keys)
+        if plain is None:
+            weights = self._softmax(op, self.folding.masked(op, scores_B1XT, visible))
+            values = keys[0]
+            if self.rows[0].filled_B1T1 is not None:
+                values = _cleared(op, values, self.rows[0].filled_B1T1)
+            return self._heads(op, op.MatMul(weights, values))
+        bare = Body("bare")
+        bare_out = bare.MatMul(self._softmax(bare, scores_B1XT), keys[0])
+        stale = Body("stale")
+        weights = self._softmax(stale, self.folding.masked(stale, scores_B1XT, visible))
+        stale_out = stale.MatMul(weights, _cleared(stale, keys[0], self.rows[0].filled_B1T1))
+        out_B1XW = op.If(
+            plain, then_branch=bare.graph(bare_out), else_branch=stale.graph(stale_out)
         )
-        probabilities_BHST = op.Softmax(_masked(op, scores_BHST, visible), axis=-1)
-        return op.MatMul(probabilities_BHST, op.MatMul(latent, w_uv_HLV))
+        return self._heads(op, out_B1XW)
 
+    def chosen(self, op: Any, visible: ir.Value, chosen_B1K: ir.Value) -> ir.Value:
+        """Over the chosen rows of one new token. [B, H, 1, L]."""
+        index_B1K = op.Cast(chosen_B1K, to=ir.DataType.INT64)
+        index_BK1 = op.Transpose(index_B1K, perm=[0, 2, 1])
+        index_B11K = op.Unsqueeze(index_B1K, ints(op, [1]))
+        # A choice of -1 is none, and would be read as the last token.
+        is_token_B11K = op.GreaterOrEqual(index_B11K, op.Constant(value_int=0))
+        seen_B11K = op.And(op.GatherElements(visible, index_B11K, axis=3), is_token_B11K)
+        seen_B1K1 = swapped(op, seen_B11K)
+        keys = []
+        for rows in self.rows:
+            rows_BTW = op.Squeeze(rows.rows_B1TW, ints(op, [1]))
+            taken_BKW = op.GatherND(rows_BTW, index_BK1, batch_dims=1)
+            keys.append(_cleared(op, op.Unsqueeze(taken_BKW, ints(op, [1])), seen_B1K1))
+        # One new token: the folded rows are the heads, and the mask is the same for all.
+        masked = op.Constant(value_float=MASKED)
+        scores_B1XK = op.Where(seen_B11K, self._scores(op, keys), masked)
+        return self._heads(op, op.MatMul(self._softmax(op, scores_B1XK), keys[0]))
 
-class Cached:
-    """What a CacheUpdate left in the cache, as it lies there (stale slots and all)."""
+    def _scores(self, op: Any, keys: list[ir.Value]) -> ir.Value:
+        products = [
+            swapped(op, op.MatMul(key, swapped(op, query)))
+            for key, query in zip(keys, self.queries, strict=True)
+        ]
+        return products[0] if len(products) == 1 else op.Add(*products)
 
-    def __init__(self, op: Any, update: ir.Node) -> None:
-        self.rows_B1TW = as_fp32(op, update.outputs[0], required(update.inputs[0]))
-        self.width = static(update.outputs[1], -1)
-        self.filled_B1T1 = required(update.inputs[2])
-        self.all_filled = required(update.inputs[3])
-
-    def weighted(self, op: Any, probabilities_B1XT: ir.Value) -> ir.Value:
-        """probabilities times rows, with stale rows cleared first when there are any."""
-        plain = _branch("filled", [("MatMul", [probabilities_B1XT, self.rows_B1TW])])
-        zero = ir.tensor(0.0, dtype=ir.DataType.FLOAT)
-        cleared = _branch(
-            "stale",
-            [
-                ("Constant", [], {"value": zero}),
-                ("Where", [self.filled_B1T1, self.rows_B1TW, 0]),
-                ("MatMul", [probabilities_B1XT, 1]),
-            ],
+    def _softmax(self, op: Any, scores_B1XT: ir.Value) -> ir.Value:
+        if self.sinks is None:
+            return op.Softmax(scores_B1XT, axis=-1)
+        one = ints(op, [1])
+        shape_B1X = op.Shape(scores_B1XT, start=0, end=3)
+        heads = ints(op, [self.folding.heads])
+        sinks_HS = op.Expand(
+            op.Unsqueeze(self.sinks, one), op.Concat(heads, self.folding.new_tokens, axis=0)
         )
-        return op.If(self.all_filled, then_branch=plain, else_branch=cleared)
+        sinks_B1X1 = op.Expand(
+            op.Reshape(sinks_HS, ints(op, [1, 1, -1, 1])), op.Concat(shape_B1X, one, axis=0)
+        )
+        shares = op.Softmax(op.Concat(scores_B1XT, sinks_B1X1, axis=-1), axis=-1)
+        return op.Slice(shares, ints(op, [0]), ints(op, [-1]), ints(op, [3]))
+
+    def _heads(self, op: Any, out_B1XW: ir.Value) -> ir.Value:
+        """[B, 1, H*S, W] -> [B, H, S, L]."""
+        out_B1XL = out_B1XW
+        if len(self.queries) == 1:
+            out_B1XL = op.Slice(out_B1XW, ints(op, [0]), ints(op, [self.rank]), ints(op, [3]))
+        return op.Reshape(out_B1XL, ints(op, [0, self.folding.heads, -1, self.rank]))
 
 
-def _branch(name: str, steps: list[Any]) -> ir.Graph:
-    """A subgraph of single-output steps; an int operand is the result of that step."""
-    nodes: list[ir.Node] = []
-    for number, (op_type, operands, *attributes) in enumerate(steps):
-        inputs = [nodes[o].outputs[0] if isinstance(o, int) else o for o in operands]
-        node = ir.node(op_type, inputs, attributes=attributes[0] if attributes else None)
-        node.outputs[0].name = f"{name}_{number}"
-        nodes.append(node)
-    return ir.Graph([], [nodes[-1].outputs[0]], nodes=nodes, name=name)
-
-
-def _latent_attention(op: Any, *operands: Any) -> Any:
-    return op.LatentAttention(
-        *operands, _domain=DOMAIN, _outputs=["out"], _allow_other_attributes=True
+def _sparse(op: Any, step: Attend, visible: ir.Value, chosen: ir.Value) -> ir.Value:
+    """One new token with more rows than it chose reads those; else the choice is a mask."""
+    every = every_is_chosen(op, visible, chosen)
+    one_new = op.Equal(op.Squeeze(op.Shape(visible, start=2, end=3)), op.Constant(value_int=1))
+    few = Body("few")
+    few_out = step.chosen(few, visible, chosen)
+    all_rows = Body("rows")
+    plain = all_rows.And(required(step.rows[0].all_visible), every)
+    all_out = step.dense(all_rows, selected(all_rows, visible, chosen), plain)
+    out: ir.Value = op.If(
+        op.And(one_new, op.Not(every)),
+        then_branch=few.graph(few_out),
+        else_branch=all_rows.graph(all_out),
     )
+    return out
 
 
-def _cache_update(rows: ir.Value, *, sliced: bool) -> ir.Node:
-    """The CacheUpdate that `rows` comes from. Raises: Mismatch."""
-    source = rows
-    if sliced:
-        node = producer(rows, "Slice")
-        if node is None:
-            raise Mismatch("not a slice of a cached row", rows)
-        source = required(node.inputs[0])
-    update = producer(source, "CacheUpdate", DOMAIN)
-    if update is None:
-        raise Mismatch("not the rows of a cache update", source)
-    return update
+def _cleared(op: Any, rows: ir.Value, filled: ir.Value | None) -> ir.Value:
+    cleared: ir.Value = op.Where(required(filled), rows, op.Constant(value_float=0.0))
+    return cleared
+
+
+def _row_sources(latent: ir.Value, rope_key: ir.Value) -> list[ir.Node]:
+    """What holds latent and rope key: one node when they are one row, or there is no rope key.
+
+    Raises: Mismatch.
+    """
+    rank, rope = static(latent, -1), static(rope_key, -1)
+    sliced = producer(latent, "Slice")
+    if sliced is None:
+        first = _source(latent)
+        return [first] if rope == 0 else [first, _source(rope_key)]
+    row = required(sliced.inputs[0])
+    other = producer(rope_key, "Slice")
+    if other is None or other.inputs[0] is not row:
+        raise Mismatch("latent and rope key are not slices of one row", rope_key)
+    starts = (_slice_start(latent), _slice_start(rope_key))
+    if (*starts, static(row, -1)) != (0, rank, rank + rope):
+        raise Mismatch("the row is not [latent | rope key]", rope_key)
+    return [_source(row)]
+
+
+def _source(rows: ir.Value) -> ir.Node:
+    for op_type in _SOURCES:
+        node = producer(rows, op_type, DOMAIN)
+        if node is not None:
+            return node
+    raise Mismatch("not the rows of a cache", rows)
 
 
 def _slice_start(value: ir.Value) -> int:
@@ -244,31 +285,9 @@ def _slice_start(value: ir.Value) -> int:
     return int(start.item())
 
 
-def _scale(op: Any, node: ir.Node) -> ir.Value:
-    return op.Constant(value_float=float(attribute(node, "scale")))
-
-
 def _rows(op: Any, x_BHSI: ir.Value) -> ir.Value:
     """[B, H, S, I] -> [B, 1, H*S, I]: the heads become rows of one product."""
     return op.Reshape(x_BHSI, op.Concat(ints(op, [0, 1, -1]), op.Shape(x_BHSI, start=3), axis=0))
 
 
-def _heads(op: Any, x_B1XI: ir.Value, heads: int, width: int) -> ir.Value:
-    """[B, 1, H*S, I] -> [B, H, S, I]."""
-    return op.Reshape(x_B1XI, ints(op, [0, heads, -1, width]))
-
-
-def _masked(op: Any, scores: ir.Value, visible: ir.Value) -> ir.Value:
-    return op.Where(visible, scores, op.Constant(value_float=MASKED))
-
-
-def _softmax(op: Any, scores_B1XT: ir.Value, visible: ir.Value, heads: int) -> ir.Value:
-    """Masked softmax of folded rows; the mask is per new token, so heads unfold around it."""
-    shape_BHST = op.Concat(ints(op, [0, heads, -1]), op.Shape(scores_B1XT, start=3), axis=0)
-    scores_BHST = _masked(op, op.Reshape(scores_B1XT, shape_BHST), visible)
-    return op.Reshape(op.Softmax(scores_BHST, axis=-1), op.Shape(scores_B1XT))
-
-
-FUSED_ROW = LowerFusedRow.rule("lower_latent_attention")
-SPLIT_ROWS = LowerSplitRows.rule("lower_latent_attention")
-EXPANDED = LowerExpanded.rule("lower_expanded_attention")
+RULES = tuple(LowerLatentAttention.rule("lower_latent_attention", s) for s in (False, True))

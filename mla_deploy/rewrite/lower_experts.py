@@ -2,6 +2,7 @@
 
     # before:  MoE(hidden_XD, index_XK, weight_XK, gate_up_EID, down_EDI)
     # after:   for each expert e:  If(hit_e) { rows -> Gemm, Gemm, act * up, Gemm }
+    #          experts that return their input: their rows of hidden
     #          Concat of the experts' rows, put back in order, weighted, summed over K
 
 Time per token then follows K and not E, and each expert's weights stay the separate tensors they
@@ -11,12 +12,14 @@ weights and all experts: `bench/moe.py`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
 
 from mla_deploy.rewrite.rule import (
     DOMAIN,
+    Body,
     Mismatch,
     Rule,
     attribute,
@@ -48,7 +51,8 @@ class LowerExperts(Rule):
     def check(self, context: Any, gate_up: ir.Value, down: ir.Value, **_: Any) -> bool:
         if not (gate_up.is_graph_input() and down.is_graph_input()):
             raise Mismatch("the experts are not weights", gate_up)
-        if static(gate_up, 0) != static(down, 0) or static(gate_up, 1) != 2 * static(down, 2):
+        # Experts that return their input may have a gate all the same; nothing reads it.
+        if static(gate_up, 0) < static(down, 0) or static(gate_up, 1) != 2 * static(down, 2):
             raise Mismatch("the experts are not gate, up and down of one width", down)
         return True
 
@@ -63,21 +67,33 @@ class LowerExperts(Rule):
         out: ir.Value,
         **_: Any,
     ) -> Any:
-        experts, chosen, width = static(gate_up, 0), static(index, 1), static(hidden, 1)
-        activation = str(attribute(required_node(out), "activation"))
+        experts, chosen, width = static(down, 0), static(index, 1), static(hidden, 1)
+        node = required_node(out)
+        gate = Gate(str(attribute(node, "activation")), float(attribute(node, "limit")))
+        identity = int(attribute(node, "identity"))
         flat_Y = op.Reshape(index, ints(op, [-1]))
         true_Y = op.Expand(op.Cast(ints(op, [1]), to=ir.DataType.BOOL), op.Shape(flat_Y))
-        none_E = op.Expand(op.Cast(ints(op, [0]), to=ir.DataType.BOOL), ints(op, [experts]))
+        none_E = op.Expand(
+            op.Cast(ints(op, [0]), to=ir.DataType.BOOL), ints(op, [experts + identity])
+        )
         hit_E = op.ScatterElements(none_E, flat_Y, true_Y, axis=0)
-        hits = op.Split(hit_E, axis=0, num_outputs=experts, _outputs=experts)
-        hits = [hits] if experts == 1 else hits
+        sizes = [1] * experts + ([identity] if identity else [])
+        hits = op.Split(hit_E, ints(op, sizes), axis=0, _outputs=len(sizes))
+        hits = [hits] if len(sizes) == 1 else hits
         parts = []
         for e in range(experts):
             weights = _expert_weights(gate_up, down, e)
-            taken = _taken(e, hidden, flat_Y, chosen=chosen, weights=weights, activation=activation)
-            skipped = _skipped(e, width)
-            rows, places = op.If(hits[e], then_branch=taken, else_branch=skipped, _outputs=2)
-            parts.append((rows, places))
+            taken = _taken(e, hidden, flat_Y, chosen=chosen, weights=weights, gate=gate)
+            parts.append(
+                op.If(hits[e], then_branch=taken, else_branch=_skipped(e, width), _outputs=2)
+            )
+        if identity:
+            places_Z = op.Reshape(
+                op.NonZero(op.GreaterOrEqual(flat_Y, op.Constant(value_int=experts))),
+                ints(op, [-1]),
+            )
+            tokens_Z = op.Div(places_Z, op.Constant(value_int=chosen))
+            parts.append((op.Gather(hidden, tokens_Z, axis=0), places_Z))
         # A row of `out_YD` is one (token, choice); `order_Y` says where each choice landed.
         out_YD = op.Concat(*(rows for rows, _ in parts), axis=0)
         landed_Y = op.Concat(*(places for _, places in parts), axis=0)
@@ -109,54 +125,40 @@ def _taken(
     *,
     chosen: int,
     weights: list[ir.Value],
-    activation: str,
+    gate: Gate,
 ) -> ir.Graph:
-    gate, up, down = weights
-    body = _Body(f"expert{e}")
-    places = body.op(
-        "Reshape",
-        body.op("NonZero", body.op("Equal", flat_Y, body.constant(e))),
-        body.constant([-1]),
+    w_gate, w_up, w_down = weights
+    body = Body(f"expert{e}")
+    places = body.Reshape(
+        body.NonZero(body.Equal(flat_Y, body.Constant(value_int=e))), ints(body, [-1])
     )
-    tokens = body.op("Div", places, body.constant(chosen))
-    x = body.op("Gather", hidden, tokens, axis=0)
-    gated = _activated(body, body.op("Gemm", x, gate, transB=1), activation)
-    inner = body.op("Mul", gated, body.op("Gemm", x, up, transB=1))
-    rows = body.op("Gemm", inner, down, transB=1)
-    return body.graph(rows, places)
+    tokens = body.Div(places, body.Constant(value_int=chosen))
+    x = body.Gather(hidden, tokens, axis=0)
+    inner = gate.inner(body, body.Gemm(x, w_gate, transB=1), body.Gemm(x, w_up, transB=1))
+    return body.graph(body.Gemm(inner, w_down, transB=1), places)
 
 
-def _activated(body: _Body, x: ir.Value, activation: str) -> ir.Value:
-    if activation == "silu":
-        return body.op("Mul", x, body.op("Sigmoid", x))
-    return body.op({"gelu": "Gelu", "relu": "Relu"}[activation], x)
+@dataclass(frozen=True)
+class Gate:
+    """activation(gate) * up; with a limit both are cut, the gate from above only."""
+
+    activation: str
+    limit: float
+
+    def inner(self, op: Any, gate: ir.Value, up: ir.Value) -> ir.Value:
+        if self.limit > 0:
+            most, least = (op.Constant(value_float=x) for x in (self.limit, -self.limit))
+            gate, up = op.Min(gate, most), op.Clip(up, least, most)
+        if self.activation == "silu":
+            return op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)
+        return op.Mul(op.Gelu(gate) if self.activation == "gelu" else op.Relu(gate), up)
 
 
 def _skipped(e: int, width: int) -> ir.Graph:
-    body = _Body(f"skip{e}")
-    rows = body.op("ConstantOfShape", body.constant([0, width]), value=ir.tensor([0.0], _FLOAT))
-    places = body.op("ConstantOfShape", body.constant([0]), value=ir.tensor([0], ir.DataType.INT64))
+    body = Body(f"skip{e}")
+    rows = body.ConstantOfShape(ints(body, [0, width]), value=ir.tensor([0.0], _FLOAT))
+    places = body.ConstantOfShape(ints(body, [0]), value=ir.tensor([0], ir.DataType.INT64))
     return body.graph(rows, places)
-
-
-class _Body:
-    """Builds one branch; names are the branch's own."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.nodes: list[ir.Node] = []
-
-    def op(self, op_type: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
-        node = ir.node(op_type, inputs, attributes=attributes or None)
-        node.outputs[0].name = f"{self.name}_{len(self.nodes)}"
-        self.nodes.append(node)
-        return node.outputs[0]
-
-    def constant(self, value: int | list[int]) -> ir.Value:
-        return self.op("Constant", value=ir.tensor(value, dtype=ir.DataType.INT64))
-
-    def graph(self, *outputs: ir.Value) -> ir.Graph:
-        return ir.Graph([], list(outputs), nodes=self.nodes, name=self.name)
 
 
 RULE = LowerExperts.rule("lower_experts")

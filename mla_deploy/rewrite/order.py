@@ -14,8 +14,13 @@ from mla_deploy.rewrite import (
     absorb,
     lower_attention,
     lower_cache,
+    lower_choice,
+    lower_conv,
+    lower_delta,
+    lower_expanded,
     lower_experts,
     lower_linear,
+    lower_ring,
     raise_norm,
 )
 from mla_deploy.rewrite.rule import DOMAIN
@@ -28,7 +33,7 @@ def prefill_cpu(growing: bool) -> Rules:
     return (
         *raise_norm.RULES,
         # Before the cache update goes: the pattern ends at its rows.
-        lower_attention.EXPANDED,
+        *lower_expanded.RULES,
         *_lower(growing),
     )
 
@@ -37,11 +42,10 @@ def decode_cpu(growing: bool) -> Rules:
     """Absorbed: attention reads the latent cache as it lies."""
     return (
         *raise_norm.RULES,
-        absorb.RULE,
-        # Both read the CacheUpdate behind the latent, so they come before it is lowered, and the
-        # fused row before the split rows, whose pattern it also fits.
-        lower_attention.FUSED_ROW,
-        lower_attention.SPLIT_ROWS,
+        *absorb.RULES,
+        # It reads the cache composite behind the latent and the choice behind the mask, so it comes
+        # before these are lowered.
+        *lower_attention.RULES,
         *_lower(growing),
     )
 
@@ -54,7 +58,13 @@ def trunk_cpu() -> Rules:
 def _lower(growing: bool) -> Rules:
     return (
         lower_cache.rule(growing),
+        lower_cache.READ,
+        lower_ring.RULE,
+        lower_choice.CHOOSE,
+        lower_choice.SELECT,
         lower_experts.RULE,
+        lower_delta.RULE,
+        *lower_conv.RULES,
         # With a bias first: without one it would match the product alone.
         *lower_linear.LINEAR,
         lower_linear.RMS_NORM,

@@ -96,3 +96,41 @@ def as_fp32(op: Any, value: ir.Value, like: ir.Value) -> ir.Value:
     if required_dtype(like) == ir.DataType.FLOAT:
         return value
     return op.Cast(value, to=ir.DataType.FLOAT)
+
+
+def branch(name: str, steps: Sequence[Any]) -> ir.Graph:
+    """A subgraph of single-output steps; an int operand is the result of that step."""
+    body = Body(name)
+    results: list[ir.Value] = []
+    for op_type, operands, *attributes in steps:
+        inputs = [results[o] if isinstance(o, int) else o for o in operands]
+        results.append(getattr(body, op_type)(*inputs, **(attributes[0] if attributes else {})))
+    return body.graph(results[-1])
+
+
+class Body:
+    """Builds a subgraph the way a rule's `op` builds a graph: `body.MatMul(a, b)` adds a node.
+
+    Values of the graphs around it may be read. Names start with `name`, so that branches side by
+    side can be told apart.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._nodes: list[ir.Node] = []
+
+    def __getattr__(self, op_type: str) -> Any:
+        if op_type.startswith("_"):
+            raise AttributeError(op_type)
+
+        def add(*inputs: ir.Value, _outputs: int = 1, **attributes: Any) -> Any:
+            node = ir.node(op_type, inputs, attributes=attributes or None, num_outputs=_outputs)
+            for place, output in enumerate(node.outputs):
+                output.name = f"{self._name}_{len(self._nodes)}_{place}"
+            self._nodes.append(node)
+            return node.outputs[0] if _outputs == 1 else tuple(node.outputs)
+
+        return add
+
+    def graph(self, *outputs: ir.Value) -> ir.Graph:
+        return ir.Graph([], list(outputs), nodes=self._nodes, name=self._name)

@@ -6,28 +6,21 @@ the buffer, not its capacity. Rows lie one behind the other at a stride of T tok
     batch 1    T = length + new: the exact prefix, no slot more
     batch > 1  T grows in blocks; the rows are moved apart inside the same buffer, last row first
 
-Bytes reserved: layers x batch x capacity x (L + R) x itemsize, whatever T is.
+Bytes reserved: layers x batch x capacity x (L + R) x itemsize, whatever T is. Rings and states are
+bound whole (`fixed_tensors.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mla_deploy import shapes
-from mla_deploy.errors import EnvironmentFailure, IncompatibleError, quoted
+from mla_deploy.errors import EnvironmentFailure
+from mla_deploy.runtime.cache_spec import Array, CacheSpec, CacheTensor, as_float32
+from mla_deploy.runtime.fixed_tensors import FixedTensors
 
-Array = NDArray[Any]
-# Storage of each dtype: numpy's type (bf16 as its bits) and ONNX's element type.
-STORAGE: Mapping[str, tuple[type[np.generic], int]] = {
-    "fp32": (np.float32, 1),
-    "fp16": (np.float16, 10),
-    "bf16": (np.uint16, 16),
-}
 # Tokens by which a window of several rows grows. A move costs about one read of the cache, so a
 # small block is dear only when the cache is large.
 _SMALL_BLOCK = 64
@@ -36,75 +29,15 @@ _LARGE_FROM = 1024
 
 
 @dataclass(frozen=True)
-class CacheTensor:
-    """One cache tensor of the graph: which layer's, its two names, and its width in elements."""
-
-    layer: int
-    input: str
-    output: str
-    width: int
-
-
-@dataclass(frozen=True)
-class CacheSpec:
-    """The cache part of a bundle's manifest. `tensors` holds latents before rope keys per layer."""
-
-    tensors: tuple[CacheTensor, ...]
-    dtype: str
-    grows: bool
-
-    @property
-    def row_width(self) -> int:
-        """Elements per token and layer, L + R."""
-        return sum(tensor.width for tensor in self.tensors if tensor.layer == 0)
-
-    @property
-    def num_layers(self) -> int:
-        return 1 + max(tensor.layer for tensor in self.tensors)
-
-    @property
-    def numpy_type(self) -> type[np.generic]:
-        return STORAGE[self.dtype][0]
-
-    @property
-    def onnx_type(self) -> int:
-        return STORAGE[self.dtype][1]
-
-
-@dataclass(frozen=True)
 class Window:
-    """What one step binds: arrays [B, 1, T, W] in the order of `CacheSpec.tensors`."""
+    """What one step binds: arrays in the order of `CacheSpec.tensors`."""
 
     inputs: tuple[Array, ...]
     outputs: tuple[Array, ...]
 
 
-def spec_from_manifest(manifest: Mapping[str, Any]) -> CacheSpec:
-    """Read `io` and `cache`. Raises: IncompatibleError RUN-CACHE (a dtype not known here)."""
-    cache, io = manifest["cache"], manifest["io"]
-    if cache["dtype"] not in STORAGE:
-        raise IncompatibleError(
-            "RUN-CACHE",
-            f"the cache is {quoted(cache['dtype'])}, wanted one of {', '.join(STORAGE)}",
-            hint="upgrade mla-deploy, or export again with this release",
-        )
-    output_of = {str(pair[0]): str(pair[1]) for pair in io["alias"]}
-    outputs = [str(value["name"]) for value in io["decode"]["outputs"] if value["kind"] != "logits"]
-    tensors = []
-    entries = [value for value in io["decode"]["inputs"] if str(value["kind"]).endswith("_cache")]
-    for value, output in zip(entries, outputs, strict=True):
-        name = str(value["name"])
-        layer = int(name.rpartition(".")[2])
-        tensors.append(
-            CacheTensor(layer, name, output_of.get(name, output), int(value["shape"][-1]))
-        )
-    # Latents sort before rope keys by name, as they do in a row.
-    tensors.sort(key=lambda tensor: (tensor.layer, tensor.input))
-    return CacheSpec(tuple(tensors), str(cache["dtype"]), cache["kind"] == "growing")
-
-
 class InPlaceCache:
-    """One flat buffer per cache tensor; a window is a view of its front."""
+    """One flat buffer per tensor with a row for every token; a window is a view of its front."""
 
     def __init__(self, spec: CacheSpec, batch: int, capacity: int) -> None:
         """Reserve every buffer. Zero pages cost no memory until they are written.
@@ -114,11 +47,12 @@ class InPlaceCache:
         self.spec, self.batch, self.capacity = spec, batch, capacity
         self._stride_tokens = 0
         self._buffers = _reserved(spec, batch, capacity)
+        self.fixed = FixedTensors(spec, batch)
 
     @property
     def bytes(self) -> int:
         """Bytes of the bound buffers, as numpy reports them."""
-        return sum(buffer.nbytes for buffer in self._buffers)
+        return sum(buffer.nbytes for buffer in self._buffers) + self.fixed.bytes
 
     def window(
         self, lengths_B: NDArray[np.int64], new_B: NDArray[np.int64], new_tokens: int
@@ -132,35 +66,41 @@ class InPlaceCache:
             self._stride_tokens = needed
         elif needed > self._stride_tokens:
             self._restride(min(_rounded(needed), self.capacity), lengths_B)
-        views = tuple(
-            self._rows(buffer, tensor.width)
+        views = [
+            self._rows(buffer, tensor)
             for buffer, tensor in zip(self._buffers, self.spec.tensors, strict=True)
-        )
-        return Window(views, views)
+        ]
+        return _window(views, views, self.fixed)
 
     def poison(self) -> None:
         """Fill every slot with NaN (all bits set, in every dtype), before anything is cached."""
         for buffer in self._buffers:
             buffer.view(np.uint8).fill(0xFF)
+        self.fixed.poison()
 
     def accept(self, window: Window) -> None:
-        """The step that bound `window` succeeded; in place there is nothing to keep."""
+        """The step that bound `window` succeeded; rows lie in place, the rest is swapped."""
+        self.fixed.accept()
 
     def reset(self) -> None:
         self._stride_tokens = 0
+        self.fixed.reset()
 
     def cached_rows(self, layer: int, row: int, length: int) -> NDArray[np.float32]:
-        """fp32 [length, L + R] of one row."""
-        parts = [
-            self._rows(buffer, tensor.width)[row, 0, :length]
-            for buffer, tensor in zip(self._buffers, self.spec.tensors, strict=True)
-            if tensor.layer == layer
+        """fp32, see `Runner.cached_rows`."""
+        arrays = [
+            self._rows(buffer, tensor) if held is None else held
+            for buffer, tensor, held in zip(
+                self._buffers, self.spec.tensors, self.fixed.held, strict=True
+            )
         ]
-        return np.concatenate([as_float32(part, self.spec.dtype) for part in parts], axis=-1)
+        return _cached(self.spec, arrays, (layer, row), length)
 
-    def _rows(self, buffer: Array, width: int) -> Array:
-        used = self.batch * self._stride_tokens * width
-        return buffer[:used].reshape(self.batch, 1, self._stride_tokens, width)
+    def _rows(self, buffer: Array, tensor: CacheTensor) -> Array:
+        if tensor.is_fixed:
+            return buffer
+        used = self.batch * self._stride_tokens * tensor.width
+        return buffer[:used].reshape(self.batch, 1, self._stride_tokens, tensor.width)
 
     def _restride(self, stride_tokens: int, lengths_B: NDArray[np.int64]) -> None:
         """Move each row from the old stride to a wider one, the last row first.
@@ -169,6 +109,8 @@ class InPlaceCache:
         """
         old = self._stride_tokens
         for buffer, tensor in zip(self._buffers, self.spec.tensors, strict=True):
+            if tensor.is_fixed:
+                continue
             for row in reversed(range(1, self.batch)):
                 count = int(lengths_B[row]) * tensor.width
                 source, target = row * old * tensor.width, row * stride_tokens * tensor.width
@@ -182,46 +124,57 @@ class GrowingCache:
     def __init__(self, spec: CacheSpec, batch: int, capacity: int) -> None:
         self.spec, self.batch, self.capacity = spec, batch, capacity
         self._arrays = self._empty(0)
+        self._past = 0
+        self.fixed = FixedTensors(spec, batch)
 
     @property
     def bytes(self) -> int:
         """Bytes of the tensors held now: they grow with the longest row."""
-        return sum(array.nbytes for array in self._arrays)
+        return sum(array.nbytes for array in self._arrays) + self.fixed.bytes
 
     def window(
         self, lengths_B: NDArray[np.int64], new_B: NDArray[np.int64], new_tokens: int
     ) -> Window:
         """The past as it stands, and fresh tensors with `new_tokens` slots more."""
         past = int(lengths_B.max())
-        if self._arrays[0].shape[2] > past:
+        if self._past > past:
             # Rows of unequal length left slots behind the longest row.
-            self._arrays = tuple(np.ascontiguousarray(a[:, :, :past]) for a in self._arrays)
-        return Window(self._arrays, self._empty(past + new_tokens))
+            self._arrays = [np.ascontiguousarray(a[:, :, :past]) for a in self._arrays]
+        self._past = past + new_tokens
+        return _window(self._arrays, self._empty(self._past), self.fixed)
 
     def poison(self) -> None:
-        """Nothing to poison: the graph itself makes every slot that is not written."""
+        """The graph itself makes every slot that is not written; rings are poisoned."""
+        self.fixed.poison()
 
     def accept(self, window: Window) -> None:
         """The step succeeded: its outputs are the cache now."""
-        self._arrays = window.outputs
+        self._arrays = [
+            array if tensor.is_fixed else output
+            for array, output, tensor in zip(
+                self._arrays, window.outputs, self.spec.tensors, strict=True
+            )
+        ]
+        self.fixed.accept()
 
     def reset(self) -> None:
         self._arrays = self._empty(0)
+        self._past = 0
+        self.fixed.reset()
 
     def cached_rows(self, layer: int, row: int, length: int) -> NDArray[np.float32]:
-        """fp32 [length, L + R] of one row."""
-        parts = [
-            array[row, 0, :length]
-            for array, tensor in zip(self._arrays, self.spec.tensors, strict=True)
-            if tensor.layer == layer
+        """fp32, see `Runner.cached_rows`."""
+        arrays = [
+            array if held is None else held
+            for array, held in zip(self._arrays, self.fixed.held, strict=True)
         ]
-        return np.concatenate([as_float32(part, self.spec.dtype) for part in parts], axis=-1)
+        return _cached(self.spec, arrays, (layer, row), length)
 
-    def _empty(self, tokens: int) -> tuple[Array, ...]:
-        return tuple(
-            np.empty((self.batch, 1, tokens, tensor.width), self.spec.numpy_type)
-            for tensor in self.spec.tensors
-        )
+    def _empty(self, tokens: int) -> list[Array]:
+        return [
+            np.empty((self.batch, 1, 0 if t.is_fixed else tokens, t.width), t.numpy_type)
+            for t in self.spec.tensors
+        ]
 
 
 LatentCache = InPlaceCache | GrowingCache
@@ -232,26 +185,41 @@ def open_cache(spec: CacheSpec, batch: int, capacity: int) -> LatentCache:
     return (GrowingCache if spec.grows else InPlaceCache)(spec, batch, capacity)
 
 
-def as_float32(values: Array, dtype: str) -> NDArray[np.float32]:
-    """Stored elements as fp32; bf16 is the upper half of an fp32."""
-    if dtype == "bf16":
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32)
-
-
-def _reserved(spec: CacheSpec, batch: int, capacity: int) -> tuple[Array, ...]:
-    itemsize = np.dtype(spec.numpy_type).itemsize
-    wanted = shapes.cache_bytes(
-        num_layers=spec.num_layers,
-        batch=batch,
-        capacity=capacity,
-        row_width=spec.row_width,
-        itemsize=itemsize,
+def _window(inputs: list[Array], outputs: list[Array], fixed: FixedTensors) -> Window:
+    """Arrays of growing tensors, and those of rings and states where there are."""
+    return Window(
+        tuple(a if f is None else f for a, f in zip(inputs, fixed.held, strict=True)),
+        tuple(a if f is None else f for a, f in zip(outputs, fixed.fresh, strict=True)),
     )
+
+
+def _cached(
+    spec: CacheSpec, arrays: list[Array], place: tuple[int, int], length: int
+) -> NDArray[np.float32]:
+    """Rows of one layer and batch row side by side, oldest first; of a state, its values."""
+    layer, row = place
+    parts = []
+    for tensor, array in zip(spec.tensors, arrays, strict=True):
+        if tensor.layer != layer:
+            continue
+        values = as_float32(array[row], tensor.dtype)
+        if tensor.is_state:
+            parts.append(values.reshape(1, -1))
+        elif tensor.rows is None:
+            parts.append(values[0, :length])
+        else:
+            kept = np.arange(max(0, length - tensor.rows + 1), length)
+            parts.append(values[0, kept % tensor.rows])
+    return np.concatenate(parts, axis=-1)
+
+
+def _reserved(spec: CacheSpec, batch: int, capacity: int) -> list[Array]:
+    wanted = spec.bytes(batch, capacity)
     try:
-        return tuple(
-            np.zeros(batch * capacity * tensor.width, spec.numpy_type) for tensor in spec.tensors
-        )
+        return [
+            np.zeros(0 if t.is_fixed else batch * capacity * t.width, t.numpy_type)
+            for t in spec.tensors
+        ]
     except MemoryError:
         raise EnvironmentFailure(
             "RUN-MEMORY",

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from mla_deploy.bundle import Bundle, open_bundle
 from mla_deploy.errors import EnvironmentFailure, GateError, InputError, quoted
-from mla_deploy.runtime.cache import Window, open_cache, spec_from_manifest
+from mla_deploy.runtime.cache import Window, open_cache
+from mla_deploy.runtime.cache_spec import spec_from_manifest
 from mla_deploy.runtime.guards import Rows, checked_rows, checked_sizes, checked_step
 from mla_deploy.runtime.sessions import Graph, GraphSessions
 
@@ -142,6 +143,10 @@ class OnnxRunner:
         self._lengths_B[:] = 0
         self._cache.reset()
 
+    @property
+    def cache_layers(self) -> tuple[int, ...]:
+        return self._spec.layers
+
     def cached_rows(self, layer: int, row: int) -> NDArray[np.float32]:
         return self._cache.cached_rows(layer, row, int(self._lengths_B[row]))
 
@@ -183,7 +188,9 @@ class OnnxRunner:
 
         All or nothing: when a chunk fails, `lengths` is what it was before the call.
         """
-        before = self._lengths_B.copy()
+        before, saved = self._lengths_B.copy(), None
+        if max(map(len, rows)) > self._chunk:
+            saved = self._cache.fixed.saved()
         last_BV = np.zeros((self._batch, self._vocab_size), np.float32)
         every: list[list[NDArray[np.float32]]] = [[] for _ in rows]
         try:
@@ -198,6 +205,8 @@ class OnnxRunner:
                         last_BV[row] = every[row][-1][-1] if self._all_logits else logits[row]
         except BaseException:
             self._lengths_B = before
+            if saved is not None:
+                self._cache.fixed.restore(saved)
             raise
         return last_BV, [np.concatenate(parts) for parts in every if parts]
 
@@ -207,12 +216,11 @@ class OnnxRunner:
         return "decode" if new_tokens <= self._absorbed_until else "prefill"
 
     def _bind_cache(self, binding: Any, window: Window) -> None:
-        onnx_type = self._spec.onnx_type
         for tensor, past, present in zip(
             self._spec.tensors, window.inputs, window.outputs, strict=True
         ):
-            _bind(binding.bind_input, tensor.input, onnx_type, past)
-            _bind(binding.bind_output, tensor.output, onnx_type, present)
+            _bind(binding.bind_input, tensor.input, tensor.onnx_type, past)
+            _bind(binding.bind_output, tensor.output, tensor.onnx_type, present)
 
     def _require_finite(self, logits: NDArray[np.float32], new_B: NDArray[np.int64]) -> None:
         if np.isfinite(logits).all():
@@ -230,7 +238,7 @@ class OnnxRunner:
         )
 
     def _first_bad_layer(self, row: int) -> int | None:
-        for layer in range(self._spec.num_layers):
+        for layer in self._spec.layers:
             if not np.isfinite(self.cached_rows(layer, row)).all():
                 return layer
         return None

@@ -53,6 +53,15 @@ class Runner(Protocol):
         """Forget every row."""
         ...
 
+    @property
+    def cache_layers(self) -> tuple[int, ...]:
+        """Indices of the caches there are: of layers, or where a layer has two, of both."""
+        ...
+
     def cached_rows(self, layer: int, row: int) -> NDArray[np.float32]:
-        """The valid cache rows, latent then rotated rope key: fp32 [length, L + R]."""
+        """What the cache of one layer holds of one row, oldest first: fp32 [tokens, W].
+
+        W: latent, rotated rope key, indexer key, as far as there are. A sliding layer gives its
+        last window - 1 rows. A layer that keeps states gives them as one row.
+        """
         ...

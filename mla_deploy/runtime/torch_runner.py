@@ -17,7 +17,7 @@ from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.export.weights import stored_dtype
 from mla_deploy.runtime.guards import Rows, checked_rows, checked_sizes, checked_step
 from mla_deploy.source import module_from_checkpoint
-from mla_deploy.source.cache import cache_keyword, source_cache
+from mla_deploy.source.cache import cache_keyword, cached_parts, source_cache
 from mla_deploy.source.storage import round_weights
 
 if TYPE_CHECKING:
@@ -66,8 +66,7 @@ class TorchRunner:
             tensor.nbytes
             for cache in self._caches
             for layer in cache.layers
-            if layer.is_initialized
-            for tensor in (layer.keys, layer.values)
+            for tensor in cached_parts(layer)
         )
 
     def prefill(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
@@ -93,10 +92,13 @@ class TorchRunner:
             round_weights(self._module, lambda shape: stored_dtype(shape, self._num_experts, dtype))
         self.reset()
 
+    @property
+    def cache_layers(self) -> tuple[int, ...]:
+        return tuple(i for i, layer in enumerate(self._caches[0].layers) if cached_parts(layer))
+
     def cached_rows(self, layer: int, row: int) -> NDArray[np.float32]:
-        cached = self._caches[row].layers[layer]
-        # The classes cache the latent as `keys` and the rotated rope key as `values`.
-        return torch.cat((cached.keys[0, 0], cached.values[0, 0]), dim=-1).float().numpy()
+        parts = cached_parts(self._caches[row].layers[layer])
+        return torch.cat(parts, dim=-1).float().numpy()
 
     @torch.inference_mode()
     def _append(self, rows: Rows) -> NDArray[np.float32]:

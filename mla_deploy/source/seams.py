@@ -1,12 +1,11 @@
-"""The three seams: where a transformers MLA class is hooked so that a trace carries composites.
+"""Where a transformers MLA class is hooked so that a trace carries composites.
 
-    latent expansion  ->  mla_deploy::ExpandLatent(latent_B1TL, rope_key_B1TR, w_kv_b)
-    attention         ->  mla_deploy::Attention(query_BHSE, key_BHTE, value_BHTV, visible_B1ST)
-    experts           ->  mla_deploy::MoE(hidden_XD, index_XK, weight_XK, gate_up_EID, down_EDI)
-
-plus the cache, which a class only reaches through `update`:
-
-    cache             ->  mla_deploy::CacheUpdate(cache_B1MW, rows_B1SW, plan...)
+    latent expansion, attention  ->  attention_seam.py     experts   ->  experts_seam.py
+    cache                        ->  traced_cache.py       indexer   ->  indexer_seam.py
+    masks                        ->  the step plan's own: visible, ring, valid tokens
+    rotary embedding             ->  rope.py, from tables that are graph inputs
+    delta attention              ->  DeltaAttention(query, key, value, decay, beta, state, valid)
+    its convolution              ->  ConvState(mixed, state, weight, lengths)
 
 Each is put into the graph with `torch.onnx.ops.symbolic`, the documented door for one's own
 operator. A part that is not known here is refused by name, never traced wrongly.
@@ -15,180 +14,127 @@ operator. A part that is not known here is refused by name, never traced wrongly
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 from torch.onnx import ops as onnx_ops
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.activations import ACT2FN
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from mla_deploy.errors import InputError
-from mla_deploy.source.plan import StepPlan
+from mla_deploy.source.attention_seam import INERT, attention, expand_latent
+from mla_deploy.source.experts_seam import expert_gates, experts, has_identity
+from mla_deploy.source.indexer_seam import chosen_by_composite, is_indexer
+from mla_deploy.source.plan import RingPlan, StepPlan
+from mla_deploy.source.traced_cache import DOMAIN, TracedCache
 
-DOMAIN = "mla_deploy"
 _IMPLEMENTATION = "mla_deploy"
-_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu"}
-# Arguments that carry nothing the graph does not already have.
-_INERT = {"dropout", "position_ids", "use_cache", "is_causal", "output_attentions"}
 
 
-class TracedCache:
-    """Stands in for transformers' cache in a layer trace: one layer, one `update`.
+@dataclass
+class Step:
+    """The call that is being traced: what the hooks, which get no plan passed, look at."""
 
-    With one buffer the row is [latent | rope key]; with two each has its own.
-    """
+    plan: StepPlan | None = None
+    cache: TracedCache | None = None  # of the layer that is being traced; None while probing
+    rings: Mapping[int, RingPlan] = field(default_factory=dict)
 
-    def __init__(self, buffers: tuple[torch.Tensor, ...], plan: StepPlan) -> None:
-        self.buffers = buffers
-        self.plan = plan
-        self.updated: tuple[torch.Tensor, ...] = ()
-
-    def update(
-        self, latent_B1SL: torch.Tensor, rope_key_B1SR: torch.Tensor, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """transformers' contract: takes the new rows, returns all rows."""
-        if self.updated:
-            raise InputError("SRC-CACHE", "the layer updates its cache twice; wanted once")
-        if len(self.buffers) == 1:
-            rows_B1SW = torch.cat((latent_B1SL, rope_key_B1SR), dim=-1)
-            cache, rows_B1TW = cache_update(self.buffers[0], rows_B1SW, self.plan)
-            self.updated = (cache,)
-            rank = latent_B1SL.shape[-1]
-            return rows_B1TW[..., :rank], rows_B1TW[..., rank:]
-        latents, latent_B1TL = cache_update(self.buffers[0], latent_B1SL, self.plan)
-        keys, rope_key_B1TR = cache_update(self.buffers[1], rope_key_B1SR, self.plan)
-        self.updated = (latents, keys)
-        return latent_B1TL, rope_key_B1TR
-
-    def get_seq_length(self, *_: Any) -> int:
-        return 0
-
-
-def cache_update(
-    cache_B1MW: torch.Tensor, rows_B1SW: torch.Tensor, plan: StepPlan
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Composite: the updated cache, and its rows in fp32 with zeros in every unfilled slot."""
-    batch, width = rows_B1SW.shape[0], rows_B1SW.shape[-1]
-    total = plan.filled_B1T1.shape[2]
-    shape = (batch, 1, total, width)
-    operands = (
-        cache_B1MW,
-        rows_B1SW,
-        plan.filled_B1T1,
-        plan.all_filled,
-        plan.active_B11,
-        plan.source_BS1,
-        plan.slot_BS3,
-    )
-    cache, rows = onnx_ops.symbolic_multi_out(
-        f"{DOMAIN}::CacheUpdate",
-        operands,
-        dtypes=(cache_B1MW.dtype, rows_B1SW.dtype),
-        shapes=(shape, shape),
-        version=1,
-    )
-    return cache, rows
+    def required(self) -> StepPlan:
+        if self.plan is None:
+            raise InputError("SRC-SEAM", "a hooked model runs without a step plan")
+        return self.plan
 
 
 @contextlib.contextmanager
-def hooked(model: PreTrainedModel) -> Iterator[None]:
+def hooked(model: PreTrainedModel) -> Iterator[Step]:
     """Within, `model` traces to composites; outside, its classes are as they were."""
-    AttentionInterface.register(_IMPLEMENTATION, _attention)
-    ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, _experts)
+    step = Step()
+    AttentionInterface.register(_IMPLEMENTATION, attention)
+    gated = functools.partial(experts, expert_gates(model))
+    ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, gated)
+    functions: dict[str, Callable[..., Any]] = {
+        "apply_rotary_emb": _rotate_pairs,
+        "create_causal_mask": lambda *_, **__: step.required().visible_B1ST,
+        "create_sliding_window_causal_mask": lambda config, **__: _ring_visible(step, config),
+        "create_recurrent_attention_mask": lambda *_, **__: step.required().valid_BS,
+        "chunk_kimi_delta_attention": lambda *a, **k: _delta_attention(step.required(), *a, **k),
+        "causal_conv1d_fn": lambda *a, **k: _convolution(step, *a, **k),
+    }
     with contextlib.ExitStack() as stack:
         for module in model.modules():
             config = getattr(module, "config", None)
             if config is not None:
                 stack.enter_context(_swapped(config, "_attn_implementation", _IMPLEMENTATION))
                 stack.enter_context(_swapped(config, "_experts_implementation", _IMPLEMENTATION))
+            if is_indexer(module):
+                stack.enter_context(chosen_by_composite(module, step.required))
         for owner in {type(m) for m in model.modules() if hasattr(m, "expand_kv")}:
-            stack.enter_context(_swapped(owner, "expand_kv", _expand_latent))
+            stack.enter_context(_swapped(owner, "expand_kv", expand_latent))
+        for owner in [m for m in model.modules() if has_identity(m)]:
+            stack.enter_context(_swapped(owner, "forward", functools.partial(gated, owner)))
         for source in {inspect.getmodule(type(m)) for m in model.modules()}:
-            if hasattr(source, "apply_rotary_emb"):
-                stack.enter_context(_swapped(source, "apply_rotary_emb", _rotate_pairs))
-        yield
+            for name, function in functions.items():
+                if hasattr(source, name):
+                    stack.enter_context(_swapped(source, name, function))
+        yield step
 
 
-def _expand_latent(
-    module: nn.Module, latent_B1TL: torch.Tensor, rope_key_B1TR: torch.Tensor
+def _ring_visible(step: Step, config: Any) -> torch.Tensor:
+    window = int(config.sliding_window)
+    if window not in step.rings:
+        raise InputError("SRC-SEAM", f"a mask of window {window} is asked for, no layer has it")
+    return step.rings[window].ring_visible_B1SU
+
+
+def _delta_attention(
+    plan: StepPlan,
+    query_BSHK: torch.Tensor,
+    key_BSHK: torch.Tensor,
+    value_BSHV: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    *,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    **unknown: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    kv_b_proj: Any = module.kv_b_proj
-    if kv_b_proj.bias is not None:
-        raise InputError("SRC-SEAM", "kv_b_proj has a bias; the latent expansion has none")
-    heads, nope, value = (
-        _int(module, "num_heads"),
-        _int(module, "qk_nope_head_dim"),
-        _int(module, "v_head_dim"),
+    """Composite: padding leaves the state as it is and gives zeros. `g` is the log of the decay."""
+    left = sorted(
+        k for k, v in unknown.items() if v is not None and k not in INERT and k != "chunk_size"
     )
-    batch, _, total, _ = latent_B1TL.shape
-    width = nope + rope_key_B1TR.shape[-1]
-    key, out = onnx_ops.symbolic_multi_out(
-        f"{DOMAIN}::ExpandLatent",
-        (latent_B1TL, rope_key_B1TR, kv_b_proj.weight),
-        {"heads": heads, "nope": nope, "value": value},
-        dtypes=(latent_B1TL.dtype, latent_B1TL.dtype),
-        shapes=((batch, heads, total, width), (batch, heads, total, value)),
+    if left:
+        raise InputError("SRC-SEAM", f"delta attention is called with {', '.join(left)}")
+    batch, _, heads, width = key_BSHK.shape
+    state_BHKV = initial_state
+    if state_BHKV is None:
+        state_BHKV = value_BSHV.new_zeros(batch, heads, width, value_BSHV.shape[-1])
+    out, state = onnx_ops.symbolic_multi_out(
+        f"{DOMAIN}::DeltaAttention",
+        (query_BSHK, key_BSHK, value_BSHV, g, beta, state_BHKV, plan.valid_BS),
+        {"normalize": int(use_qk_l2norm_in_kernel)},
+        dtypes=(torch.float32, torch.float32),
+        shapes=(value_BSHV.shape, state_BHKV.shape),
         version=1,
     )
-    return key, out
+    return out, state
 
 
-def _attention(
-    module: nn.Module,
-    query_BHSE: torch.Tensor,
-    key_BHTE: torch.Tensor,
-    value_BHTV: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **arguments: Any,
-) -> tuple[torch.Tensor, None]:
-    unknown = sorted(k for k, v in arguments.items() if v is not None and k not in _INERT)
-    if unknown or scaling is None or attention_mask is None:
-        raise InputError(
-            "SRC-SEAM",
-            f"{type(module).__name__} calls attention with {', '.join(unknown) or 'no scale'}; "
-            "wanted query, key, value, mask and a scale only",
-            hint="this attention has a part that mla-deploy does not know yet; please report it",
-        )
-    out_BHSV = onnx_ops.symbolic(
-        f"{DOMAIN}::Attention",
-        (query_BHSE, key_BHTE, value_BHTV, attention_mask),
-        {"scale": float(scaling)},
-        dtype=query_BHSE.dtype,
-        shape=(*query_BHSE.shape[:-1], value_BHTV.shape[-1]),
-        version=1,
-    )
-    return out_BHSV.transpose(1, 2), None
-
-
-def _experts(
-    module: Any, hidden_XD: torch.Tensor, index_XK: torch.Tensor, weight_XK: torch.Tensor
+def _convolution(
+    step: Step,
+    mixed_BCS: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    **_: Any,
 ) -> torch.Tensor:
-    plain = (
-        module.has_gate
-        and module.is_concatenated
-        and not (module.has_bias or module.is_transposed or module.has_post_expert_norm)
-        and type(module)._apply_gate is _default_apply_gate
-    )
-    activation = _activation(module)
-    if not plain or activation is None:
-        raise InputError(
-            "SRC-SEAM",
-            f"{type(module).__name__} is not gate/up/down experts with a plain activation",
-            hint="these experts have a part that mla-deploy does not know yet; please report it",
-        )
-    return onnx_ops.symbolic(
-        f"{DOMAIN}::MoE",
-        (hidden_XD, index_XK, weight_XK, module.gate_up_proj, module.down_proj),
-        {"activation": activation},
-        dtype=hidden_XD.dtype,
-        shape=hidden_XD.shape,
-        version=1,
-    )
+    if step.cache is None:
+        return mixed_BCS  # the probe asks for shapes alone
+    return step.cache.convolve(mixed_BCS, weight, bias, activation)
 
 
 def _rotate_pairs(
@@ -203,17 +149,6 @@ def _rotate_pairs(
         return pairs.reshape(*x.shape)
 
     return rotate(query_BHSR), rotate(key_B1SR)
-
-
-def _activation(module: Any) -> str | None:
-    for name, known in _ACTIVATIONS.items():
-        if type(module.act_fn) is type(ACT2FN[name]):
-            return known
-    return None
-
-
-def _int(module: nn.Module, name: str) -> int:
-    return int(getattr(module, name))
 
 
 @contextlib.contextmanager

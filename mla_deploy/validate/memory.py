@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mla_deploy import shapes
 from mla_deploy.bundle import Bundle
+from mla_deploy.cache_plan import planned_bytes, planned_bytes_per_token
 from mla_deploy.config import MlaConfig
 from mla_deploy.runtime import OnnxRunner
 from mla_deploy.runtime.sessions import GraphSessions
@@ -18,7 +18,7 @@ class MemoryReport:
 
     capacity_tokens: int
     batch: int
-    predicted_bytes_per_token: int  # layers x (L + R) x itemsize, from the source's config
+    predicted_bytes_per_token: int  # by the source's config (cache_plan.py)
     manifest_bytes_per_token: int
     predicted_cache_bytes: int
     cache_bytes: int  # of the tensors that are bound, as numpy reports them
@@ -53,15 +53,9 @@ def measure_memory(bundle: Bundle, config: MlaConfig, sessions: GraphSessions) -
     return MemoryReport(
         capacity_tokens=tokens,
         batch=1,
-        predicted_bytes_per_token=config.cache_bytes_per_token(itemsize),
+        predicted_bytes_per_token=planned_bytes_per_token(config, itemsize),
         manifest_bytes_per_token=int(cache["bytes_per_token"]),
-        predicted_cache_bytes=shapes.cache_bytes(
-            num_layers=config.num_layers,
-            batch=1,
-            capacity=tokens,
-            row_width=config.row_width,
-            itemsize=itemsize,
-        ),
+        predicted_cache_bytes=planned_bytes(config, batch=1, capacity=tokens, itemsize=itemsize),
         cache_bytes=memory.cache_bytes,
         expanded_cache_bytes=tokens * config.expanded_bytes_per_token(itemsize),
         weight_file_bytes=memory.weight_file_bytes,

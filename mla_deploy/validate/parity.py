@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -105,16 +106,21 @@ def _logits(runner: OnnxRunner, case: Case, index: int) -> Floats:
 
 
 def _layer_difference(runner: OnnxRunner, traces: list[RowTrace], bound: float) -> LayerDifference:
+    """Cache by cache; a cache that only one side has is off without bound."""
+    layers = sorted({*runner.cache_layers, *traces[0].cached})
     errors = [
-        max(
-            relative_l2(trace.cached[layer], runner.cached_rows(layer, row))
-            for row, trace in enumerate(traces)
-        )
-        for layer in range(len(traces[0].cached))
+        max(_cache_difference(trace, runner, layer, row) for row, trace in enumerate(traces))
+        for layer in layers
     ]
     worst = int(np.argmax(errors))
-    bad = [layer for layer, error in enumerate(errors) if error > bound]
-    return LayerDifference(worst, errors[worst], bad[0] if bad else None)
+    bad = [layer for layer, error in zip(layers, errors, strict=True) if error > bound]
+    return LayerDifference(layers[worst], errors[worst], bad[0] if bad else None)
+
+
+def _cache_difference(trace: RowTrace, runner: OnnxRunner, layer: int, row: int) -> float:
+    if layer not in trace.cached or layer not in runner.cache_layers:
+        return math.inf
+    return relative_l2(trace.cached[layer], runner.cached_rows(layer, row))
 
 
 def _failures(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ class RowTrace:
     """One row after its calls: logits after each call, and the cache it left, per layer."""
 
     logits: Floats  # [X, vocab]
-    cached: tuple[Floats, ...]  # [T, L + R] each
+    cached: Mapping[int, Floats]  # by cache layer, as `Runner.cached_rows`
 
 
 class Reference:
@@ -32,10 +32,9 @@ class Reference:
     Rows run alone: a ragged batch of the bundle is held against rows that never saw each other.
     """
 
-    def __init__(self, source: TorchRunner, num_layers: int) -> None:
+    def __init__(self, source: TorchRunner) -> None:
         """`source` has one row."""
         self._source = source
-        self._num_layers = num_layers
         self._traces: dict[tuple[Tokens, ...], RowTrace] = {}
 
     @classmethod
@@ -43,7 +42,7 @@ class Reference:
         """Builds transformers' class with the checkpoint's weights. Raises: CKPT-*, SRC-*."""
         from mla_deploy.runtime.torch_runner import TorchRunner
 
-        return cls(TorchRunner(checkpoint), checkpoint.config.num_layers)
+        return cls(TorchRunner(checkpoint))
 
     def stored_as(self, dtype: str, cases: Sequence[Case], *, weights: bool = True) -> Reference:
         """The source as a bundle of `dtype` stores it, its weights too if asked; self for fp32.
@@ -57,14 +56,14 @@ class Reference:
             for segments in case.rows():
                 self.row(segments)
         self._source.store_as(dtype, weights=weights)
-        return Reference(self._source, self._num_layers)
+        return Reference(self._source)
 
     def row(self, segments: tuple[Tokens, ...]) -> RowTrace:
         """The trace of a row whose calls append `segments`, one after the other."""
         if segments not in self._traces:
             self._source.reset()
             logits = [self._source.prefill([segment])[0] for segment in segments]
-            cached = tuple(self._source.cached_rows(i, 0) for i in range(self._num_layers))
+            cached = {i: self._source.cached_rows(i, 0) for i in self._source.cache_layers}
             self._traces[segments] = RowTrace(np.stack(logits), cached)
         return self._traces[segments]
 

@@ -97,11 +97,21 @@ def meant(codes: Any, zero: Any, scale: Floats, groups: NDArray[np.int64]) -> to
 
 
 def pack_quantized(
-    weight: torch.Tensor, bits: int = 4, group: int = 32, *, symmetric: bool = True
+    weight: torch.Tensor,
+    bits: int = 4,
+    group: int = 32,
+    *,
+    symmetric: bool = True,
+    shuffled: bool = False,
 ) -> Made:
-    """compressed-tensors; a group of 0 columns means one scale for the row."""
+    """compressed-tensors; a group of 0 columns means one scale for the row.
+
+    `shuffled`: columns in any group, as its releases before 0.20 wrote with `actorder: group`.
+    """
     values = weight.float().numpy()
     groups = np.arange(values.shape[1]) // (group or values.shape[1])
+    if shuffled:
+        groups = np.random.default_rng(0).permutation(groups)
     codes, zero, scale = affine(values, bits, groups, symmetric=symmetric)
     tensors = {
         ".weight_packed": torch.from_numpy(packed(codes, bits)),
@@ -111,6 +121,8 @@ def pack_quantized(
     if not symmetric:
         along_rows = np.ascontiguousarray(packed(zero.T, bits).T)
         tensors[".weight_zero_point"] = torch.from_numpy(along_rows)
+    if shuffled:
+        tensors[".weight_g_idx"] = torch.from_numpy(groups).int()
     return Made(tensors, meant(codes, zero, scale, groups))
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mla_deploy.checkpoint import Checkpoint, open_checkpoint
+from mla_deploy.checkpoint import Checkpoint, map_weights, open_checkpoint
 from mla_deploy.errors import InputError
-from tests.checkpoint.edits import WEIGHTS, edit_config, edit_weights
+from tests.checkpoint.edits import WEIGHTS, edit_config, edit_weights, module_facts
 from tests.checkpoint.quantizers import (
     AWQ_CONFIG,
     FP8_CONFIG,
@@ -48,6 +48,13 @@ LAYOUTS: dict[str, tuple[Make, dict[str, Any]]] = {
     "int4-zero-points": (
         partial(pack_quantized, group=4, symmetric=False),
         compressed_config("pack-quantized", **{**INT4, "group_size": 4, "symmetric": False}),
+    ),
+    "int4-shuffled": (
+        partial(pack_quantized, group=8, symmetric=False, shuffled=True),
+        compressed_config(
+            "pack-quantized",
+            **{**INT4, "group_size": 8, "symmetric": False, "actorder": "group"},
+        ),
     ),
     "int8-rows": (
         partial(pack_quantized, bits=8, group=0),
@@ -182,6 +189,31 @@ def test_stacked_experts(tmp_path: Path) -> None:
         assert torch.equal(checkpoint.read(name, rows=rows, index=1), made.means[1, rows])
 
 
+def test_stacked_experts_of_the_model(tmp_path: Path) -> None:
+    folder, experts, means = write_tiny(tmp_path), "model.layers.1.mlp.experts", {}
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        def taken(part: str) -> torch.Tensor:
+            return torch.stack([tensors.pop(f"{experts}.{e}.{part}.weight") for e in range(8)])
+
+        fused = {
+            "gate_up_proj": torch.cat([taken("gate_proj"), taken("up_proj")], dim=1),
+            "down_proj": taken("down_proj"),
+        }
+        for name, value in fused.items():
+            made = fp8_blocks(value)
+            means[name] = made.means
+            tensors[f"{experts}.{name}"] = made.tensors[".weight"]
+            tensors[f"{experts}.{name}_scale_inv"] = made.tensors[".weight_scale_inv"]
+
+    with opened(edit_weights(folder, change), FP8_CONFIG) as checkpoint:
+        weights = map_weights(checkpoint, *module_facts(checkpoint.config.raw))
+        for name, wanted in means.items():
+            assert torch.equal(weights.read_parameter(f"{experts}.{name}"), wanted)
+        up = weights.read(f"{experts}.5.up_proj.weight")
+        assert torch.equal(up, means["gate_up_proj"][5, 20:])
+
+
 @pytest.mark.parametrize("block", [[16, 16], None])
 def test_gate_and_up_joined_with_blocks_of_their_own(
     tmp_path: Path, block: list[int] | None
@@ -227,7 +259,7 @@ def test_one_scale_for_the_tensor(
         assert any("1 scales of quantised activations" in note for note in checkpoint.notes)
 
 
-@pytest.mark.parametrize("ending", [".weight_scale_inv", ".qscale_weight"])
+@pytest.mark.parametrize("ending", [".weight_scale_inv", ".qscale_weight", ".weight_scale"])
 @pytest.mark.parametrize("dtype", ["float8_e8m0fnu", "uint8", "bfloat16"])
 def test_scales_of_other_dtypes(tmp_path: Path, ending: str, dtype: str) -> None:
     """Powers of two in a byte, 2 ** (byte - 127), as scale_fmt ue8m0 and Mistral store them."""

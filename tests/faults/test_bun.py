@@ -283,7 +283,7 @@ WRONG: tuple[tuple[str, Any], ...] = (
     ("model.num_layers", 0), ("model.num_layers", True), ("model.num_layers", 1 << 60),
     ("model.num_layers", "2"), ("model.vocab_size", -5), ("model.rope_original_length", 0),
     ("dtype", "fp8"), ("cache.kind", "shared"), ("cache.itemsize", 3), ("cache.itemsize", True),
-    ("cache.row_width", 25), ("cache.bytes_per_token", 1), ("cache.capacity", 0),
+    ("cache.row_width", 0), ("cache.bytes_per_token", 1), ("cache.tensors", [{"rows": "tokens"}]), ("cache.capacity", 0),
     ("crossover_tokens", -1.0), ("crossover_tokens", "many"), ("all_logits", 0),
     ("io.prefill.file", "../x"), ("io.decode.file", "no.onnx"), ("io.decode.inputs", {}),
     ("io.decode.inputs", [{"name": "x"}]), ("io.alias", [["a"]]), ("io.alias", [["x", "logits"]]),

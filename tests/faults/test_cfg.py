@@ -303,9 +303,9 @@ def test_keys_that_load_code(tmp_path: Path, change: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("quantization", "method"),
-    [({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
-     ({"quant_method": "compressed-tensors"}, "compressed-tensors"), ({"bits": 4}, "None"),
-     ("awq", "awq"), ([1], "1")],
+    [({"quant_method": "wobble", "weight_block_size": [128, 128]}, "wobble"),
+     ({"quant_method": "bitsandbytes"}, "bitsandbytes"), ({"bits": 4}, "None"),
+     ({"quant_method": ["fp8"]}, "fp8"), ("awq", "awq"), ([1], "1")],
 )  # fmt: skip
 def test_F_CFG_105_quantization(quantization: Any, method: str) -> None:
     refused(lambda: parse(quantization_config=quantization), "CFG-QUANT", method)

@@ -398,25 +398,3 @@ def test_F_CKPT_53_index_nested_10000_deep(sharded: Path) -> None:
 def test_F_CKPT_53_index_of_millions_of_values(sharded: Path) -> None:
     (sharded / INDEX).write_text('{"weight_map":[' + "[]," * 5_000_000 + "[]]}")
     refused_within_memory(lambda: opened(sharded), "CKPT-INDEX", "values")
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "last.ckpt"])
-def test_F_CKPT_54_only_pickles(good: Path, name: str) -> None:
-    (good / WEIGHTS).rename(good / name)
-    refused(lambda: opened(good), "CKPT-FORMAT", name, "save_pretrained")
-
-
-def test_F_CKPT_54_no_weights_at_all(good: Path) -> None:
-    (good / WEIGHTS).unlink()
-    refused(lambda: opened(good), "CKPT-FORMAT", "no weights")
-
-
-def test_F_CKPT_54_shards_without_an_index(sharded: Path) -> None:
-    (sharded / INDEX).unlink()
-    refused(lambda: opened(sharded), "CKPT-INDEX", INDEX)
-
-
-def test_F_CKPT_55_pickle_beside_safetensors_is_a_note(good: Path) -> None:
-    (good / "pytorch_model.bin").write_bytes(b"\x80\x04never opened")
-    with open_checkpoint(good) as checkpoint:
-        assert any("pytorch_model.bin" in note for note in checkpoint.notes)

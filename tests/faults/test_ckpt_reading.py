@@ -1,4 +1,4 @@
-"""F-CKPT 56-64: files that change or are not what they seem while they are read; dtypes."""
+"""F-CKPT 54-64: other formats, files that change or are not what they seem while they are read; dtypes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,35 @@ def good(tmp_path: Path) -> Path:
     return write_tiny(tmp_path / "model")
 
 
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    return write_tiny(tmp_path / "sharded", max_shard_size="60KB")
+
+
 def opened(folder: Path) -> None:
     open_checkpoint(folder).close()
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "last.ckpt"])
+def test_F_CKPT_54_only_pickles(good: Path, name: str) -> None:
+    (good / WEIGHTS).rename(good / name)
+    refused(lambda: opened(good), "CKPT-FORMAT", name, "save_pretrained")
+
+
+def test_F_CKPT_54_no_weights_at_all(good: Path) -> None:
+    (good / WEIGHTS).unlink()
+    refused(lambda: opened(good), "CKPT-FORMAT", "no weights")
+
+
+def test_F_CKPT_54_shards_without_an_index(sharded: Path) -> None:
+    (sharded / INDEX).unlink()
+    refused(lambda: opened(sharded), "CKPT-INDEX", INDEX)
+
+
+def test_F_CKPT_55_pickle_beside_safetensors_is_a_note(good: Path) -> None:
+    (good / "pytorch_model.bin").write_bytes(b"\x80\x04never opened")
+    with open_checkpoint(good) as checkpoint:
+        assert any("pytorch_model.bin" in note for note in checkpoint.notes)
 
 
 def test_F_CKPT_56_truncated_while_open(good: Path) -> None:
@@ -64,9 +91,8 @@ def test_stand_in_for_a_file(good: Path, content: bytes, word: str, name: str, c
 
 
 @pytest.mark.parametrize("scale", [None, [1, 1], [7, 7]], ids=["none", "right", "wrong"])
-def test_F_CKPT_63_64_fp8_is_refused_whatever_its_scale(
-    good: Path, scale: list[int] | None
-) -> None:
+def test_F_CKPT_63_64_fp8_without_a_word_in_the_config(good: Path, scale: list[int] | None) -> None:
+    """Right scales do not help: nothing tells the size of their blocks."""
     import torch
 
     name = "model.layers.0.self_attn.kv_b_proj.weight"
@@ -76,4 +102,5 @@ def test_F_CKPT_63_64_fp8_is_refused_whatever_its_scale(
         if scale:
             tensors[f"{name}_scale_inv"] = torch.ones(scale)
 
-    refused(lambda: opened(edit_weights(good, change)), "CKPT-DTYPE", name, "FP8")
+    named = [name, "F8_E4M3", "quantization_config"] + (["weight_block_size"] if scale else [])
+    refused(lambda: opened(edit_weights(good, change)), "CKPT-DTYPE", *named)

@@ -204,7 +204,7 @@ def test_weights_that_are_a_link_out_of_the_folder(model: Path, refuses: Refuses
         ({"hidden_act": "wobble"}, "CFG-HF", "wobble"),
         ({"architectures": ["DeepseekV9ForCausalLM"]}, "SRC-CLASS", "DeepseekV9ForCausalLM"),
         ({"architectures": ["PreTrainedModel"]}, "SRC-CLASS", "PreTrainedModel"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "CFG-QUANT", "fp8"),
+        ({"quantization_config": {"quant_method": "wobble"}}, "CFG-QUANT", "wobble"),
     ],
     ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",
 )  # fmt: skip

@@ -34,15 +34,20 @@ def activated(x: Wide, activation: str) -> Wide:
     return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
 
 
-def experts(feeds: dict[str, NDArray[Any]], activation: str) -> Wide:
-    """Token by token, choice by choice."""
+def experts(feeds: dict[str, NDArray[Any]], activation: str, limit: float = 0.0) -> Wide:
+    """Token by token, choice by choice; an expert that has no `down` gives the token itself."""
     gate_up = feeds["mlp.experts.gate_up_proj"].astype(np.float64)
     down = feeds["mlp.experts.down_proj"].astype(np.float64)
     inner = down.shape[-1]
     out = np.zeros(feeds["hidden"].shape)
     for token, chosen in enumerate(feeds["index"]):
         for place, e in enumerate(chosen):
-            gate, up = np.split(gate_up[e] @ feeds["hidden"][token].astype(np.float64), [inner])
-            rows = down[e] @ (activated(gate, activation) * up)
+            rows = hidden = feeds["hidden"][token].astype(np.float64)
+            if e < len(down):
+                gate, up = np.split(gate_up[e] @ hidden, [inner])
+                if limit:
+                    gate = np.array([min(g, limit) for g in gate])
+                    up = np.array([max(-limit, min(u, limit)) for u in up])
+                rows = down[e] @ (activated(gate, activation) * up)
             out[token] += feeds["weight"][token, place] * rows
     return out

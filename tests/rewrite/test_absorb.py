@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -29,22 +31,47 @@ _PRODUCT = "Transpose Shape Concat Reshape MatMul Shape Concat Reshape Transpose
 ABSORBED = f"CacheUpdate Slice Slice SplitHeads Split {_PRODUCT} LatentAttention {_PRODUCT}"
 
 
+FORMS: dict[str, tuple[dict[str, Any], str]] = {
+    "plain": ({}, ABSORBED),
+    "split": ({"split": True}, ABSORBED.replace("Slice Slice", "CacheUpdate")),
+    "sinks": ({"sinks": True}, ABSORBED.replace("LatentAttention", "LatentSinkAttention")),
+    # The query is all nope: what is cut off it is the part of no width.
+    "no rope": ({"rope": 0}, ABSORBED.replace("Slice Slice", "Slice").replace("Split ", "Slice ")),
+    "sparse": (
+        {"count": 3}, ABSORBED.replace("Slice Slice", "Slice Slice ChooseTokens SelectVisible")
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("seed", range(3))
-def test_fires(seed: int) -> None:
-    before = parsed(attention_text())
-    after, count = fired(before, absorb.RULE)
-    assert (count, op_types(after)) == (1, ABSORBED)
-    feeds = attention_feeds(seed=seed)
+@pytest.mark.parametrize("name", FORMS)
+def test_fires(name: str, seed: int) -> None:
+    form, wanted = FORMS[name]
+    before = parsed(attention_text(**form))
+    after, count = fired(before, *absorb.RULES)
+    assert (count, op_types(after)) == (1, wanted)
+    feeds = attention_feeds(seed=seed, **form)
     found = run(after, feeds)
     assert distance(found, run(before, feeds)) < TOLERANCE["fp32"]
-    assert np.abs(found["out"] - attention_reference(feeds)).max() < TOLERANCE["fp32"]
+    reference = attention_reference(feeds, form.get("count", 0))
+    assert np.abs(found["out"] - reference).max() < TOLERANCE["fp32"]
 
 
-def test_scale_and_heads_are_kept() -> None:
-    after, _ = fired(parsed(attention_text()), absorb.RULE)
-    node = next(node for node in after.graph if node.op_type == "LatentAttention")
+@pytest.mark.parametrize("sinks", [False, True])
+def test_each_rule_leaves_the_other_form_alone(sinks: bool) -> None:
+    other = absorb.RULES[not sinks]
+    assert fired(parsed(attention_text(sinks=sinks)), other)[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("sinks", "op_type"), [(False, "LatentAttention"), (True, "LatentSinkAttention")]
+)
+def test_scale_and_heads_are_kept(sinks: bool, op_type: str) -> None:
+    after, _ = fired(parsed(attention_text(sinks=sinks)), *absorb.RULES)
+    node = next(node for node in after.graph if node.op_type == op_type)
     assert node.attributes["scale"].as_float() == np.float32(SCALE)
     assert node.attributes["heads"].as_int() == H
+    assert [v.name for v in node.inputs if v is not None][5:] == (["sinks"] if sinks else [])
 
 
 def joined(first: int = N, second: int = R) -> str:
@@ -59,7 +86,7 @@ def joined(first: int = N, second: int = R) -> str:
 
 
 def test_a_query_just_joined_is_not_split_again() -> None:
-    after, count = fired(parsed(joined()), absorb.RULE)
+    after, count = fired(parsed(joined()), *absorb.RULES)
     assert count == 1
     # The parts themselves are read: neither a Split nor the join is left.
     assert op_types(after) == ABSORBED.replace("Split ", "")
@@ -68,7 +95,7 @@ def test_a_query_just_joined_is_not_split_again() -> None:
 def test_a_query_joined_elsewhere_is_split() -> None:
     """Two parts of other widths than N and R: only their sum fits."""
     before = parsed(joined(2, 4))
-    after, count = fired(before, absorb.RULE)
+    after, count = fired(before, *absorb.RULES)
     assert (count, "Split " in op_types(after)) == (1, True)
     feeds = attention_feeds()
     query = feeds.pop("query")
@@ -97,7 +124,7 @@ def test_near_miss(name: str) -> None:
     text = attention_text()
     assert MISSES[name][0] in text
     before = parsed(text.replace(*MISSES[name]))
-    after, count = fired(before, absorb.RULE)
+    after, count = fired(before, *absorb.RULES)
     assert (count, op_types(after)) == (0, op_types(before))
 
 
@@ -106,4 +133,4 @@ def test_key_and_value_of_two_expansions() -> None:
     second = f"""other, value = mla_deploy.ExpandLatent
         <heads: int = {H}, nope: int = {N}, value: int = {V}> (latent, rope_key, w_kv_b)
         out ="""
-    assert fired(parsed(text.replace("out =", second)), absorb.RULE)[1] == 0
+    assert fired(parsed(text.replace("out =", second)), *absorb.RULES)[1] == 0

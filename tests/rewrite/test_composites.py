@@ -96,28 +96,72 @@ def test_cache_update_writes_valid_new_rows_only(growing: bool) -> None:
     np.testing.assert_array_equal(found, wanted)
 
 
-def test_latent_attention_is_attention_with_one_key_head() -> None:
-    text = f"""g (float[b,{H},s,{L}] q_latent, float[b,{H},s,{R}] q_rope, float[b,1,t,{L}] latent,
-        float[b,1,t,{R}] rope_key, bool[b,1,s,t] visible) => (float[b,{H},s,{L}] out) {{
-        out = mla_deploy.LatentAttention <scale: float = 0.3, heads: int = {H}>
-            (q_latent, q_rope, latent, rope_key, visible) }}"""
+@pytest.mark.parametrize("form", [
+    {"sinks": True}, {"rope": 0}, {"count": 3}, {"shared": True}, {"shared": True, "split": True},
+    {"count": 3, "sinks": True, "rope": 0},
+])  # fmt: skip
+def test_attention_step_of_another_form(form: dict[str, Any]) -> None:
+    feeds = attention_feeds(**form)
+    found = run(parsed(attention_text(**form)), feeds)
+    close(found["out"], attention_reference(feeds, form.get("count", 0)))
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("rope", [0, R])
+def test_latent_attention_is_attention_with_one_key_head(rope: int, sinks: bool) -> None:
+    name, more, also = ("LatentAttention", "", "")
+    if sinks:
+        name, more, also = ("LatentSinkAttention", f", float[{H}] sinks", ", sinks")
+    text = f"""g (float[b,{H},s,{L}] q_latent, float[b,{H},s,{rope}] q_rope,
+        float[b,1,t,{L}] latent, float[b,1,t,{rope}] rope_key, bool[b,1,s,t] visible{more})
+        => (float[b,{H},s,{L}] out) {{
+        out = mla_deploy.{name} <scale: float = 0.3, heads: int = {H}>
+            (q_latent, q_rope, latent, rope_key, visible{also}) }}"""
     feeds = random_arrays(
-        q_latent=(2, H, 3, L), q_rope=(2, H, 3, R), latent=(2, 1, 5, L), rope_key=(2, 1, 5, R)
-    )
+        q_latent=(2, H, 3, L), q_rope=(2, H, 3, rope), latent=(2, 1, 5, L),
+        rope_key=(2, 1, 5, rope), sinks=(H,),
+    )  # fmt: skip
     feeds["visible"] = np.tril(np.ones((3, 5), bool), 2)[None, None].repeat(2, 0)
     wide = {k: v.astype(np.float64) for k, v in feeds.items()}
     scores = np.einsum("bhsl,btl->bhst", wide["q_latent"], wide["latent"][:, 0])
     scores += np.einsum("bhsr,btr->bhst", wide["q_rope"], wide["rope_key"][:, 0])
     weights = np.where(feeds["visible"], np.exp(0.3 * scores), 0)
-    weights /= weights.sum(-1, keepdims=True)
-    wanted = np.einsum("bhst,btl->bhsl", weights, wide["latent"][:, 0])
+    total = weights.sum(-1, keepdims=True)
+    total += np.exp(wide["sinks"])[None, :, None, None] if sinks else 0
+    wanted = np.einsum("bhst,btl->bhsl", weights / total, wide["latent"][:, 0])
     close(run(parsed(text), feeds)["out"], wanted)
+
+
+@pytest.mark.parametrize("scale", [0.3, 40.0])
+def test_a_sink_takes_its_share(scale: float) -> None:
+    """Equal scores and sinks: T + 1 shares, of which T give something. Large scores: no overflow."""
+    text = f"""g (float[b,1,s,2] query, float[b,1,t,2] key, float[b,1,t,1] value,
+        bool[b,1,s,t] visible, float[1] sinks) => (float[b,1,s,1] out) {{
+        out = mla_deploy.SinkAttention <scale: float = {scale}>
+            (query, key, value, visible, sinks) }}"""
+    feeds = {
+        "query": np.ones((1, 1, 1, 2), np.float32), "key": np.ones((1, 1, 4, 2), np.float32),
+        "value": np.full((1, 1, 4, 1), 5, np.float32), "visible": np.array([[[[1, 1, 0, 1]]]], bool),
+        "sinks": np.array([2 * scale], np.float32),
+    }  # fmt: skip
+    close(run(parsed(text), feeds)["out"], np.full((1, 1, 1, 1), 5 * 3 / 4))
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
 def test_moe(activation: str) -> None:
     feeds = moe_feeds()
     close(run(parsed(experts_text(activation)), feeds)["out"], experts(feeds, activation))
+
+
+@pytest.mark.parametrize("gates", [3, 5])
+@pytest.mark.parametrize("limit", [0.0, 0.4])
+def test_moe_with_a_limit_and_experts_that_return_their_input(limit: float, gates: int) -> None:
+    """Of 5 experts 3 are real; their gates may be followed by others that nobody reads."""
+    feeds = moe_feeds()
+    feeds["mlp.experts.gate_up_proj"] = feeds["mlp.experts.gate_up_proj"][:gates]
+    feeds["mlp.experts.down_proj"] = feeds["mlp.experts.down_proj"][:3]
+    text = experts_text(experts=3, gates=gates, identity=2, limit=limit)
+    close(run(parsed(text), feeds)["out"], experts(feeds, "silu", limit))
 
 
 def moe_feeds() -> Arrays:
@@ -189,7 +233,9 @@ def test_oldest_opset() -> None:
 
 
 def test_every_composite_is_tried_here() -> None:
+    """Or beside its rule: `test_delta_bodies.py`, `test_lower_{cache,ring,choice}.py`."""
     assert set(COMPOSITES) == {
-        "RmsNorm", "SplitHeads", "ExpandLatent", "Attention", "LatentAttention", "CacheUpdate",
-        "MoE",
+        "RmsNorm", "SplitHeads", "ExpandLatent", "Attention", "SinkAttention", "LatentAttention",
+        "LatentSinkAttention", "CacheUpdate", "CacheRead", "RingUpdate", "ChooseTokens",
+        "SelectVisible", "MoE", "DeltaAttention", "ConvState",
     }  # fmt: skip

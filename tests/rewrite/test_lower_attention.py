@@ -1,15 +1,19 @@
-"""lower: both attention forms as plain products, over either cache layout, whatever is stale."""
+"""lower: attention over the latent as plain products, over any cache layout, whatever is stale."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import onnx_ir as ir
 import pytest
 
-from mla_deploy.rewrite import absorb, lower_attention
+from mla_deploy.rewrite import absorb, lower_attention, lower_choice
 from tests.rewrite.graphs import (
+    LENGTHS,
     TOLERANCE,
     H,
-    N,
+    L,
     R,
     attention_feeds,
     attention_reference,
@@ -18,98 +22,248 @@ from tests.rewrite.graphs import (
     fired,
     op_types,
     parsed,
-    plan,
     run,
 )
 from tests.rewrite.test_absorb import _PRODUCT
+from tests.rewrite.test_lower_choice import _EVERY, _SOME
 
-_SOFTMAX = "Shape Concat Reshape Where Softmax Shape Reshape If[MatMul | Where MatMul]"
 _FOLD = "Mul Shape Concat Reshape"  # scaled, then heads folded into rows
-FUSED = (
-    f"CacheUpdate SplitHeads Split {_PRODUCT} Concat {_FOLD} Transpose MatMul {_SOFTMAX} "
-    f"Slice Reshape {_PRODUCT}"
-)
-SPLIT = (
-    f"CacheUpdate CacheUpdate SplitHeads Split {_PRODUCT} {_FOLD} {_FOLD} "
-    f"Transpose MatMul Transpose MatMul Add {_SOFTMAX} Reshape {_PRODUCT}"
-)
-EXPANDED = (
-    "SplitHeads Split Transpose MatMul Mul MatMul Mul Transpose MatMul Add Where Softmax "
-    "MatMul MatMul"
-)
-ABSORBED = {False: (lower_attention.FUSED_ROW, FUSED), True: (lower_attention.SPLIT_ROWS, SPLIT)}
+_SHAPES = "Shape Concat Shape Concat"  # how scores unfold and fold again
+_SCORES = "Transpose MatMul Transpose"
+_TWO_SCORES = f"{_SCORES} {_SCORES} Add"
+_MASK = "Reshape Where Reshape"
+_SINKS = "Shape Unsqueeze Concat Expand Reshape Concat Expand Concat Softmax Slice"
+
+
+def dense(softmax: str = "Softmax") -> str:
+    """Nothing masked, or masked and cleared."""
+    return f"If[{softmax} MatMul | {_MASK} {softmax} Where MatMul]"
+
+
+def sparse(taken: str, scores: str, cut: str, softmax: str = "Softmax") -> str:
+    """The chosen rows alone; or the choice as a mask, a no-op where every token is chosen."""
+    rest = f"And Cast {_EVERY} If[Identity | {_SOME}]"
+    few = "Cast Transpose Unsqueeze GreaterOrEqual GatherElements And Transpose "
+    few += f"{taken} {scores} Where {softmax} "
+    return (
+        f"{_EVERY} Shape Squeeze Equal Not And If[{few}MatMul {cut}Reshape | "
+        f"{rest} {scores} {dense(softmax)} {cut}Reshape]"
+    )
+
+
+_TAKEN = "Squeeze GatherND Unsqueeze Where"
+_QUERY = f"SplitHeads Split {_PRODUCT}"
+_CHOSEN = "ChooseTokens "
+# What a form looks like behind the update of its caches.
+FORMS: dict[str, tuple[dict[str, Any], str]] = {
+    "fused": ({}, f"{_QUERY} Concat {_FOLD} {_SHAPES} {_SCORES} {dense()} Slice Reshape"),
+    "split": (
+        {"split": True}, f"{_QUERY} {_FOLD} {_FOLD} {_SHAPES} {_TWO_SCORES} {dense()} Reshape"
+    ),
+    "no rope": (
+        {"rope": 0}, f"SplitHeads {_PRODUCT} {_FOLD} {_SHAPES} {_SCORES} {dense()} Slice Reshape"
+    ),
+    "fused, sinks": (
+        {"sinks": True},
+        f"{_QUERY} Concat {_FOLD} {_SHAPES} Shape {_SCORES} {dense(_SINKS)} Slice Reshape",
+    ),
+    "split, sinks": (
+        {"sinks": True, "split": True},
+        f"{_QUERY} {_FOLD} {_FOLD} {_SHAPES} Shape {_TWO_SCORES} {dense(_SINKS)} Reshape",
+    ),
+    "sparse": (
+        {"count": 3},
+        f"{_CHOSEN}{_QUERY} Concat {_FOLD} {_SHAPES} {sparse(_TAKEN, _SCORES, 'Slice ')}",
+    ),
+    "sparse, split, sinks": (
+        {"count": 3, "split": True, "sinks": True},
+        f"{_CHOSEN}{_QUERY} {_FOLD} {_FOLD} {_SHAPES} Shape "
+        + sparse(f"{_TAKEN} {_TAKEN}", _TWO_SCORES, "", _SINKS),
+    ),
+    "sparse, no rope": (
+        {"count": 3, "rope": 0},
+        f"{_CHOSEN}SplitHeads {_PRODUCT} {_FOLD} {_SHAPES} {sparse(_TAKEN, _SCORES, 'Slice ')}",
+    ),
+    "shared rows": (
+        {"shared": True}, f"{_QUERY} Concat {_FOLD} {_SHAPES} {_SCORES} {dense()} Slice Reshape"
+    ),
+    "shared rows, split": (
+        {"shared": True, "split": True},
+        f"{_QUERY} {_FOLD} {_FOLD} {_SHAPES} {_TWO_SCORES} {dense()} Reshape",
+    ),
+    "shared rows, no rope, sparse": (
+        {"shared": True, "rope": 0, "count": 3},
+        f"{_CHOSEN}SplitHeads {_PRODUCT} {_FOLD} {_SHAPES} {sparse(_TAKEN, _SCORES, 'Slice ')}",
+    ),
+}  # fmt: skip
 
 
 def absorbed(text: str) -> ir.Model:
-    model, count = fired(parsed(text), absorb.RULE)
+    model, count = fired(parsed(text), *absorb.RULES)
     assert count == 1
     return model
 
 
-@pytest.mark.parametrize("split", [False, True])
-def test_absorbed_form(split: bool) -> None:
-    rule, wanted = ABSORBED[split]
-    after, count = fired(absorbed(attention_text(split=split)), rule)
-    assert (count, op_types(after)) == (1, wanted)
+def caches_of(form: dict[str, Any]) -> int:
+    """Cache tensors that the form updates."""
+    return 0 if form.get("shared") else 1 + bool(form.get("split"))
 
 
-@pytest.mark.parametrize("split", [False, True])
-def test_half_precision_rows_are_widened_once(split: bool) -> None:
-    rule, wanted = ABSORBED[split]
-    after, _ = fired(absorbed(attention_text("fp16", split=split)), rule)
-    assert op_types(after).count("Cast") == 1 + split
-    assert op_types(after).replace("Cast ", "") == wanted
+@pytest.mark.parametrize("name", FORMS)
+def test_absorbed_form(name: str) -> None:
+    form, wanted = FORMS[name]
+    after, count = fired(absorbed(attention_text(**form)), *lower_attention.RULES)
+    updates = "CacheUpdate " * caches_of(form)
+    assert (count, op_types(after)) == (1, f"{updates}{wanted} {_PRODUCT}")
 
 
-@pytest.mark.parametrize("split", [False, True])
-def test_expanded_form(split: bool) -> None:
-    before = parsed(attention_text(split=split))
-    after, count = fired(before, lower_attention.EXPANDED)
-    rows = "CacheUpdate CacheUpdate" if split else "CacheUpdate Slice Slice"
-    assert (count, op_types(after)) == (1, f"{rows} {EXPANDED}")
+@pytest.mark.parametrize("name", FORMS)
+def test_half_precision_rows_are_widened_once(name: str) -> None:
+    form, _ = FORMS[name]
+    wide, _ = fired(absorbed(attention_text(**form)), *lower_attention.RULES)
+    after, _ = fired(absorbed(attention_text("fp16", **form)), *lower_attention.RULES)
+    casts = op_types(after).split().count("Cast") - op_types(wide).split().count("Cast")
+    assert casts == 1 + bool(form.get("split"))
+
+
+# cached, new, new tokens of the call, rows: with a choice of 3, fewer, as many and more tokens.
+STEPS: dict[str, tuple[list[int], list[int], int, int]] = {
+    "padded, full and idle": LENGTHS,
+    "one new token each": ([3, 7, 1], [1, 1, 1], 1, 8),
+    "one new token, one row idle": ([3, 5, 2], [1, 0, 1], 1, 8),
+    "every slot is seen": ([7, 7], [1, 1], 1, 8),
+    "every slot is seen, one row idle": ([7, 8], [1, 0], 1, 8),
+    "full, two new tokens": ([6, 6], [2, 2], 2, 8),
+    "three slots, one new token": ([1, 2], [1, 1], 1, 3),
+    "three slots, all seen": ([2, 2], [1, 1], 1, 3),
+    "two slots": ([1, 1], [1, 0], 1, 2),
+    "from nothing": ([0, 0], [3, 1], 3, 6),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("name", FORMS)
+def test_numbers(name: str, step: str) -> None:
+    """Before, after and numpy float64 agree; the slots that were never written hold NaN."""
+    form, _ = FORMS[name]
+    before = parsed(attention_text(**form))
+    after, _ = fired(before, *absorb.RULES, *lower_attention.RULES)
+    feeds = attention_feeds(lengths=STEPS[step], seed=1, **form)
+    assert feeds["all_visible"] == (step.startswith(("every slot", "three slots, all")))
+    found = run(after, feeds)
+    assert distance(found, run(before, feeds)) < TOLERANCE["fp32"]
+    reference = attention_reference(feeds, form.get("count", 0))
+    assert np.abs(found["out"] - reference).max() < TOLERANCE["fp32"]
 
 
 @pytest.mark.parametrize("growing", [False, True])
-@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_numbers(dtype: str, split: bool, growing: bool) -> None:
-    """Before, after and numpy float64 agree; the slots that were never written hold NaN."""
-    text = attention_text(dtype, split=split, growing=growing)
-    feeds = attention_feeds(dtype, split=split, growing=growing)
-    wanted = run(parsed(text), feeds)
-    reference = attention_reference(feeds)
-    expanded = fired(parsed(text), lower_attention.EXPANDED)
-    for after, count in (fired(absorbed(text), ABSORBED[split][0]), expanded):
-        found = run(after, feeds)
-        assert count == 1
-        # Both sides hold the same stored bytes, so the arithmetic is fp32's on both.
-        assert distance(found, wanted) < TOLERANCE["fp32"]
-        assert abs(found["out"] - reference).max() < TOLERANCE[dtype]
+@pytest.mark.parametrize("name", FORMS)
+def test_numbers_of_every_storage(name: str, dtype: str, growing: bool) -> None:
+    form = {**FORMS[name][0], "growing": growing}
+    before = parsed(attention_text(dtype, **form))
+    after, _ = fired(before, *absorb.RULES, *lower_attention.RULES)
+    feeds = attention_feeds(dtype, **form)
+    found, reference = run(after, feeds), attention_reference(feeds, form.get("count", 0))
+    # Both sides hold the same stored bytes, so the arithmetic is fp32's on both.
+    assert distance(found, run(before, feeds)) < TOLERANCE["fp32"]
+    assert np.abs(found["out"] - reference).max() < TOLERANCE[dtype]
 
 
-def test_a_full_window_takes_the_branch_without_a_copy() -> None:
+def test_where_every_slot_is_seen_nothing_is_masked() -> None:
+    """The branch without a mask is taken: a wrong mask changes nothing there, and all else does."""
+    after, _ = fired(absorbed(attention_text()), *lower_attention.RULES)
+    feeds = attention_feeds(lengths=STEPS["every slot is seen"])
+    wanted = run(after, feeds)
+    feeds["visible"] = np.zeros_like(feeds["visible"])
+    assert distance(run(after, feeds), wanted) == 0.0
+    feeds["all_visible"] = np.array(False)
+    assert distance(run(after, feeds), wanted) > 1e-2
+
+
+def test_one_new_token_reads_the_rows_that_it_chose_and_no_other() -> None:
+    """Numbers of rows that were not chosen are NaN: a mask would not keep them out."""
+    form = {"count": 3}
+    after, _ = fired(absorbed(attention_text(**form)), *lower_attention.RULES)
+    feeds = attention_feeds(lengths=([5, 7], [1, 1], 1, 8), **form)
+    wanted = attention_reference(feeds, 3)
+    best_BK = np.argsort(-feeds["scores"][:, 0], axis=-1)[:, :3]
+    for b, best in enumerate(best_BK):
+        assert feeds["visible"][b, 0, 0, best].all()
+        left = [t for t in range(feeds["cache0"].shape[2]) if t not in best]
+        feeds["cache0"][b, 0, left] = np.nan
+    assert np.abs(run(after, feeds)["out"] - wanted).max() < TOLERANCE["fp32"]
+
+
+@pytest.mark.parametrize("new", [1, 2])
+def test_a_choice_of_every_token_masks_nothing(new: int) -> None:
+    """T = count: whatever was chosen, each visible token is read."""
+    form = {"count": 8}
+    after, _ = fired(absorbed(attention_text(**form)), *lower_attention.RULES)
+    feeds = attention_feeds(lengths=([5, 3], [new, new], new, 8), **form)
+    wanted = attention_reference(feeds)
+    assert np.abs(run(after, feeds)["out"] - wanted).max() < TOLERANCE["fp32"]
+
+
+@pytest.mark.parametrize("new", [1, 2])
+def test_a_choice_of_minus_one_is_none(new: int) -> None:
+    """A pooled indexer has places for more tokens than it finds; the last token is not meant."""
+    text = attention_text(count=4).replace(
+        "float[batch,new,total] scores", "int32[batch,new,k] chosen"
+    )
+    text = text.replace("chosen = mla_deploy.ChooseTokens <count: int = 4> (scores)\n", "")
+    after, _ = fired(absorbed(text), *lower_attention.RULES)
+    feeds = attention_feeds(lengths=([8 - new, 8 - new], [new, new], new, 8))
+    chosen = np.array([[[0, -1, 5, -1], [-1, -1, 7, 2]], [[-1, 1, -1, 6], [4, -1, -1, -1]]])
+    feeds["chosen"] = chosen[:, :new].astype(np.int32)
+    wanted = attention_reference(feeds)
+    for model in (after, parsed(text)):
+        assert np.abs(run(model, feeds)["out"] - wanted).max() < TOLERANCE["fp32"]
+
+
+def test_an_unlowered_mask_means_the_same() -> None:
+    """The choice's own rules, before the attention's: the composite behind the mask is gone."""
+    before = absorbed(attention_text(count=3))
+    rules = (lower_choice.CHOOSE, lower_choice.SELECT, *lower_attention.RULES)
+    after, count = fired(before, *rules)
+    assert count == 3
+    feeds = attention_feeds(count=3)
+    assert distance(run(after, feeds), run(before, feeds)) < TOLERANCE["fp32"]
+
+
+TWICE = "out = mla_deploy.Attention <scale: float = 0.4> (query, key, value, visible)"
+
+
+def test_two_attentions_in_one_layer() -> None:
+    """Branches of both lie side by side in one graph, and names in them are the same."""
+    second = """key2, value2 = mla_deploy.ExpandLatent
+            <heads: int = 3, nope: int = 4, value: int = 5>
+            (latent, rope_key, w_kv_b)
+        out2 = mla_deploy.Attention <scale: float = 0.9> (query, key2, value2, visible)
+        """
+    text = attention_text().replace("] out,", "] out, float[batch,3,new,5] out2,")
+    assert TWICE in text
+    before = parsed(text.replace(TWICE, f"{second}{TWICE}"))
+    after, count = fired(before, *absorb.RULES, *lower_attention.RULES)
+    assert count == 4
     feeds = attention_feeds()
-    feeds |= plan([6, 6, 6], [2, 2, 2], 2, 8)
-    for name in ("cache0", "new_rows"):
-        feeds[name] = attention_feeds(seed=4)[name]
-    feeds["cache0"][:] = feeds["cache0"][0, 0, 0]
-    assert feeds["all_filled"]
-    text = attention_text()
-    after, _ = fired(absorbed(text), lower_attention.FUSED_ROW)
-    assert distance(run(after, feeds), run(parsed(text), feeds)) < TOLERANCE["fp32"]
+    found = run(after, feeds)
+    assert distance(found, run(before, feeds)) < TOLERANCE["fp32"]
+    assert distance({"out": found["out2"]}, found, ["out"]) > 1e-2
 
 
 _ROPE = "rope_key = Slice (rows, rank, last, axis)"
 _LATENT = "latent = Slice (rows, first, rank, axis)"
-FUSED_MISSES = {
+_BOTH = f"{_LATENT}\n        {_ROPE}"
+MISSES = {
     "rows of two caches": (
         _ROPE,
-        """other_out, other = mla_deploy.CacheUpdate
-            (cache0, new_rows, filled, all_filled, active, source, slot)
+        """other_out, other = mla_deploy.CacheUpdate <cleared: int = 1>
+            (cache0, new_rows, filled, all_visible, active, source, slot)
         rope_key = Slice (other, rank, last, axis)""",
     ),
     "rope key first": (
-        f"{_LATENT}\n        {_ROPE}",
+        _BOTH,
         f"""two = Constant <value_ints: ints = [{R}]> ()
         rope_key = Slice (rows, first, two, axis)
         latent = Slice (rows, two, last, axis)""",
@@ -124,19 +278,28 @@ FUSED_MISSES = {
     "a latent that is not a slice": (
         _LATENT, "cut = Slice (rows, first, rank, axis)\n        latent = Neg (cut)"
     ),
-    "both from a copy": (f"{_LATENT}\n        {_ROPE}",
+    "a start that is computed": (
+        _ROPE,
+        f"rank2 = Mul (rank, two)\n        {_ROPE.replace('rank,', 'rank2,')}",
+    ),
+    "both from a copy": (
+        _BOTH,
         """copied = Neg (rows)
         latent = Slice (copied, first, rank, axis)
-        rope_key = Slice (copied, rank, last, axis)"""),
+        rope_key = Slice (copied, rank, last, axis)""",
+    ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FUSED_MISSES)
+@pytest.mark.parametrize("name", MISSES)
 def test_not_one_fused_row(name: str) -> None:
     text = attention_text()
-    assert FUSED_MISSES[name][0] in text
-    before = absorbed(text.replace(*FUSED_MISSES[name]))
-    after, count = fired(before, *(rule for rule, _ in ABSORBED.values()))
+    assert MISSES[name][0] in text
+    text = text.replace(*MISSES[name])
+    if "two)" in MISSES[name][1]:
+        text = text.replace("bool all_visible", "bool all_visible, int64[1] two")
+    before = absorbed(text)
+    after, count = fired(before, *lower_attention.RULES)
     assert (count, op_types(after)) == (0, op_types(before))
 
 
@@ -145,35 +308,39 @@ def test_a_row_wider_than_latent_and_rope_key() -> None:
     text = attention_text().replace("batch,1,new,10]", "batch,1,new,11]")
     text = text.replace("batch,1,total,10]", "batch,1,total,11]")
     text = text.replace("[9223372036854775807]", "[10]")
-    assert fired(absorbed(text), lower_attention.FUSED_ROW)[1] == 0
-
-
-def test_layouts_do_not_match_each_other() -> None:
-    fused, split = absorbed(attention_text()), absorbed(attention_text(split=True))
-    assert fired(fused, lower_attention.SPLIT_ROWS)[1] == 0
-    assert fired(split, lower_attention.FUSED_ROW)[1] == 0
-
-
-def test_split_rows_that_no_cache_holds() -> None:
-    text = attention_text(split=True).replace(
-        "(latent, rope_key, w_kv_b)", "(latent, new_key, w_kv_b)"
-    )
-    assert fired(absorbed(text), lower_attention.SPLIT_ROWS)[1] == 0
+    assert fired(absorbed(text), *lower_attention.RULES)[1] == 0
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("form", "old", "new"),
     [
-        ("float[27,8] w_kv_b", "float[28,8] w_kv_b"),
-        ("(query, key, value, visible)", "(query, value, key, visible)"),
-        ("=> (float", f"=> (float[batch,{H},total,{N + R}] key, float"),
+        # A rope key, or a latent, that no cache holds.
+        ({"split": True}, "(latent, rope_key, w_kv_b)", "(latent, new_key, w_kv_b)"),
+        ({"split": True}, "(latent, rope_key, w_kv_b)", "(new_latent, rope_key, w_kv_b)"),
+        ({"rope": 0}, "(latent, rope_key, w_kv_b)", "(new_rows, rope_key, w_kv_b)"),
+        # A cache composite of somebody else.
+        ({}, "mla_deploy.CacheUpdate", "mine.CacheUpdate"),
+        ({"shared": True}, "mla_deploy.CacheRead", "mine.CacheRead"),
     ],
 )
-def test_expanded_near_miss(old: str, new: str) -> None:
-    assert old in attention_text()
-    before = parsed(attention_text().replace(old, new))
-    assert fired(before, lower_attention.EXPANDED)[1] == 0
+def test_rows_that_no_cache_holds(form: dict[str, Any], old: str, new: str) -> None:
+    text = attention_text(**form)
+    assert old in text
+    before = absorbed(text.replace(old, new))
+    after, count = fired(before, *lower_attention.RULES)
+    assert (count, op_types(after)) == (0, op_types(before))
 
 
-def test_an_absorbed_graph_is_not_expanded_again() -> None:
-    assert fired(absorbed(attention_text()), lower_attention.EXPANDED)[1] == 0
+@pytest.mark.parametrize("sinks", [False, True])
+def test_each_rule_leaves_the_other_form_alone(sinks: bool) -> None:
+    before = absorbed(attention_text(sinks=sinks))
+    assert fired(before, lower_attention.RULES[not sinks])[1] == 0
+
+
+def test_an_expanded_graph_is_not_lowered_here() -> None:
+    assert fired(parsed(attention_text()), *lower_attention.RULES)[1] == 0
+
+
+def test_sizes_are_those_of_the_text() -> None:
+    """What the near-misses above spell out in figures."""
+    assert (H, L, R, L + R) == (3, 8, 2, 10)

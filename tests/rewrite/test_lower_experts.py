@@ -23,9 +23,9 @@ from tests.rewrite.references import experts as reference
 from tests.rewrite.references import random_arrays
 
 _TAKEN = {
-    "silu": "Equal NonZero Reshape Div Gather Gemm Sigmoid Mul Gemm Mul Gemm",
-    "gelu": "Equal NonZero Reshape Div Gather Gemm Gelu Gemm Mul Gemm",
-    "relu": "Equal NonZero Reshape Div Gather Gemm Relu Gemm Mul Gemm",
+    "silu": "Equal NonZero Reshape Div Gather Gemm Gemm Sigmoid Mul Mul Gemm",
+    "gelu": "Equal NonZero Reshape Div Gather Gemm Gemm Gelu Mul Gemm",
+    "relu": "Equal NonZero Reshape Div Gather Gemm Gemm Relu Mul Gemm",
 }
 _SKIPPED = "ConstantOfShape ConstantOfShape"
 _HIT = "Reshape Cast Shape Expand Cast Expand ScatterElements Split"
@@ -33,11 +33,14 @@ _BACK = "Concat Concat Shape Squeeze Range ScatterElements Gather Reshape Unsque
 GIVEN = {"hidden", "index", "weight"}
 
 
-def feeds_of(index: list[list[int]], experts: int, inner: int = 6) -> Arrays:
+def feeds_of(
+    index: list[list[int]], experts: int, inner: int = 6, gates: int | None = None
+) -> Arrays:
     tokens, chosen = len(index), len(index[0])
+    gates = experts if gates is None else gates
     feeds = random_arrays(**{
         "hidden": (tokens, D), "weight": (tokens, chosen),
-        "mlp.experts.gate_up_proj": (experts, 2 * inner, D),
+        "mlp.experts.gate_up_proj": (gates, 2 * inner, D),
         "mlp.experts.down_proj": (experts, D, inner),
     })  # fmt: skip
     return {**feeds, "index": np.array(index, np.int64)}
@@ -47,7 +50,7 @@ def one_by_one(feeds: Arrays) -> Arrays:
     """The same weights under the names that the lowered graph asks for."""
     made = dict(feeds)
     gate_up, down = feeds["mlp.experts.gate_up_proj"], feeds["mlp.experts.down_proj"]
-    for e, (both, last) in enumerate(zip(gate_up, down, strict=True)):
+    for e, (both, last) in enumerate(zip(gate_up, down, strict=False)):
         gate, up = np.split(both, 2)
         for part, value in (("gate_proj", gate), ("up_proj", up), ("down_proj", last)):
             made[f"mlp.experts.{e}.{part}.weight"] = value
@@ -102,6 +105,61 @@ def test_a_skipped_expert_is_not_read() -> None:
     assert distance(run(model, feeds), wanted) == 0.0
 
 
+LIMIT = 0.4  # cuts about a third of the gates, and more than half of the up products
+
+
+def test_a_limit_is_cut_at() -> None:
+    after = lowered(experts_text(experts=2, limit=LIMIT))
+    taken = _TAKEN["silu"].replace("Sigmoid", "Min Clip Sigmoid")
+    assert op_types(after) == f"{_HIT} {' '.join([f'If[{taken} | {_SKIPPED}]'] * 2)} {_BACK}"
+
+
+# name -> (index, real experts, identity experts, rows of gate_up)
+IDENTITY: dict[str, tuple[list[list[int]], int, int, int]] = {
+    "some": ([[0, 5], [4, 1], [2, 3], [6, 5]], 4, 3, 4),
+    "none chosen": ([[0, 1], [3, 1]], 4, 3, 4),
+    "none but": ([[5, 4], [6, 4]], 4, 3, 4),
+    "one real": ([[0, 1], [1, 2]], 1, 2, 1),
+    "one token": ([[3, 5]], 4, 2, 4),
+    # As longcat has it: a gate for every expert, a down product for the real ones.
+    "gates of all": ([[0, 5], [4, 1], [2, 3], [6, 5]], 4, 3, 7),
+}
+
+
+@pytest.mark.parametrize("name", IDENTITY)
+def test_experts_that_return_their_input_fire(name: str) -> None:
+    _, experts, identity, gates = IDENTITY[name]
+    after = lowered(experts_text(experts=experts, identity=identity, gates=gates))
+    hits = " ".join([f"If[{_TAKEN['silu']} | {_SKIPPED}]"] * experts)
+    given = "GreaterOrEqual NonZero Reshape Div Gather"
+    assert op_types(after) == f"{_HIT} {hits} {given} {_BACK}"
+    parts = ("gate_proj", "up_proj", "down_proj")
+    wanted = {f"mlp.experts.{e}.{part}.weight" for e in range(experts) for part in parts}
+    assert {str(v.name) for v in after.graph.inputs} == wanted | GIVEN
+
+
+@pytest.mark.parametrize("limit", [0.0, LIMIT])
+@pytest.mark.parametrize("name", IDENTITY)
+def test_experts_that_return_their_input(name: str, limit: float) -> None:
+    index, experts, identity, gates = IDENTITY[name]
+    text = experts_text(experts=experts, identity=identity, gates=gates, limit=limit)
+    feeds = feeds_of(index, experts, gates=gates)
+    found = run(lowered(text), one_by_one(feeds))
+    assert distance(found, run(parsed(text), feeds)) < TOLERANCE["fp32"]
+    assert np.abs(found["out"] - reference(feeds, "silu", limit)).max() < TOLERANCE["fp32"]
+
+
+@pytest.mark.parametrize("activation", _TAKEN)
+def test_numbers_below_a_limit(activation: str) -> None:
+    text = experts_text(activation, limit=LIMIT)
+    feeds = feeds_of([[0, 3], [3, 1], [4, 3], [1, 0]], 5)
+    found = run(lowered(text), one_by_one(feeds))
+    assert distance(found, run(parsed(text), feeds)) < TOLERANCE["fp32"]
+    wanted = reference(feeds, activation, LIMIT)
+    assert np.abs(found["out"] - wanted).max() < TOLERANCE["fp32"]
+    assert np.abs(reference(feeds, activation) - wanted).max() > 0.05
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -117,7 +175,7 @@ def test_near_miss(old: str, new: str) -> None:
     text = experts_text().replace(old, new)
     if "made" in new:
         name = '"mlp.experts.gate_up_proj"'
-        text = text.replace(f"weight,\n            {name}", "weight, made").replace(name, "stack")
+        text = text.replace(f"weight, {name}", "weight, made").replace(name, "stack")
     before = parsed(text)
     after, count = fired(before, lower_experts.RULE)
     assert (count, op_types(after)) == (0, op_types(before))

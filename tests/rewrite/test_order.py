@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -28,7 +30,7 @@ from tests.rewrite.graphs import (
 GRAPHS = {"prefill": order.prefill_cpu, "decode": order.decode_cpu}
 _OTHERS = {
     "query", "new_rows", "new_latent", "new_key", "cache0", "cache1", "visible", "filled",
-    "all_filled", "active", "source", "slot",
+    "all_visible", "active", "source", "slot", "sinks", "scores",
 }  # fmt: skip
 
 
@@ -42,29 +44,52 @@ def halves(feeds: Arrays) -> Arrays:
     }
 
 
-@pytest.mark.parametrize("growing", [False, True])
-@pytest.mark.parametrize("split", [False, True])
+# What a form adds to the counts of a plain one, and how often each rule fires.
+FORMS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "plain": ({}, {"lower_cache_update": 1}),
+    "split": ({"split": True}, {"lower_cache_update": 2}),
+    "growing": ({"growing": True}, {"lower_cache_update": 1}),
+    "split, growing": ({"split": True, "growing": True}, {"lower_cache_update": 2}),
+    "sinks": ({"sinks": True}, {"lower_cache_update": 1}),
+    "no rope": ({"rope": 0}, {"lower_cache_update": 1}),
+    "sparse": ({"count": 3}, {"lower_cache_update": 1, "lower_choose_tokens": 1}),
+    "sparse, sinks, split": (
+        {"count": 3, "sinks": True, "split": True},
+        {"lower_cache_update": 2, "lower_choose_tokens": 1},
+    ),
+    "shared rows": ({"shared": True}, {}),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("graph", GRAPHS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_attention_from_trace_to_plain(dtype: str, graph: str, split: bool, growing: bool) -> None:
-    before = parsed(attention_text(dtype, split=split, growing=growing))
+def test_attention_from_trace_to_plain(dtype: str, graph: str, name: str) -> None:
+    form, also = FORMS[name]
+    before = parsed(attention_text(dtype, **form))
     after = before.clone()
-    counts = order.apply_rules(after, GRAPHS[graph](growing))
+    counts = order.apply_rules(after, GRAPHS[graph](bool(form.get("growing"))))
     uses = collect_weights(after, _OTHERS)
     order.require_lowered(after)
     assert {node.domain for node in after.graph} == {""}
-    attention = {
-        "prefill": {"lower_expanded_attention": 1},
-        "decode": {"absorb_projections": 1, "lower_latent_attention": 1},
-    }[graph]
-    wanted = {**attention, "lower_cache_update": 1 + split}
-    assert {name: count for name, count in counts.items() if count} == wanted
+    wanted = (
+        also
+        | {
+            "prefill": {"lower_expanded_attention": 1},
+            "decode": {"absorb_projections": 1, "lower_latent_attention": 1},
+        }[graph]
+    )
+    if graph == "prefill" and form.get("count"):
+        wanted["lower_select_visible"] = 1  # in decode the attention itself does it
+    if graph == "prefill" and form.get("shared"):
+        wanted["lower_cache_read"] = 1
+    assert {rule: count for rule, count in counts.items() if count} == wanted
     order.require_counts(counts, wanted)
     assert uses == {
         f"w_kv_b.{half}": WeightUse("w_kv_b", half, H, N, V) for half in ("w_uk_HNL", "w_uv_HLV")
     }
-    feeds = attention_feeds(dtype, split=split, growing=growing)
-    found, reference = run(after, halves(feeds)), attention_reference(feeds)
+    feeds = attention_feeds(dtype, **form)
+    found, reference = run(after, halves(feeds)), attention_reference(feeds, form.get("count", 0))
     assert distance(found, run(before, feeds)) < TOLERANCE["fp32"]
     assert np.abs(found["out"] - reference).max() < TOLERANCE[dtype]
 
@@ -82,14 +107,16 @@ def test_every_rule_is_counted_even_at_zero() -> None:
                                order.decode_cpu(False))  # fmt: skip
     assert counts == dict.fromkeys((
         "raise_rms_norm", "absorb_projections", "lower_latent_attention", "lower_cache_update",
-        "lower_experts", "lower_linear", "lower_rms_norm",
+        "lower_cache_read", "lower_ring_update", "lower_choose_tokens", "lower_select_visible",
+        "lower_experts", "lower_delta_attention", "lower_conv_state", "lower_linear",
+        "lower_rms_norm",
     ), 0)  # fmt: skip
 
 
 def test_the_cache_is_lowered_after_what_reads_it() -> None:
     """The order that the comments in order.py insist on: the other way nothing matches."""
     model = parsed(attention_text())
-    order.apply_rules(model, [absorb.RULE, lower_cache.rule(False), *order.decode_cpu(False)])
+    order.apply_rules(model, [*absorb.RULES, lower_cache.rule(False), *order.decode_cpu(False)])
     with pytest.raises(MlaDeployError, match="LatentAttention"):
         order.require_lowered(model)
 

@@ -6,13 +6,11 @@ import numpy as np
 import pytest
 
 from mla_deploy.errors import EnvironmentFailure, IncompatibleError, InputError
-from mla_deploy.runtime.cache import (
+from mla_deploy.runtime.cache import GrowingCache, InPlaceCache, open_cache
+from mla_deploy.runtime.cache_spec import (
     CacheSpec,
     CacheTensor,
-    GrowingCache,
-    InPlaceCache,
     as_float32,
-    open_cache,
     spec_from_manifest,
 )
 from tests.small_bundle import manifest
@@ -25,7 +23,7 @@ def spec(layout: str = "fused", dtype: str = "fp32", grows: bool = False) -> Cac
     if layout == "fused":
         parts = (("latent_cache", LATENT + ROPE),)
     tensors = tuple(
-        CacheTensor(layer, f"{name}.{layer}", f"{name}_out.{layer}", width)
+        CacheTensor(layer, name, f"{name}.{layer}", f"{name}_out.{layer}", (width,), dtype)
         for layer in range(LAYERS)
         for name, width in parts
     )
@@ -128,14 +126,46 @@ def test_bf16_is_the_upper_half_of_fp32() -> None:
 
 def test_spec_of_a_manifest() -> None:
     found = spec_from_manifest(manifest())
-    assert found.tensors == (CacheTensor(0, "latent_cache.0", "latent_cache_out.0", 24),)
-    assert (found.row_width, found.num_layers, found.grows) == (24, 1, False)
+    latent = CacheTensor(0, "latent_cache", "latent_cache.0", "latent_cache_out.0", (24,), "fp32")
+    assert found.tensors == (latent,)
+    assert (found.bytes(2, 64), found.layers, found.grows) == (2 * 64 * 24 * 4, (0,), False)
 
 
 def test_unknown_cache_dtype() -> None:
-    cache = {**manifest()["cache"], "dtype": "fp8"}
+    changed = manifest()
+    for value in changed["io"]["decode"]["inputs"]:
+        value["dtype"] = "fp8" if value["kind"] == "latent_cache" else value["dtype"]
     with pytest.raises(IncompatibleError, match="RUN-CACHE"):
-        spec_from_manifest(manifest(cache=cache))
+        spec_from_manifest(changed)
+
+
+FIXED = CacheSpec(
+    (
+        CacheTensor(0, "latent_cache", "latent_cache.0", "latent_cache_out.0", (2,), "fp32", 3),
+        CacheTensor(1, "conv_state", "conv_state.1", "conv_state_out.1", (2, 4), "fp32",
+                    is_state=True),
+    ),
+    "fp32",
+    grows=False,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [InPlaceCache, GrowingCache])
+def test_rings_and_states_do_not_grow(kind: type) -> None:
+    cache = kind(FIXED, batch=2, capacity=50)
+    assert cache.bytes == FIXED.bytes(2, 50) == 2 * (3 * 2 + 8) * 4
+    window = cache.window(np.array([0, 0]), np.array([5, 1]), 5)
+    assert [a.shape for a in window.inputs] == [(2, 1, 3, 2), (2, 2, 4)]
+    for array in window.outputs:
+        array[:] = 1
+    # Until the step is accepted nothing of it counts; a call can go back to where it began.
+    assert (cache.cached_rows(1, 0, 5) == 0).all()
+    saved = cache.fixed.saved()
+    cache.accept(window)
+    assert (cache.cached_rows(1, 0, 5) == 1).all()
+    assert cache.cached_rows(0, 0, 5).shape == (2, 2) and cache.cached_rows(0, 1, 1).shape == (1, 2)
+    cache.fixed.restore(saved)
+    assert (cache.cached_rows(1, 0, 5) == 0).all()
 
 
 def test_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from mla_deploy.errors import InputError
+from mla_deploy.source.cache_parts import CachePart
 from mla_deploy.source.layers import decoder_of, layer_kinds, layers_prefix
+from mla_deploy.source.probe import LayerCall
 from tests.tiny import tiny_model
 
 
 def groups(model: Any) -> list[tuple[int, ...]]:
-    return [kind.indices for kind in layer_kinds(model)]
+    return [kind.indices for kind in layer_kinds(model, calls(model))]
+
+
+def calls(model: Any) -> list[LayerCall]:
+    """Calls that are all alike, so that only the modules tell the layers apart."""
+    spec = pytree.tree_flatten(())[1]
+    part = CachePart(0, "latent", (16,))
+    one = LayerCall((), (), spec, None, (), (), (), spec, (part,), ())
+    return [one] * len(model.model.layers)
+
+
+def test_another_call_makes_a_kind() -> None:
+    model = tiny_model("deepseek_v3", first_k_dense_replace=0, num_hidden_layers=3)
+    made = calls(model)
+    sliding = replace(made[0], parts=(CachePart(2, "latent", (16,), window=4),))
+    shifted = replace(made[0], parts=(CachePart(1, "latent", (16,)),))
+    assert [k.indices for k in layer_kinds(model, [made[0], shifted, sliding])] == [(0, 1), (2,)]
 
 
 @pytest.mark.parametrize(
@@ -33,7 +53,8 @@ def test_dense_and_sparse(dense: int, layers: int, wanted: list[tuple[int, ...]]
 
 
 def test_names_are_distinct_and_in_model_order() -> None:
-    kinds = layer_kinds(tiny_model("deepseek_v3"))
+    model = tiny_model("deepseek_v3")
+    kinds = layer_kinds(model, calls(model))
     assert [kind.name for kind in kinds] == ["DecoderLayer0", "DecoderLayer1"]
 
 
@@ -90,7 +111,7 @@ def test_the_layer_list_s_place() -> None:
     assert decoder_of(model) is model.model
 
 
-@pytest.mark.parametrize("part", ["layers", "norm", "rotary_emb", "embed_tokens"])
+@pytest.mark.parametrize("part", ["layers", "norm", "embed_tokens"])
 def test_a_model_laid_out_otherwise_is_refused(part: str) -> None:
     model = tiny_model("youtu")
     delattr(model.model, part)

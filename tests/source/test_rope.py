@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from mla_deploy.errors import InputError
 from mla_deploy.rope import ROPE_TYPES
-from mla_deploy.source.rope import RopeTable, position_embeddings, rope_table
+from mla_deploy.source.rope import RopeTable, position_embeddings, rope_tables
 from tests.tiny import LLAMA3, LONGROPE, YARN, YARN_ALL_DIM, tiny_model
 
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}
@@ -42,9 +43,24 @@ def source_angles(rotary: Any, positions_BS: torch.Tensor) -> tuple[torch.Tensor
     return cos[..., :half], sin[..., :half]
 
 
-def frequencies(table: RopeTable) -> tuple[torch.Tensor, ...]:
-    sets = (table.inv_freq_F, table.long_inv_freq_F)
-    return tuple(inv_freq for inv_freq in sets if inv_freq is not None)
+def rope_table(rotary: Any) -> RopeTable:
+    tables = rope_tables(rotary)
+    assert set(tables) == {""}
+    return tables[""]
+
+
+def angles(
+    rotary: Any, positions_BS: torch.Tensor, lengths_B: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ours, one per pair, whatever form the source has."""
+    table = rope_table(rotary)
+    given = position_embeddings(rotary, table, table.sets, positions_BS, lengths_B)
+    if table.is_complex:
+        return given[..., 0], given[..., 1]
+    cos, sin = given
+    half = cos.shape[-1] // 2
+    assert torch.equal(cos[..., :half], cos[..., half:])
+    return cos[..., :half], sin[..., :half]
 
 
 @pytest.mark.parametrize("length", [1, 17, 32, 33, 100])
@@ -52,10 +68,9 @@ def frequencies(table: RopeTable) -> tuple[torch.Tensor, ...]:
 def test_equal_to_the_source(name: str, length: int) -> None:
     """A whole row of `length` tokens: 32 is the original length, 33 the first beyond it."""
     rotary = rotary_of(name)
-    table = rope_table(rotary)
     positions_BS = torch.arange(length)[None]
     wanted = source_angles(rotary, positions_BS)
-    found = position_embeddings(positions_BS, torch.tensor([length]), frequencies(table), table)
+    found = angles(rotary, positions_BS, torch.tensor([length]))
     for one, other in zip(found, wanted, strict=True):
         assert one.shape == other.shape == (1, length, 4)
         assert (one - other).abs().max() < 1e-6
@@ -77,12 +92,9 @@ def test_the_table_tells_what_the_source_does() -> None:
 def test_longrope_rows_switch_one_by_one() -> None:
     """As the source does for each row alone: by its length after the call, at every position."""
     rotary = rotary_of("longrope")
-    table = rope_table(rotary)
     lengths = [20, 32, 33, 90]
     positions_BS = torch.tensor([[length - 1] for length in lengths])
-    cos_BSF, sin_BSF = position_embeddings(
-        positions_BS, torch.tensor(lengths), frequencies(table), table
-    )
+    cos_BSF, sin_BSF = angles(rotary, positions_BS, torch.tensor(lengths))
     for row, length in enumerate(lengths):
         cos, sin = source_angles(rotary, torch.arange(length)[None])
         assert (cos_BSF[row] - cos[0, -1:]).abs().max() < 1e-6
@@ -97,3 +109,26 @@ def test_a_table_of_an_empty_module() -> None:
     with FakeTensorMode():
         fake = type(real)(config=real.config)
     assert torch.equal(rope_table(fake).inv_freq_F, rope_table(real).inv_freq_F)
+
+
+def test_learned_factors_multiply_the_frequencies() -> None:
+    rotary = rotary_of("default")
+    alpha_F = torch.tensor([0.3, -0.2, 0.0, 0.1])
+    rotary.alpha = torch.nn.Parameter(alpha_F)
+    table = RopeTable(rotary.original_inv_freq, None, 0, 1.0, False)
+    positions_BS = torch.arange(5)[None]
+    with torch.no_grad():
+        cos, _ = position_embeddings(rotary, table, table.sets, positions_BS, torch.tensor([5]))
+    wanted_BSF = torch.cos(positions_BS[..., None] * rotary.original_inv_freq * alpha_F.exp())
+    assert (cos[..., :4] - wanted_BSF).abs().max() < 1e-6
+
+
+def test_a_learned_part_that_is_not_known_is_refused() -> None:
+    rotary = rotary_of("default")
+    rotary.beta = torch.nn.Parameter(torch.zeros(4))
+    with pytest.raises(InputError, match="SRC-ROPE"):
+        rope_tables(rotary)
+
+
+def test_a_model_without_rope_has_no_table() -> None:
+    assert rope_tables(None) == {}

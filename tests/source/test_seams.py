@@ -14,8 +14,10 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from mla_deploy.errors import InputError
+from mla_deploy.source.cache_parts import CachePart, buffers_of
 from mla_deploy.source.plan import step_plan
-from mla_deploy.source.seams import TracedCache, hooked
+from mla_deploy.source.seams import hooked
+from mla_deploy.source.traced_cache import TracedCache
 from tests.tiny import tiny_model
 
 Q = torch.zeros(1, 4, 2, 16)
@@ -52,11 +54,8 @@ def test_plain_attention_is_taken(model: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("s_aux", torch.zeros(4)),
-        ("sliding_window", 128),
         ("softcap", 30.0),
         ("head_mask", torch.ones(4)),
-        ("indices", torch.zeros(1, dtype=torch.int64)),
         ("a_part_of_tomorrow", False),
     ],
 )
@@ -107,15 +106,32 @@ def test_other_experts_are_refused(name: str, value: Any) -> None:
     assert caught.value.code == "SRC-SEAM"
 
 
-@pytest.mark.usefixtures("hooks")
-def test_experts_with_a_gate_of_their_own_are_refused(
-    model: Any, monkeypatch: pytest.MonkeyPatch
+def clamped(self: Any, gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    limit = self.swiglu_limit
+    return nn.functional.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+
+
+def shifted(self: Any, gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return nn.functional.silu(gate.clamp(max=self.swiglu_limit)) * (up + 1)
+
+
+@pytest.mark.parametrize(("gate", "known"), [(clamped, True), (shifted, False)])
+def test_a_gate_of_a_class_s_own_is_tried(
+    monkeypatch: pytest.MonkeyPatch, gate: Any, known: bool
 ) -> None:
-    """A clamp inside the gate (as GPT-OSS has) would be lost without a word."""
+    """A clamp is taken over; another gate (as GPT-OSS has) would be lost without a word."""
+    model = tiny_model("deepseek_v3")
     module = model.model.layers[1].mlp.experts
-    monkeypatch.setattr(type(module), "_apply_gate", lambda self, both: both.clamp(max=7.0))
-    with pytest.raises(InputError, match="SRC-SEAM"):
-        experts(module)
+    module.swiglu_limit = 2.0
+    monkeypatch.setattr(type(module), "_apply_gate", gate)
+    with hooked(model):
+        if known:
+            assert experts(module).shape == (2, 48)
+        else:
+            with pytest.raises(InputError, match="SRC-SEAM"):
+                experts(module)
 
 
 @pytest.mark.usefixtures("hooks")
@@ -135,7 +151,13 @@ def test_a_bias_of_the_latent_expansion_is_refused(
 @pytest.mark.parametrize("widths", [(24,), (16, 8)])
 def test_a_layer_updates_its_cache_once(widths: tuple[int, ...]) -> None:
     steps = step_plan(torch.arange(1), torch.tensor([2]), torch.tensor([1]), 4)
-    cache = TracedCache(tuple(torch.zeros(1, 1, 4, width) for width in widths), steps)
+    parts = (CachePart(0, "latent", (16,)), CachePart(0, "rope_key", (8,)))
+    buffers = buffers_of(parts, fused=len(widths) == 1)
+    assert [buffer.shape for buffer in buffers] == [(width,) for width in widths]
+    held = [(buffer, torch.zeros(1, 1, 4, *buffer.shape)) for buffer in buffers]
+    cache = TracedCache(steps, None, held)
+    with pytest.raises(InputError, match="SRC-CACHE"):
+        _ = cache.updated
     rows = cache.update(torch.zeros(1, 1, 1, 16), torch.zeros(1, 1, 1, 8), 0)
     assert [tuple(part.shape) for part in rows] == [(1, 1, 4, 16), (1, 1, 4, 8)]
     assert len(cache.updated) == len(widths)

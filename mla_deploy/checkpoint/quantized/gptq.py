@@ -12,7 +12,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mla_deploy.checkpoint.header import TensorInfo
-from mla_deploy.checkpoint.quantized.groups import blocks, dequantized, unpacked
+from mla_deploy.checkpoint.quantized.groups import (
+    blocks,
+    decoded,
+    dequantized,
+    integer_table,
+    unpacked,
+)
 from mla_deploy.checkpoint.quantized.index import find_group_index, read_group_index
 from mla_deploy.checkpoint.quantized.parts import (
     FLOATS,
@@ -57,7 +63,7 @@ def read(
 ) -> torch.Tensor:
     """Output rows start to stop as float32 [rows, columns]."""
     parts, bits, columns = tensor.parts, tensor.scheme.bits, tensor.info.shape[1]
-    values_RC = unpacked(reader.columns(parts["values"], start, stop).T, bits).float()
+    values_RC = decoded(reader.columns(parts["values"], start, stop).T, integer_table(bits, 0))
     scale_RG = reader.transposed_grid(parts["scale"], start, stop)
     per_word = 32 // bits
     first = start // per_word

@@ -8,10 +8,11 @@ weight = value * (scale / global). ModelOpt multiplies: `X.weight` (uint8), `X.w
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from mla_deploy.checkpoint.header import TensorInfo
-from mla_deploy.checkpoint.quantized.groups import blocks, dequantized, unpacked
+from mla_deploy.checkpoint.quantized.groups import blocks, decoded, dequantized
 from mla_deploy.checkpoint.quantized.parts import (
     Format,
     PartReader,
@@ -25,7 +26,9 @@ from mla_deploy.checkpoint.quantized.parts import (
 from mla_deploy.quantization import WeightScheme
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 _WEIGHT = ".weight"
 # Sign, two bits of exponent, one of mantissa.
@@ -90,12 +93,17 @@ def _scales(
 def _values(
     tensor: QuantizedTensor, reader: PartReader, start: int, stop: int, scale_RG: torch.Tensor
 ) -> torch.Tensor:
-    import torch
-
-    table = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
-    codes_RC = unpacked(reader.rows(tensor.parts["values"], None, start, stop), 4)
-    values_RC = table.index_select(0, codes_RC.flatten().int()).view(codes_RC.shape)
+    values_RC = decoded(reader.rows(tensor.parts["values"], None, start, stop), _table())
     return dequantized(values_RC, scale_RG, None, None, width=tensor.scheme.block[1])
+
+
+@lru_cache
+def _table() -> NDArray[np.float32]:
+    """The two values of each byte."""
+    import numpy as np
+
+    values = [*_E2M1, *(-value for value in _E2M1)]
+    return np.array([(values[byte & 15], values[byte >> 4]) for byte in range(256)], np.float32)
 
 
 COMPRESSED_TENSORS = Format(

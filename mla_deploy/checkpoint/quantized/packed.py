@@ -12,7 +12,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mla_deploy.checkpoint.header import TensorInfo
-from mla_deploy.checkpoint.quantized.groups import blocks, dequantized, unpacked
+from mla_deploy.checkpoint.quantized.groups import (
+    blocks,
+    decoded,
+    dequantized,
+    integer_table,
+    unpacked,
+)
 from mla_deploy.checkpoint.quantized.index import find_group_index, read_group_index
 from mla_deploy.checkpoint.quantized.parts import (
     FLOATS,
@@ -73,16 +79,15 @@ def read(
     rows, columns = tensor.info.shape[-2:]
     groups = blocks(columns, scheme.block[1])
     words_RW = reader.rows(parts["values"], index, start, stop)
-    values_RC = unpacked(words_RW, scheme.bits)[:, :columns].float()
+    # A zero point is stored with the same shift as the values: it falls out of the difference.
+    shift = 1 << (scheme.bits - 1) if scheme.symmetric else 0
+    values_RC = decoded(words_RW, integer_table(scheme.bits, shift))[:, :columns]
     if scheme.block[0]:
         scale_RG = reader.grid(parts["scale"], index, start, stop, size=(rows, groups))
     else:
         scale_RG = reader.grid(parts["scale"], index, 0, 1, size=(1, 1)).expand(stop - start, 1)
-    if scheme.symmetric:
-        values_RC.sub_(1 << (scheme.bits - 1))
-        zero_RG = None
-    else:
-        # Stored with the same shift as the values, so the shift falls out of the difference.
+    zero_RG = None
+    if not scheme.symmetric:
         zero_RG = _zero_points(tensor, reader, index, start, stop).float()
     group_index = read_group_index(parts.get("group_index"), reader, groups)
     width = scheme.block[1] or columns

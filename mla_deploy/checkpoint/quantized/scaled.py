@@ -8,10 +8,11 @@ part. `scaled` is that of compressed-tensors and ModelOpt: float8_e4m3fn or int8
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from mla_deploy.checkpoint.header import TensorInfo
-from mla_deploy.checkpoint.quantized.groups import blocks, dequantized
+from mla_deploy.checkpoint.quantized.groups import blocks, decoded, dequantized
 from mla_deploy.checkpoint.quantized.parts import (
     FLOATS,
     Format,
@@ -24,19 +25,21 @@ from mla_deploy.checkpoint.quantized.parts import (
 from mla_deploy.quantization import WeightScheme
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 _WEIGHT = ".weight"
-# Mistral's own name of the same scale.
-_OTHER_SCALE = ".qscale_weight"
+# Other endings of the same scale: Mistral's own, and that of FP8 with one scale per tensor.
+_OTHER_SCALES = (".qscale_weight", ".weight_scale")
 
 
 def find_fp8(values: TensorInfo, stored: Stored, scheme: WeightScheme) -> QuantizedTensor:
     """Raises: InputError CKPT-PART, CKPT-PART-SHAPE."""
     name = f"{values.name}_scale_inv"
-    other = values.name.removesuffix(_WEIGHT) + _OTHER_SCALE
-    if values.name.endswith(_WEIGHT) and stored.has(other):
-        name = other
+    if values.name.endswith(_WEIGHT) and not stored.has(name):
+        others = [values.name.removesuffix(_WEIGHT) + ending for ending in _OTHER_SCALES]
+        name = next((other for other in others if stored.has(other)), name)
     return _found(values, stored.part(values, name, *FLOATS, "F8_E8M0", "U8"), None, scheme)
 
 
@@ -67,7 +70,7 @@ def read_scaled(
         return reader.grid(part, index, first, last, size=size).index_select(0, block_R - first)
 
     zero = tensor.parts.get("zero_point")
-    values_RC = reader.rows(values, index, start, stop).float()
+    values_RC = decoded(reader.rows(values, index, start, stop), _table(values.dtype))
     return dequantized(
         values_RC,
         per_row(scale),
@@ -75,6 +78,17 @@ def read_scaled(
         None,
         width=tensor.scheme.block[1] or values.shape[-1],
     )
+
+
+@lru_cache
+def _table(dtype: str) -> NDArray[np.float32]:
+    """What each byte means: as float8_e4m3fn, or as a signed integer."""
+    import torch
+
+    of_bytes = torch.arange(256, dtype=torch.uint8)
+    values = of_bytes.view(torch.int8 if dtype == "I8" else torch.float8_e4m3fn).float()
+    table: NDArray[np.float32] = values.reshape(256, 1).numpy()
+    return table
 
 
 def _found(

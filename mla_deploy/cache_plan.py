@@ -1,0 +1,96 @@
+"""What a model of a config caches, by its fields alone: the prediction that measurements meet.
+
+Nothing is traced here. Per layer: a latent row and a rope key (L + R), or in a linear layer the
+states of its convolution and its recurrence, or nothing where it reads another layer's rows; beside
+them an indexer key where the layer has an indexer of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mla_deploy.config import MlaConfig
+from mla_deploy.layer_facts import FULL, INDEXED, LINEAR, SLIDING, LayerFacts
+
+
+@dataclass(frozen=True)
+class Cached:
+    """One kind of tensor that one layer keeps: `elements` of a row, or of a whole state.
+
+    `rows` is None for one row a token, a window's size, or 0 for a state.
+    """
+
+    kind: str
+    elements: int
+    rows: int | None
+
+    def bytes(self, capacity: int, itemsize: int) -> int:
+        """Bytes for one batch row; a state is fp32 whatever the cache is."""
+        if self.rows == 0:
+            return self.elements * 4
+        return self.elements * (self.rows or capacity) * itemsize
+
+
+def cache_plan(config: MlaConfig) -> tuple[Cached, ...]:
+    """Everything that is cached for one batch row, layer by layer."""
+    return tuple(
+        cached
+        for index, layer in enumerate(config.layers)
+        for cached in _layer(config.raw, layer, index)
+        for _ in range(config.attentions_per_layer)
+    )
+
+
+def planned_bytes(config: MlaConfig, *, batch: int, capacity: int, itemsize: int) -> int:
+    """Bytes of a cache of `capacity` tokens a row."""
+    return batch * sum(c.bytes(capacity, itemsize) for c in cache_plan(config))
+
+
+def planned_bytes_per_token(config: MlaConfig, itemsize: int) -> int:
+    """Bytes that one more token takes, in every cache that has a row for each."""
+    return sum(c.elements * itemsize for c in cache_plan(config) if c.rows is None)
+
+
+def _layer(fields: Mapping[str, Any], layer: LayerFacts, index: int) -> Iterator[Cached]:
+    if layer.kind == LINEAR:
+        yield from _states(fields)
+        return
+    window = _window(fields) if layer.kind == SLIDING else None
+    if layer.owns_latent:
+        yield Cached("latent_cache", layer.row_width, window)
+    if _has_indexer(fields, layer, index):
+        width = int(fields["index_head_dim"])
+        pooled = fields.get("index_kpool") is not None
+        # A pooled indexer caches its gate and whether the token is one, beside its key.
+        yield Cached("indexer_key_cache", 2 * width + 1 if pooled else width, None)
+
+
+def _window(fields: Mapping[str, Any]) -> int:
+    return int(fields.get("sliding_window") or fields["sliding_window_size"])
+
+
+def _has_indexer(fields: Mapping[str, Any], layer: LayerFacts, index: int) -> bool:
+    if fields.get("index_head_dim") is None or layer.kind in (FULL, SLIDING):
+        return layer.kind == INDEXED
+    types = fields.get("indexer_types")
+    return types is None or types[index] != "shared"
+
+
+def _states(fields: Mapping[str, Any]) -> Iterator[Cached]:
+    """conv [kernel, 3 H K] and recurrent [H, K, K] of delta attention."""
+    given = fields.get("linear_attn_config") or {}
+    heads = int(fields.get("linear_num_heads") or given["num_heads"])
+    width = int(fields.get("linear_head_dim") or given["head_dim"])
+    kernel = next(
+        int(value)
+        for value in (
+            fields.get("linear_conv_kernel_dim"),
+            fields.get("short_conv_kernel_size"),
+            given.get("short_conv_kernel_size"),
+        )
+        if value
+    )
+    yield Cached("conv_state", 3 * heads * width * kernel, 0)
+    yield Cached("recurrent_state", heads * width * width, 0)

@@ -1,0 +1,83 @@
+"""Where a weight lies: part of a tensor on disk, several tensors below each other, or nowhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mla_deploy.errors import InputError, quoted
+
+if TYPE_CHECKING:
+    import torch
+
+    from mla_deploy.checkpoint.reader import Checkpoint
+
+
+@dataclass(frozen=True)
+class TensorSlice:
+    """Part of a tensor on disk: `index` along its first axis, then `rows`; `shape` of the part."""
+
+    tensor: str
+    index: int | None
+    rows: tuple[int, int] | None
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class StackedSlices:
+    """Parts whose rows follow each other in a weight of `shape`."""
+
+    parts: tuple[TensorSlice, ...]
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """A weight that the model class lets a checkpoint leave out: zero then."""
+
+    shape: tuple[int, ...]
+    dtype: str = "F32"
+
+
+Place = TensorSlice | StackedSlices | Zeros
+
+
+def read_place(checkpoint: Checkpoint, place: Place, start: int, stop: int) -> torch.Tensor:
+    """Rows `start` to `stop` of what lies at `place`; only their bytes are read.
+
+    Raises: as `Checkpoint.read`.
+    """
+    import torch
+
+    if not 0 <= start < stop <= place.shape[0]:
+        raise InputError(
+            "CKPT-SLICE",
+            f"rows {start}:{stop} of {quoted(_told(place))} {list(place.shape)} are outside it",
+            tensor=_told(place),
+        )
+    if isinstance(place, Zeros):
+        return torch.zeros((stop - start, *place.shape[1:]))
+    if isinstance(place, TensorSlice):
+        return _rows(checkpoint, place, start, stop)
+    found, offset = [], 0
+    for part in place.parts:
+        first, last = max(start - offset, 0), min(stop - offset, part.shape[0])
+        if first < last:
+            found.append(_rows(checkpoint, part, first, last))
+        offset += part.shape[0]
+    return torch.cat(found) if len(found) > 1 else found[0]
+
+
+def _rows(checkpoint: Checkpoint, part: TensorSlice, start: int, stop: int) -> torch.Tensor:
+    offset = part.rows[0] if part.rows is not None else 0
+    whole = part.rows is None and (start, stop) == (0, part.shape[0])
+    rows = None if whole else slice(offset + start, offset + stop)
+    return checkpoint.read(part.tensor, rows=rows, index=part.index)
+
+
+def _told(place: Place) -> str:
+    if isinstance(place, Zeros):
+        return "a weight that is not on disk"
+    return place.tensor if isinstance(place, TensorSlice) else place.parts[0].tensor

@@ -1,0 +1,69 @@
+"""A PyTorch program as ONNX IR, with its weights as inputs, so that no pass sees their values."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common as common_passes
+from onnxscript import optimizer
+from torch import nn
+
+TRACE_OPSET = 20
+
+
+def onnx_program(
+    module: nn.Module, args: Sequence[Any], dynamic: Any, names: Sequence[str]
+) -> tuple[ir.Model, list[str]]:
+    """Trace `module`; the graph's inputs are called `names`, the weights follow under their own.
+
+    `dynamic` is what torch.export takes as dynamic_shapes. The second result names the weights.
+    """
+    program = torch.export.export(module, tuple(args), dynamic_shapes=dynamic, strict=False)
+    exported: Any = torch.onnx.export(
+        program, dynamo=True, opset_version=TRACE_OPSET, optimize=False, verbose=False
+    )
+    model = exported.model
+    for value, name in zip(model.graph.inputs, names, strict=True):
+        value.name = name
+    weights = list(model.graph.initializers.values())
+    for value in weights:
+        value.const_value = None
+        model.graph.initializers.pop(value.name)
+        model.graph.inputs.append(value)
+    tidied(model)
+    return model, [str(value.name) for value in weights]
+
+
+def tidied(model: ir.Model) -> None:
+    """Fold what the exporter spells out (shape arithmetic, sequences); nothing numeric is touched.
+
+    Not `optimizer.optimize`: its rules drop an `Add` of 1e-20, which a router relies on.
+    """
+    optimizer.fold_constants(model, onnx_shape_inference=False)
+    ir.passes.Sequential(
+        # Stack traces and module paths of the tracer: most of the bytes of a small graph.
+        common_passes.ClearMetadataAndDocStringPass(),
+        common_passes.IdentityEliminationPass(),
+        common_passes.CommonSubexpressionEliminationPass(),
+        common_passes.RemoveUnusedNodesPass(),
+    )(model)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Tracing writes advice for its own developers; ours is in the report."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

@@ -1,0 +1,78 @@
+"""What a layer keeps between calls, part by part, and the buffers that the parts are laid out in.
+
+A *row* part has one row for each cached token (latent, rope key, indexer key): in a ring of
+`window` rows where the layer slides, else in as many rows as the cache has capacity. A *state* part
+(convolution, recurrent) has one shape, however many tokens came by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+ROWS = ("latent", "rope_key", "indexer_key")
+STATES = ("conv_state", "recurrent_state")
+
+
+@dataclass(frozen=True)
+class CachePart:
+    """What transformers' cache layer `index` keeps; `shape` is without batch and rows."""
+
+    index: int
+    kind: str  # one of ROWS or STATES
+    shape: tuple[int, ...]
+    window: int | None = None
+
+    @property
+    def is_state(self) -> bool:
+        return self.kind in STATES
+
+
+@dataclass(frozen=True)
+class CacheBuffer:
+    """One cache tensor of a graph: `parts` side by side along the last axis."""
+
+    index: int
+    kind: str  # latent_cache, rope_key_cache, indexer_key_cache, conv_state, recurrent_state
+    parts: tuple[CachePart, ...]
+
+    @property
+    def is_state(self) -> bool:
+        return self.parts[0].is_state
+
+    @property
+    def window(self) -> int | None:
+        return self.parts[0].window
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(W,) of a row, or the whole state without the batch."""
+        if self.is_state:
+            return self.parts[0].shape
+        return (sum(part.shape[0] for part in self.parts),)
+
+    @property
+    def elements(self) -> int:
+        """Values of one row, or of the state."""
+        return prod(self.shape)
+
+    def name(self, *, out: bool = False) -> str:
+        """The graph's name of the buffer as input, or as output."""
+        return f"{self.kind}_out.{self.index}" if out else f"{self.kind}.{self.index}"
+
+
+def buffers_of(parts: Sequence[CachePart], *, fused: bool) -> tuple[CacheBuffer, ...]:
+    """The buffers of `parts`, in their order; a latent and its rope key share one when `fused`."""
+    buffers: list[CacheBuffer] = []
+    for part in parts:
+        if part.is_state:
+            buffers.append(CacheBuffer(part.index, part.kind, (part,)))
+        elif part.shape[0] == 0:
+            continue  # a layer without rope has no rope key
+        elif part.kind == "rope_key" and fused:
+            latent = buffers.pop()
+            buffers.append(CacheBuffer(part.index, latent.kind, (*latent.parts, part)))
+        else:
+            buffers.append(CacheBuffer(part.index, f"{part.kind}_cache", (part,)))
+    return tuple(buffers)
