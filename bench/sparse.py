@@ -1,9 +1,9 @@
-"""DeepSeek-V3's checkpoint as sparse files: headers as published, data as holes that read as 0.
+"""DeepSeek's checkpoints as sparse files: headers as published, data as holes that read as 0.
 
-`sparse.py FOLDER FIELDS DTYPE` with FIELDS replacing those of the config. Names, dtypes and shapes
-are the published ones: FP8 e4m3 matrices with fp32 scales for each 128x128 block, bf16 embedding,
-head, norms and router, an fp32 correction bias, and the multi-token-prediction layer behind the
-last. With DTYPE BF16 the same in bf16, without scales.
+`sparse.py FOLDER FIELDS DTYPE`, FIELDS replacing those of DeepSeek-V3's config. Names, dtypes and
+shapes are the published ones: FP8 e4m3 matrices with fp32 scales for each 128x128 block, bf16
+embedding, head, norms and router, an fp32 correction bias, and the multi-token-prediction layer
+behind the last. With DTYPE BF16 the same in bf16, without scales. LITE makes it DeepSeek-V2-Lite.
 """
 
 from __future__ import annotations
@@ -29,9 +29,18 @@ V3: dict[str, Any] = {
     "rope_scaling": {"type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0,
                      "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096},
 }  # fmt: skip
+LITE: dict[str, Any] = {
+    "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "hidden_size": 2048,
+    "intermediate_size": 10944, "moe_intermediate_size": 1408, "num_hidden_layers": 27,
+    "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": None,
+    "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6, "n_group": 1,
+    "topk_group": 1, "first_k_dense_replace": 1, "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0, "scoring_func": "softmax", "topk_method": "greedy",
+    "num_nextn_predict_layers": 0, "vocab_size": 102400,
+}  # fmt: skip
 FP8: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
                        "weight_block_size": [128, 128]}  # fmt: skip
-_SHARD_BYTES = 4_300_000_000  # the published sizes, which give the published 163 files
+_SHARD_BYTES = 4_270_000_000  # which gives DeepSeek-V3 its published 163 files
 _SIZES = {"F32": 4, "BF16": 2, "F8_E4M3": 1}
 Tensor = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 
@@ -80,9 +89,12 @@ def _layer(config: dict[str, Any], layer: int) -> Iterator[tuple[str, tuple[int,
     value, experts = config["v_head_dim"], config["n_routed_experts"]
     yield "input_layernorm.weight", (width,)
     yield "post_attention_layernorm.weight", (width,)
-    yield "self_attn.q_a_proj.weight", (query, width)
-    yield "self_attn.q_a_layernorm.weight", (query,)
-    yield "self_attn.q_b_proj.weight", (heads * (nope + rope), query)
+    if query is None:
+        yield "self_attn.q_proj.weight", (heads * (nope + rope), width)
+    else:
+        yield "self_attn.q_a_proj.weight", (query, width)
+        yield "self_attn.q_a_layernorm.weight", (query,)
+        yield "self_attn.q_b_proj.weight", (heads * (nope + rope), query)
     yield "self_attn.kv_a_proj_with_mqa.weight", (rank + rope, width)
     yield "self_attn.kv_a_layernorm.weight", (rank,)
     yield "self_attn.kv_b_proj.weight", (heads * (nope + value), rank)
@@ -91,10 +103,12 @@ def _layer(config: dict[str, Any], layer: int) -> Iterator[tuple[str, tuple[int,
         yield from _mlp("mlp", width, config["intermediate_size"])
         return
     yield "mlp.gate.weight", (experts, width)
-    yield "mlp.gate.e_score_correction_bias", (experts,)
+    if config["topk_method"] == "noaux_tc":
+        yield "mlp.gate.e_score_correction_bias", (experts,)
+    inner = config["moe_intermediate_size"]
     for expert in range(experts):
-        yield from _mlp(f"mlp.experts.{expert}", width, config["moe_intermediate_size"])
-    yield from _mlp("mlp.shared_experts", width, config["moe_intermediate_size"])
+        yield from _mlp(f"mlp.experts.{expert}", width, inner)
+    yield from _mlp("mlp.shared_experts", width, inner * config["n_shared_experts"])
 
 
 def _mlp(prefix: str, width: int, inner: int) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -10,7 +10,8 @@ from mla_deploy.bundle.content import FileRecord
 from mla_deploy.bundle.in_place import stage_in_place
 from mla_deploy.bundle.manifest import FORMAT_VERSION, MANIFEST_NAME, GraphValue
 from mla_deploy.bundle.output import refuse_overlap
-from mla_deploy.bundle.publish import Stage, StagedFile, stage_bundle
+from mla_deploy.bundle.publish import Stage, stage_bundle
+from mla_deploy.bundle.staged_file import StagedFile
 from mla_deploy.bundle.verify import Bundle, is_bundle, open_bundle
 
 __all__ = [

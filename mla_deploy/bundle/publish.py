@@ -12,13 +12,12 @@ import contextlib
 import dataclasses
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
-from mla_deploy.bundle.content import ContentHasher, FileRecord, record_of_descriptor
+from mla_deploy.bundle.content import FileRecord, record_of_descriptor
 from mla_deploy.bundle.failures import as_failures, disk_failures
 from mla_deploy.bundle.filesystem import FileSystem
 from mla_deploy.bundle.lock import output_lock
@@ -32,11 +31,10 @@ from mla_deploy.bundle.output import (
     stage_name,
     sweep_strays,
 )
+from mla_deploy.bundle.staged_file import StagedFile
 from mla_deploy.bundle.verify import Bundle, open_bundle
 from mla_deploy.door import open_folder
 from mla_deploy.errors import BusyError, EnvironmentFailure, InputError, IntegrityError, quoted
-
-_MAX_WRITE_BYTES = 64 << 20
 
 
 @contextmanager
@@ -220,91 +218,6 @@ class Stage:
     def _keep(self, name: str, record: FileRecord) -> None:
         self._open.pop(name, None)
         self._records[name] = record
-
-
-class StagedFile:
-    """A file being written: `write` any number of times, then `close` (or leave the block).
-
-    Closing syncs the bytes to the disk and keeps the record; leaving the block by an exception
-    closes without keeping anything.
-    """
-
-    def __init__(
-        self,
-        file: BinaryIO,
-        fs: FileSystem,
-        target: Path,
-        keep: Callable[[FileRecord], None],
-    ) -> None:
-        self._file = file
-        self._fs = fs
-        self._target = target
-        self._keep = keep
-        self._hasher = ContentHasher()
-        self._closed = False
-        self._whole = True
-
-    def write(self, data: Any) -> int:
-        """Append `data` (any contiguous buffer); all of it is written when this returns.
-
-        Raises: EnvironmentFailure ENV-DISK, ENV-IO.
-        """
-        if self._closed:
-            raise ValueError("write to a closed file of a stage")
-        view = memoryview(data).cast("B")
-        count = len(view)
-        with as_failures(self._target):
-            self._whole = False
-            while len(view):
-                written = self._fs.write(self._file.fileno(), view[:_MAX_WRITE_BYTES])
-                self._hasher.update(view[:written])
-                view = view[written:]
-            self._whole = True
-        return count
-
-    def tell(self) -> int:
-        """Bytes written so far."""
-        return self._hasher.bytes
-
-    def flush(self) -> None:
-        """Nothing is buffered; here for libraries that flush what they write to."""
-
-    def close(self) -> None:
-        """Sync, close and keep the file; closing twice is allowed. Raises as `write`."""
-        if self._closed:
-            return
-        try:
-            with as_failures(self._target):
-                if not self._whole:
-                    raise RuntimeError("a write to this file failed, it cannot be kept")
-                self._fs.sync(self._file.fileno())
-                self._closed = True
-                self._fs.close(self._file)
-        except BaseException:
-            self.abandon()
-            raise
-        self._keep(self._hasher.record())
-
-    def abandon(self) -> None:
-        """Close without keeping the file."""
-        self._closed = True
-        self._hasher.stop()
-        with contextlib.suppress(OSError):
-            self._file.close()
-
-    def __enter__(self) -> StagedFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abandon()
 
 
 def require_exchange(stage: Path, folder: Path, fs: FileSystem) -> None:
