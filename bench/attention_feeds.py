@@ -17,7 +17,7 @@ def latent_feeds(s: Sizes, total: int, rng: np.random.Generator) -> Arrays:
         "cache": normal(1, 1, total, s.rank + s.rope), "w_kv_b": w_HKL.reshape(-1, s.rank),
         "w_kv_b.w_uk_HNL": np.ascontiguousarray(w_HKL[:, : s.nope]),
         "w_kv_b.w_uv_HLV": np.ascontiguousarray(w_HKL[:, s.nope :].swapaxes(1, 2)),
-        "filled": np.full((1, 1, total, 1), True), "all_filled": true,
+        "filled": np.full((1, 1, total, 1), True), "all_visible": true,
         "active": np.full((1, 1, 1), True), "visible": np.full((1, 1, 1, total), True),
         "source": np.zeros((1, 1, 1), np.int64), "slot": np.array([[[0, 0, total - 1]]], np.int64),
         "slots": np.array([[[[0, h, total - 1]] for h in range(s.heads)]], np.int64),

@@ -46,15 +46,15 @@ def from_rules(sizes: Sizes, *, absorbed: bool) -> ir.Model:
     query, cache, rows = latent_inputs(g, s)
     bool_T = (
         ("filled", "bool", 1, 1, "total", 1),
-        ("all_filled", "bool"),
+        ("all_visible", "bool"),
         ("active", "bool", 1, 1, 1),
     )
-    filled, all_filled, active = (g.input(name, kind, *shape) for name, kind, *shape in bool_T)
+    filled, all_visible, active = (g.input(name, kind, *shape) for name, kind, *shape in bool_T)
     source, slot = g.input("source", "int64", 1, 1, 1), g.input("slot", "int64", 1, 1, 3)
     visible = g.input("visible", "bool", 1, 1, 1, "total")
     w_kv_b = g.input("w_kv_b", "float32", s.heads * (s.nope + s.value), s.rank)
-    plan = (filled, all_filled, active, source, slot)
-    cache_out, held = g.ops("CacheUpdate", 2, cache, rows, *plan, domain=DOMAIN)
+    plan = (filled, all_visible, active, source, slot)
+    cache_out, held = g.ops("CacheUpdate", 2, cache, rows, *plan, domain=DOMAIN, cleared=1)
     shaped(cache_out, 1, 1, "total", s.rank + s.rope)
     shaped(held, 1, 1, "total", s.rank + s.rope)
     latent, rope_key = halves(g, held, s)

@@ -40,7 +40,18 @@ def ours(e: Experts) -> ir.Model:
     g = GraphBuilder()
     hidden, index, weight = _inputs(g, e)
     gate_up, down = _stacks(g, e)
-    out = g.op("MoE", hidden, index, weight, gate_up, down, domain=DOMAIN, activation="silu")
+    out = g.op(
+        "MoE",
+        hidden,
+        index,
+        weight,
+        gate_up,
+        down,
+        domain=DOMAIN,
+        activation="silu",
+        limit=0.0,
+        identity=0,
+    )
     model = g.model(out=shaped(out, "tokens", e.hidden))
     order.apply_rules(model, [lower_experts.RULE])
     collect_weights(model, {"hidden", "index", "weight"})

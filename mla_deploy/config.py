@@ -164,20 +164,29 @@ class MlaConfig:
         return self.kv_lora_rank * widths / saved if saved > 0 else math.inf
 
     def cache_bytes_per_token(self, itemsize: int) -> int:
-        """Bytes of latent cache per token, over all layers that keep every token."""
+        """Bytes of latent cache per token, over all layers that keep every token.
+
+        Where all layers slide, over those: what a token takes while it is in the window.
+        """
         if not self.layers:
             return self.num_layers * self.attentions_per_layer * self.row_width * itemsize
-        widths = (layer.row_width for layer in self.layers if layer.kind != SLIDING)
-        return self.attentions_per_layer * sum(widths) * itemsize
+        width = sum(layer.row_width for layer in _keeping_all(self.layers))
+        return self.attentions_per_layer * width * itemsize
 
     def expanded_bytes_per_token(self, itemsize: int) -> int:
         """Bytes per token that full keys and values would take: H x (N + R + V) a layer."""
         if not self.layers:
             head = self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim
             return self.num_layers * self.attentions_per_layer * self.num_heads * head * itemsize
-        kept = (layer for layer in self.layers if layer.kind not in (SLIDING, LINEAR))
+        kept = (layer for layer in _keeping_all(self.layers) if layer.kind != LINEAR)
         widths = (layer.heads * (layer.nope + layer.rope + layer.value) for layer in kept)
         return self.attentions_per_layer * sum(widths) * itemsize
+
+
+def _keeping_all(layers: tuple[LayerFacts, ...]) -> tuple[LayerFacts, ...]:
+    """The layers that keep every token, or all of them if none slides or all do."""
+    kept = tuple(layer for layer in layers if layer.kind != SLIDING)
+    return kept if any(layer.row_width for layer in kept) else layers
 
 
 def read_config(folder: str | Path) -> MlaConfig:
@@ -323,6 +332,12 @@ def _with_layers(config: MlaConfig, rope: RopeFacts) -> MlaConfig:
         value=config.v_head_dim,
     )
     layers, known = layer_facts(config.raw, config.num_layers, base)
+    if not any(layer.row_width for layer in layers):
+        raise InputError(
+            "CFG-NOT-MLA",
+            "no layer of layer_types has latent attention: there is no latent to deploy",
+            field="layer_types",
+        )
     if not rope.by_layer_type and config.qk_rope_head_dim:
         rope.check_widths(config.qk_rope_head_dim)
     for kind_name, settings in rope.by_layer_type.items():

@@ -125,13 +125,12 @@ def layer_facts(
 
 def _kinds(fields: Mapping[str, Any], count: int) -> list[str]:
     kinds = fields.get("layer_types")
+    linear = fields.get("linear_attn_config")
+    listed = None if linear is None else _linear_dict_kinds(linear, count)
     if kinds is not None:
         return list(kinds)
-    linear = fields.get("linear_attn_config")
-    if linear is not None:
-        found = _linear_dict_kinds(linear, count)
-        if found is not None:
-            return found
+    if listed is not None:
+        return listed
     group = fields.get("layer_group_size")
     if group is not None:
         return [LINEAR if (index + 1) % group else FULL for index in range(count)]

@@ -314,6 +314,7 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "minicpm3", {**_NO_QUERY_RANK, **_BIAS, **_heads(3), "tie_word_embeddings": False}
     ),
     "youtu-half": ("youtu", {**_HALF, **_BIAS, **_heads(5), **_WIDE}),
+    "youtu-padding": ("youtu", {"pad_token_id": 5}),  # whose row the class sets to zero
     "youtu-untied": ("youtu", {**_NO_QUERY_RANK, "tie_word_embeddings": False}),
     "mistral4-half": (
         "mistral4",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 
 from mla_deploy.checkpoint.implied import wrong_shape
 from mla_deploy.checkpoint.names import (
@@ -40,6 +41,7 @@ class Search:
         parameters: Mapping[str, tuple[int, ...]],
         decoder: str,
         optional: Collection[str],
+        zero_rows: Mapping[str, int],
     ) -> None:
         self.checkpoint = checkpoint
         self.parameters = parameters
@@ -48,6 +50,7 @@ class Search:
         self.missing: list[str] = []
         self._decoder = f"{decoder}."
         self._optional = optional
+        self._zero_rows = zero_rows
         self.wanted = frozenset(map(self._canonical, parameters))
         self.text = text_names(checkpoint.tensors)
         self.names: dict[str, str] = {}
@@ -107,7 +110,22 @@ class Search:
         else:
             found = self._take(canonical, shape)
             if found is not None:
-                self.slices[name] = found
+                self.slices[name] = self._overwritten(name, found)
+
+    def _overwritten(self, name: str, found: TensorSlice) -> Place:
+        """`found` with the row that the model class sets to zero, if there is one."""
+        row = self._zero_rows.get(name)
+        if row is None:
+            return found
+        height, *rest = found.shape
+        parts: list[TensorSlice | Zeros] = []
+        for start, stop in ((0, row), (row, row + 1), (row + 1, height)):
+            shape = (stop - start, *rest)
+            if start == row:
+                parts.append(Zeros(shape, found.dtype))
+            elif start < stop:
+                parts.append(replace(found, rows=(start, stop), shape=shape))
+        return StackedSlices(tuple(parts), found.shape, found.dtype)
 
     def _parts(self, canonical: str) -> tuple[str, ...]:
         """The names of a parameter that stands on disk in parts; none of one that does not."""
@@ -199,7 +217,8 @@ class Search:
         if len(found) > 1:
             one, other = list(found.values())[:2]
             raise duplicate(one, other)
-        return PER_EXPERT_STYLES[next(iter(found), 0) % len(PER_EXPERT_STYLES)]
+        style = next(iter(found), 0)
+        return PER_EXPERT_STYLES[0 if style == _FUSED_STYLE else style]
 
     def _take(self, canonical: str, shape: tuple[int, ...]) -> TensorSlice | None:
         name = self.names.get(canonical)

@@ -25,20 +25,20 @@ class TensorSlice:
 
 
 @dataclass(frozen=True)
-class StackedSlices:
-    """Parts whose rows follow each other in a weight of `shape`."""
-
-    parts: tuple[TensorSlice, ...]
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@dataclass(frozen=True)
 class Zeros:
-    """A weight that the model class lets a checkpoint leave out: zero then."""
+    """Zero, whatever the checkpoint holds: what it may leave out, or what the class overwrites."""
 
     shape: tuple[int, ...]
     dtype: str = "F32"
+
+
+@dataclass(frozen=True)
+class StackedSlices:
+    """Parts whose rows follow each other in a weight of `shape`."""
+
+    parts: tuple[TensorSlice | Zeros, ...]
+    shape: tuple[int, ...]
+    dtype: str
 
 
 Place = TensorSlice | StackedSlices | Zeros
@@ -57,11 +57,10 @@ def read_place(checkpoint: Checkpoint, place: Place, start: int, stop: int) -> t
             f"rows {start}:{stop} of {quoted(_told(place))} {list(place.shape)} are outside it",
             tensor=_told(place),
         )
-    if isinstance(place, Zeros):
-        return torch.zeros((stop - start, *place.shape[1:]))
-    if isinstance(place, TensorSlice):
+    if not isinstance(place, StackedSlices):
         return _rows(checkpoint, place, start, stop)
-    found, offset = [], 0
+    found: list[torch.Tensor] = []
+    offset = 0
     for part in place.parts:
         first, last = max(start - offset, 0), min(stop - offset, part.shape[0])
         if first < last:
@@ -70,7 +69,12 @@ def read_place(checkpoint: Checkpoint, place: Place, start: int, stop: int) -> t
     return torch.cat(found) if len(found) > 1 else found[0]
 
 
-def _rows(checkpoint: Checkpoint, part: TensorSlice, start: int, stop: int) -> torch.Tensor:
+def _rows(checkpoint: Checkpoint, part: TensorSlice | Zeros, start: int, stop: int) -> torch.Tensor:
+    if isinstance(part, Zeros):
+        import torch
+
+        dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        return torch.zeros((stop - start, *part.shape[1:]), dtype=dtypes[part.dtype])
     offset = part.rows[0] if part.rows is not None else 0
     whole = part.rows is None and (start, stop) == (0, part.shape[0])
     rows = None if whole else slice(offset + start, offset + stop)
@@ -78,6 +82,6 @@ def _rows(checkpoint: Checkpoint, part: TensorSlice, start: int, stop: int) -> t
 
 
 def _told(place: Place) -> str:
-    if isinstance(place, Zeros):
-        return "a weight that is not on disk"
-    return place.tensor if isinstance(place, TensorSlice) else place.parts[0].tensor
+    parts = place.parts if isinstance(place, StackedSlices) else (place,)
+    on_disk = (part.tensor for part in parts if isinstance(part, TensorSlice))
+    return next(on_disk, "a weight that is not on disk")

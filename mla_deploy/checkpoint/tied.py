@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
+from mla_deploy.checkpoint.slices import StackedSlices, TensorSlice
 from mla_deploy.checkpoint.weight_map import WeightMap
 from mla_deploy.errors import InputError, quoted
 
@@ -28,16 +29,27 @@ def check_tied(weights: WeightMap) -> None:
 
 
 def _equal(weights: WeightMap, one: str, owner: str) -> bool:
+    """Row by row, but for those that the model class sets to zero in both."""
+    place = weights.slices[owner]
+    if weights.checkpoint.tensors[one].shape != place.shape:
+        return False
+    parts = place.parts if isinstance(place, StackedSlices) else (place,)
+    offset = 0
+    for part in parts:
+        height = part.shape[0]
+        if isinstance(part, TensorSlice) and not _equal_rows(weights, one, owner, offset, height):
+            return False
+        offset += height
+    return True
+
+
+def _equal_rows(weights: WeightMap, one: str, owner: str, offset: int, height: int) -> bool:
     import torch
 
-    checkpoint = weights.checkpoint
-    shape = checkpoint.tensors[one].shape
-    if shape != weights.slices[owner].shape:
-        return False
-    step = max(1, _BLOCK_VALUES // prod(shape[1:]))
-    for start in range(0, shape[0], step):
-        stop = min(start + step, shape[0])
-        first = checkpoint.read(one, slice(start, stop))
+    step = max(1, _BLOCK_VALUES // prod(weights.slices[owner].shape[1:]))
+    for start in range(offset, offset + height, step):
+        stop = min(start + step, offset + height)
+        first = weights.checkpoint.read(one, slice(start, stop))
         second = weights.read_rows(owner, start, stop)
         if not torch.equal(first.float(), second.float()):
             return False

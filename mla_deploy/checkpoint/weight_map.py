@@ -100,15 +100,17 @@ def map_weights(
     *,
     decoder: str = "model",
     optional: Collection[str] = (),
+    zero_rows: Mapping[str, int] | None = None,
 ) -> WeightMap:
     """Find every parameter of a module in the checkpoint.
 
     `parameters`: name -> shape of the module's parameters and persistent buffers. `tied`: name ->
     the name whose weight it shares. `decoder`: path of the text model in the module. `optional`:
-    names that may be absent, and are zero then.
+    names that may be absent, and are zero then. `zero_rows`: name -> the row that is zero whatever
+    the checkpoint holds there.
     Raises: InputError CKPT-MISSING, CKPT-EXTRA, CKPT-SHAPE, CKPT-DTYPE, CKPT-DUPLICATE.
     """
-    search = Search(checkpoint, parameters, decoder, frozenset(optional))
+    search = Search(checkpoint, parameters, decoder, frozenset(optional), zero_rows or {})
     for name in parameters:
         if name not in tied:
             search.find(name)

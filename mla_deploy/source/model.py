@@ -98,6 +98,27 @@ def optional_weights(model: PreTrainedModel) -> frozenset[str]:
     )
 
 
+def zeroed_rows(model: PreTrainedModel) -> dict[str, int]:
+    """Embeddings whose row of the padding token the class sets to zero when it loads a checkpoint.
+
+    Asked of the class itself, with a small embedding that is marked as loaded: most classes leave
+    that alone. What shares the weight, a tied head, loses the row too.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        row = getattr(module, "padding_idx", None)
+        if not isinstance(module, nn.Embedding) or row is None:
+            continue
+        probe = nn.Embedding(row + 1, 1, row)
+        with torch.no_grad():
+            probe.weight.fill_(1.0)
+        probe.weight._is_hf_initialized = True  # type: ignore[attr-defined]
+        model._init_weights(probe)
+        if not probe.weight[row].any():
+            found[f"{path}.weight"] = row
+    return found
+
+
 def constant_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Real values of the buffers that no checkpoint holds (an embedding's scale, say), by name.
 
@@ -176,6 +197,7 @@ def _mapped(checkpoint: Checkpoint, model: PreTrainedModel) -> WeightMap:
         *model_weights(model),
         decoder=decoder_path(model),
         optional=optional_weights(model),
+        zero_rows=zeroed_rows(model),
     )
 
 

@@ -271,7 +271,7 @@ def _finished(
 def _word(path: Any) -> str:
     """A name for an argument, such as `position_embeddings_0`."""
     words = [str(getattr(key, "key", getattr(key, "idx", key))) for key in path[1:]]
-    return "_".join(words) if not words[0].isdigit() else "_".join(("hidden", *words))
+    return "_".join(("hidden_states", *words[1:]) if words[0].isdigit() else words)
 
 
 Rings = dict[int, RingPlan]

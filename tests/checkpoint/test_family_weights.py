@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from mla_deploy.checkpoint import StackedSlices, TensorSlice, WeightMap, Zeros, open_checkpoint
+from mla_deploy.checkpoint.tied import check_tied
 from mla_deploy.errors import InputError
 from mla_deploy.source.model import module_from_checkpoint, source_weights
 from tests.checkpoint.edits import edit_config, edit_weights
@@ -295,6 +296,57 @@ def test_a_norm_that_dense_layers_do_not_use(tmp_path: Path) -> None:
     assert refused(other).code == "CKPT-EXTRA"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_row_that_the_class_overwrites(tmp_path: Path, dtype: str) -> None:
+    """Youtu's class sets the padding token's row to zero, and with it the tied head's."""
+    folder = write_family(tmp_path, "youtu-padding", dtype=dtype)
+    name = "model.embed_tokens.weight"
+    weights = mapped(folder)
+    on_disk = weights.checkpoint.read(name)
+    assert bool(on_disk[5].any())
+    found = weights.read(name)
+    assert found.dtype == on_disk.dtype
+    assert not found[5].any() and not weights.read_rows("lm_head.weight", 5, 6).any()
+    assert torch.equal(found[:5], on_disk[:5]) and torch.equal(found[6:], on_disk[6:])
+    assert torch.equal(weights.read_rows(name, 4, 7), found[4:7])
+    assert weights.slices[name].shape == (96, 48)
+    others = [n for n, place in weights.slices.items() if not isinstance(place, TensorSlice)]
+    assert others == [name]
+
+
+@pytest.mark.parametrize("row", [0, 95])
+def test_the_first_and_the_last_row_overwritten(tmp_path: Path, row: int) -> None:
+    weights = mapped(write_family(tmp_path, "youtu", pad_token_id=row))
+    found = weights.read("model.embed_tokens.weight")
+    assert found.shape == (96, 48)
+    assert [i for i in range(96) if not found[i].any()] == [row]
+
+
+def test_a_tied_head_on_disk_may_differ_in_a_row_that_is_overwritten(tmp_path: Path) -> None:
+    folder = write_family(tmp_path, "youtu-padding")
+    edit_weights(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 0}))
+    check_tied(mapped(folder))
+    for row, fine in ((5, True), (4, False), (6, False)):
+
+        def change(tensors: Tensors, row: int = row) -> None:
+            head = tensors["model.embed_tokens.weight"].clone()
+            head[row] += 1
+            tensors["lm_head.weight"] = head
+
+        weights = mapped(edit_weights(folder, change))
+        if fine:
+            check_tied(weights)
+        else:
+            with pytest.raises(InputError, match="CKPT-TIED"):
+                check_tied(weights)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "minicpm3", "axk2"])
+def test_other_classes_leave_the_padding_row(tmp_path: Path, name: str) -> None:
+    weights = mapped(write_family(tmp_path, name, pad_token_id=5))
+    assert all(isinstance(place, TensorSlice) for place in weights.slices.values())
+
+
 def test_towers_without_their_config(tmp_path: Path) -> None:
     name = "vision_tower.layers.0.weight"
     folder = write_family(tmp_path, "deepseek_v3")
@@ -307,7 +359,7 @@ def test_towers_without_their_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["deepseek_v3", "bailing_hybrid", "youtu"])
 def test_prediction_layers_hide_no_layer(tmp_path: Path, name: str) -> None:
     folder = write_family(tmp_path, name)
-    lists = {"layer_types": ["linear_attention"] * 3, "mlp_layer_types": ["dense"] * 3}
+    lists = {"layer_types": ["full_attention"] * 3, "mlp_layer_types": ["dense"] * 3}
     changes = lists if name == "bailing_hybrid" else {}
     edit_config(folder, num_hidden_layers=3, **changes)
     error = refused(folder)

@@ -101,7 +101,7 @@ def distance(found: NDArray[Any], wanted: NDArray[Any]) -> float:
 
 
 def _cached(runner: OnnxRunner) -> Iterator[tuple[int, int]]:
-    for layer in range(runner._spec.num_layers):
+    for layer in runner.cache_layers:
         yield from ((layer, row) for row in range(runner.batch))
 
 
@@ -141,4 +141,8 @@ def check_counts(made: Exported) -> None:
     expanded = {"lower_expanded_attention": layers}
     absorbed = {"absorb_projections": layers, "lower_latent_attention": layers}
     wanted = {"prefill": {**shared, **expanded}, "decode": {**shared, **absorbed}}
-    assert made.bundle.manifest["rewrite"] == wanted
+    for graph, counts in made.bundle.manifest["rewrite"].items():
+        # Rules for parts that this family does not have were tried, and did not fire.
+        assert {
+            rule: count for rule, count in counts.items() if count or rule in wanted[graph]
+        } == (wanted[graph])

@@ -129,7 +129,7 @@ def without(rule: Any) -> Any:
 def test_a_rule_that_stops_matching_fails_the_export(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(order, "decode_cpu", without(absorb.RULE))
+    monkeypatch.setattr(order, "decode_cpu", without(absorb.RULES[0]))
     error = refused(checkpoint, "REW-LEFT")
     assert error.details["composites"] == ["Attention", "ExpandLatent"]
 

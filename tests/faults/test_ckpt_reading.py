@@ -1,4 +1,4 @@
-"""F-CKPT 54-64: other formats, files that change or are not what they seem while they are read; dtypes."""
+"""F-CKPT 54-64: other formats, files that change while they are read, dtypes."""
 
 from __future__ import annotations
 

@@ -134,14 +134,15 @@ def test_latent_attention_is_attention_with_one_key_head(rope: int, sinks: bool)
 
 @pytest.mark.parametrize("scale", [0.3, 40.0])
 def test_a_sink_takes_its_share(scale: float) -> None:
-    """Equal scores and sinks: T + 1 shares, of which T give something. Large scores: no overflow."""
+    """Equal scores and sinks: T + 1 shares, T of which give something. Large ones: no overflow."""
     text = f"""g (float[b,1,s,2] query, float[b,1,t,2] key, float[b,1,t,1] value,
         bool[b,1,s,t] visible, float[1] sinks) => (float[b,1,s,1] out) {{
         out = mla_deploy.SinkAttention <scale: float = {scale}>
             (query, key, value, visible, sinks) }}"""
     feeds = {
         "query": np.ones((1, 1, 1, 2), np.float32), "key": np.ones((1, 1, 4, 2), np.float32),
-        "value": np.full((1, 1, 4, 1), 5, np.float32), "visible": np.array([[[[1, 1, 0, 1]]]], bool),
+        "value": np.full((1, 1, 4, 1), 5, np.float32),
+        "visible": np.array([[[[1, 1, 0, 1]]]], bool),
         "sinks": np.array([2 * scale], np.float32),
     }  # fmt: skip
     close(run(parsed(text), feeds)["out"], np.full((1, 1, 1, 1), 5 * 3 / 4))

@@ -137,9 +137,9 @@ def test_a_failing_case_names_the_layer(sessions: GraphSessions, reference: Refe
     class Wrong:
         def row(self, segments: Any) -> Any:
             trace = reference.row(segments)
-            cached = list(trace.cached)
+            cached = dict(trace.cached)
             cached[1] = cached[1] + (cached[1] * 0.01)
-            return replace(trace, cached=tuple(cached))
+            return replace(trace, cached=cached)
 
     found = run_case(ONE[0], sessions, Wrong(), gate_for("fp32"))  # type: ignore[arg-type]
     assert not found.passed

@@ -47,7 +47,7 @@ def epsilon_of_another_model(model: ir.Model, config: MlaConfig) -> int:
 def attention_residual_dropped(model: ir.Model, config: MlaConfig) -> int:
     changed = 0
     for layer in layers(model):
-        hidden = formal(layer, "hidden_BSD")
+        hidden = formal(layer, "hidden_states")
         for node in readers(hidden, "Add"):
             changed += bypass(node, 1 - list(node.inputs).index(hidden))
     return changed

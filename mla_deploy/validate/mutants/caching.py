@@ -18,8 +18,6 @@ from mla_deploy.validate.mutants.surgery import (
     wrap,
 )
 
-_SOURCE, _SLOT = 8, 9  # their places among the inputs of a layer call
-
 
 def slot_off_by_one(model: ir.Model, config: MlaConfig) -> int:
     """A row is written one slot too early, over the one before."""
@@ -28,7 +26,7 @@ def slot_off_by_one(model: ir.Model, config: MlaConfig) -> int:
         earlier = insert(node, "Sub", slot_BS3, constant(node, [0, 0, 1]))
         return insert(node, "Max", earlier, constant(node, [0, 0, 0]))
 
-    return sum(wrap(call, _SLOT, edit) for call in layer_calls(model))
+    return sum(wrap(call, _place(model, call, "slot_BS3"), edit) for call in layer_calls(model))
 
 
 def all_in_row_0(model: ir.Model, config: MlaConfig) -> int:
@@ -37,7 +35,7 @@ def all_in_row_0(model: ir.Model, config: MlaConfig) -> int:
     def edit(node: ir.Node, slot_BS3: ir.Value) -> ir.Value:
         return insert(node, "Mul", slot_BS3, constant(node, [0, 1, 1]))
 
-    return sum(wrap(call, _SLOT, edit) for call in layer_calls(model))
+    return sum(wrap(call, _place(model, call, "slot_BS3"), edit) for call in layer_calls(model))
 
 
 def stale_row(model: ir.Model, config: MlaConfig) -> int:
@@ -46,7 +44,7 @@ def stale_row(model: ir.Model, config: MlaConfig) -> int:
     def edit(node: ir.Node, source_BS1: ir.Value) -> ir.Value:
         return insert(node, "Mul", source_BS1, constant(node, 0))
 
-    return sum(wrap(call, _SOURCE, edit) for call in layer_calls(model))
+    return sum(wrap(call, _place(model, call, "source_BS1"), edit) for call in layer_calls(model))
 
 
 def update_dropped(model: ir.Model, config: MlaConfig) -> int:
@@ -61,6 +59,12 @@ def stale_slots_read(model: ir.Model, config: MlaConfig) -> int:
         for layer in layers(model)
         for node in readers(formal(layer, "filled_B1T1"), "Where")
     )
+
+
+def _place(model: ir.Model, call: ir.Node, name: str) -> int:
+    """Where a layer's function takes the input `name`."""
+    inputs = model.functions[call.op_identifier()].inputs
+    return [str(value.name) for value in inputs].index(name)
 
 
 MUTANTS = (
