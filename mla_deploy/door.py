@@ -27,6 +27,9 @@ _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_NAME_BYTES = 255
 
+# What we write into a folder that is somebody else's begins so, and nothing of theirs may.
+OWN_PREFIX = "mla-deploy."
+
 
 def open_folder(path: str | os.PathLike[str]) -> Folder:
     """Hold the folder at `path` open. A context manager.

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,21 +43,31 @@ class ContentHasher:
         self._whole = hashlib.sha256()
         self._block = hashlib.sha256()
         self._blocks: list[str] = []
-        self._thread: ThreadPoolExecutor | None = None
+        self._threads: ThreadPoolExecutor | None = None
 
     def update(self, data: memoryview) -> None:
         """Take the next bytes. The two hashes run side by side when there is enough to hash."""
+        self.begin(data)()
+
+    def begin(self, data: memoryview) -> Callable[[], None]:
+        """Take the next bytes; they must stay as they are until what is returned was called."""
         if len(data) < _THREAD_WORTH_BYTES:
             self._whole.update(data)
             self._update_blocks(data)
-            return
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="mla-deploy-hash")
-        whole = self._thread.submit(self._whole.update, data)
-        try:
-            self._update_blocks(data)
-        finally:
-            whole.result()  # the caller may reuse its buffer as soon as we return
+            return lambda: None
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(2, thread_name_prefix="mla-deploy-hash")
+        begun = [
+            self._threads.submit(self._whole.update, data),
+            self._threads.submit(self._update_blocks, data),
+        ]
+
+        def finish() -> None:
+            wait(begun)
+            for future in begun:
+                future.result()
+
+        return finish
 
     def _update_blocks(self, data: memoryview) -> None:
         while len(data):
@@ -69,7 +80,7 @@ class ContentHasher:
                 self._block = hashlib.sha256()
 
     def record(self) -> FileRecord:
-        """The record of all bytes taken so far; ends the helper thread."""
+        """The record of all bytes taken so far; ends the helper threads."""
         self.stop()
         blocks = list(self._blocks)
         if self.bytes % BLOCK_BYTES:
@@ -79,10 +90,10 @@ class ContentHasher:
         )
 
     def stop(self) -> None:
-        """End the helper thread; idempotent."""
-        if self._thread is not None:
-            self._thread.shutdown()
-            self._thread = None
+        """End the helper threads; idempotent."""
+        if self._threads is not None:
+            self._threads.shutdown()
+            self._threads = None
 
 
 def record_of_descriptor(descriptor: int) -> FileRecord:
@@ -104,13 +115,13 @@ def find_damage(descriptor: int, record: FileRecord) -> str | None:
     so the whole-file hash adds nothing. The caller has compared the size.
     """
     if not record.blocks:
-        found = _sha256_of_range(descriptor, 0, record.bytes)
+        found = sha256_of_range(descriptor, 0, record.bytes)
         return None if found == record.sha256 else f"sha256 is {found}, wanted {record.sha256}"
     starts = range(0, record.bytes, BLOCK_BYTES)
     threads = min(os.cpu_count() or 1, len(record.blocks), _MAX_THREADS)
     with ThreadPoolExecutor(threads, thread_name_prefix="mla-deploy-hash") as pool:
         pending = [
-            pool.submit(_sha256_of_range, descriptor, start, min(start + BLOCK_BYTES, record.bytes))
+            pool.submit(sha256_of_range, descriptor, start, min(start + BLOCK_BYTES, record.bytes))
             for start in starts
         ]
         try:
@@ -123,7 +134,7 @@ def find_damage(descriptor: int, record: FileRecord) -> str | None:
     return None
 
 
-def _sha256_of_range(descriptor: int, start: int, stop: int) -> str:
+def sha256_of_range(descriptor: int, start: int, stop: int) -> str:
     """sha256 of bytes [start, stop); of fewer when the file ends early."""
     hasher = hashlib.sha256()
     buffer = memoryview(bytearray(min(_READ_BYTES, max(stop - start, 1))))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import shutil
 from functools import cache
@@ -37,6 +38,20 @@ class FileSystem:
     def write(self, descriptor: int, data: memoryview) -> int:
         """Write some of `data`; the count written, which may be short."""
         return os.write(descriptor, data)
+
+    def bypass_cache(self, descriptor: int, *, on: bool) -> bool:
+        """Whether what is written from now on goes past the page cache, in whole aligned blocks.
+
+        A file of tens of gigabytes would push everything else out of the cache, and on some systems
+        each page of it costs more than the disk does.
+        """
+        direct = getattr(os, "O_DIRECT", 0)
+        try:
+            flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | direct if on else flags & ~direct)
+        except OSError:
+            return False  # a file system that has no such thing
+        return on and bool(direct)
 
     def sync(self, descriptor: int) -> None:
         """The file's bytes are on the disk when this returns."""

@@ -15,16 +15,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mla_deploy.bundle.checkpoint_files import checkpoint_files
 from mla_deploy.bundle.content import BLOCK_BYTES, FileRecord
 from mla_deploy.bundle.structure import check_sections
+from mla_deploy.door import OWN_PREFIX
 from mla_deploy.errors import IncompatibleError, InputError, IntegrityError, quoted
 from mla_deploy.strict_json import parse_json
 
 MANIFEST_NAME = "manifest.json"
+IN_PLACE_MANIFEST = f"{OWN_PREFIX}manifest.json"  # of a bundle beside a checkpoint
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 8 << 20
 _MAX_VALUES = 400_000
 _MAX_FILES = 512
+MAX_CHECKPOINT_FILES = 512
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}", re.ASCII)
 _CHECK_LINE = re.compile(rb'^  "check": "([0-9a-f]{64})",\n', re.MULTILINE)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
@@ -85,6 +89,7 @@ def parse_manifest(text: bytes) -> dict[str, Any]:
     if type(version) is not int or version != FORMAT_VERSION:  # 1.0 and true equal 1
         raise _damaged(f"format_version is {quoted(version)}, wanted {FORMAT_VERSION}")
     check_sections(manifest, set(file_records(manifest)))
+    _check_in_place(manifest)
     return manifest
 
 
@@ -118,7 +123,7 @@ def is_plain_name(name: object) -> bool:
     return (
         isinstance(name, str)
         and _PLAIN_NAME.fullmatch(name) is not None
-        and name.casefold() != MANIFEST_NAME
+        and name.casefold() not in (MANIFEST_NAME, IN_PLACE_MANIFEST)
     )
 
 
@@ -135,6 +140,20 @@ def case_clash(names: Iterable[str]) -> tuple[str, str] | None:
         if other != name:
             return other, name
     return None
+
+
+def _check_in_place(manifest: Mapping[str, Any]) -> None:
+    """The names of a checkpoint's files: plain, and none of ours."""
+    if "in_place" not in manifest:
+        return
+    names = manifest["in_place"]["files"]
+    for name in names:
+        if not is_plain_name(name) or name.casefold().startswith(OWN_PREFIX):
+            raise _damaged(f"in_place.files names {quoted(name)}, wanted a file of a checkpoint")
+    clash = case_clash([*names, *manifest["files"]])
+    if clash or len(names) > MAX_CHECKPOINT_FILES:
+        raise _damaged(f"in_place.files names more than {MAX_CHECKPOINT_FILES} files, or one twice")
+    checkpoint_files(manifest)
 
 
 def _is_intact(text: bytes) -> bool:

@@ -12,13 +12,12 @@ import contextlib
 import dataclasses
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
-from mla_deploy.bundle.content import ContentHasher, FileRecord, record_of_descriptor
+from mla_deploy.bundle.content import FileRecord, record_of_descriptor
 from mla_deploy.bundle.failures import as_failures, disk_failures
 from mla_deploy.bundle.filesystem import FileSystem
 from mla_deploy.bundle.lock import output_lock
@@ -32,11 +31,10 @@ from mla_deploy.bundle.output import (
     stage_name,
     sweep_strays,
 )
+from mla_deploy.bundle.staged_file import StagedFile
 from mla_deploy.bundle.verify import Bundle, open_bundle
 from mla_deploy.door import open_folder
 from mla_deploy.errors import BusyError, EnvironmentFailure, InputError, IntegrityError, quoted
-
-_MAX_WRITE_BYTES = 64 << 20
 
 
 @contextmanager
@@ -67,8 +65,8 @@ def stage_bundle(
         try:
             with as_failures(target):
                 fs.make_folder(path)
-                if exists and not fs.can_exchange(path):
-                    raise _cannot_replace(target)
+                if exists:
+                    require_exchange(path, target.parent, fs)
             with disk_failures(target):
                 yield stage
         finally:
@@ -81,6 +79,8 @@ def stage_bundle(
 class Stage:
     """The folder a bundle is made in. Files are named once and never reopened for writing."""
 
+    manifest_name = MANIFEST_NAME
+
     def __init__(self, path: Path, target: Path, *, replace: bool, fs: FileSystem) -> None:
         self.path = path
         self._target = target
@@ -88,6 +88,15 @@ class Stage:
         self._fs = fs
         self._records: dict[str, FileRecord] = {}
         self._open: dict[str, StagedFile] = {}
+
+    def named(self, part: str) -> str:
+        """The file name of a part: "prefill.onnx", "decode.onnx", or "weights"."""
+        return f"{part}.safetensors" if part == "weights" else part
+
+    def require_space(self, needed_bytes: int) -> None:
+        """Raises: EnvironmentFailure ENV-DISK."""
+        with as_failures(self._target):
+            check_space(self.path, needed_bytes, self._fs)
 
     def create(self, name: str) -> StagedFile:
         """A new file of the bundle, hashed while it is written; a context manager.
@@ -131,21 +140,32 @@ class Stage:
         with as_failures(self._target):
             self._check_complete()
             file = StagedFile(
-                self._fs.create(self.path / MANIFEST_NAME), self._fs, self._target, lambda _: None
+                self._fs.create(self.path / self.manifest_name),
+                self._fs,
+                self._target,
+                lambda _: None,
             )
             with file:
                 file.write(text)
             self._fs.sync_folder(self.path)
-            bundle = open_bundle(self.path, verify="sizes")
+            bundle = self._accepted()
             self._move()
         discard(self.path, self._fs)  # after an exchange: the old bundle
-        return dataclasses.replace(bundle, path=self._target, verified="full")
+        return self._published(bundle)
 
     def abandon(self) -> None:
         """Close what is still open, without keeping it."""
         for file in self._open.values():
             file.abandon()
         self._open.clear()
+
+    def _accepted(self) -> Bundle:
+        """The stage as our own reader sees it; its hashes were taken while it was written."""
+        return open_bundle(self.path, verify="sizes")
+
+    def _published(self, accepted: Bundle) -> Bundle:
+        """What was accepted, at the place where it stands now."""
+        return dataclasses.replace(accepted, path=self._target, verified="full")
 
     def _move(self) -> None:
         parent = self._target.parent
@@ -200,95 +220,15 @@ class Stage:
         self._records[name] = record
 
 
-class StagedFile:
-    """A file being written: `write` any number of times, then `close` (or leave the block).
+def require_exchange(stage: Path, folder: Path, fs: FileSystem) -> None:
+    """Refuse to replace where two names cannot be swapped in one step, tried inside `stage`.
 
-    Closing syncs the bytes to the disk and keeps the record; leaving the block by an exception
-    closes without keeping anything.
+    Raises: EnvironmentFailure ENV-RENAME; OSError.
     """
-
-    def __init__(
-        self,
-        file: BinaryIO,
-        fs: FileSystem,
-        target: Path,
-        keep: Callable[[FileRecord], None],
-    ) -> None:
-        self._file = file
-        self._fs = fs
-        self._target = target
-        self._keep = keep
-        self._hasher = ContentHasher()
-        self._closed = False
-        self._whole = True
-
-    def write(self, data: Any) -> int:
-        """Append `data` (any contiguous buffer); all of it is written when this returns.
-
-        Raises: EnvironmentFailure ENV-DISK, ENV-IO.
-        """
-        if self._closed:
-            raise ValueError("write to a closed file of a stage")
-        view = memoryview(data).cast("B")
-        count = len(view)
-        with as_failures(self._target):
-            self._whole = False
-            while len(view):
-                written = self._fs.write(self._file.fileno(), view[:_MAX_WRITE_BYTES])
-                self._hasher.update(view[:written])
-                view = view[written:]
-            self._whole = True
-        return count
-
-    def tell(self) -> int:
-        """Bytes written so far."""
-        return self._hasher.bytes
-
-    def flush(self) -> None:
-        """Nothing is buffered; here for libraries that flush what they write to."""
-
-    def close(self) -> None:
-        """Sync, close and keep the file; closing twice is allowed. Raises as `write`."""
-        if self._closed:
-            return
-        try:
-            with as_failures(self._target):
-                if not self._whole:
-                    raise RuntimeError("a write to this file failed, it cannot be kept")
-                self._fs.sync(self._file.fileno())
-                self._closed = True
-                self._fs.close(self._file)
-        except BaseException:
-            self.abandon()
-            raise
-        self._keep(self._hasher.record())
-
-    def abandon(self) -> None:
-        """Close without keeping the file."""
-        self._closed = True
-        self._hasher.stop()
-        with contextlib.suppress(OSError):
-            self._file.close()
-
-    def __enter__(self) -> StagedFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abandon()
-
-
-def _cannot_replace(target: Path) -> EnvironmentFailure:
-    return EnvironmentFailure(
-        "ENV-RENAME",
-        f"the file system of {quoted(target.parent)} cannot swap two folders in one step, "
-        "so a bundle on it cannot be replaced safely",
-        hint="choose a new output, or remove the old bundle first",
-    )
+    if not fs.can_exchange(stage):
+        raise EnvironmentFailure(
+            "ENV-RENAME",
+            f"the file system of {quoted(folder)} cannot swap two names in one step, so a bundle "
+            "on it cannot be replaced safely",
+            hint="choose a new output, or remove the old bundle first",
+        )

@@ -28,7 +28,17 @@ def check_sections(manifest: Mapping[str, Any], files: set[str]) -> None:
 
     Raises: IntegrityError BUN-MANIFEST naming the member.
     """
-    for path, rule in _RULES.items():
+    _check_rules(manifest, _RULES)
+    if "in_place" in manifest:
+        _check_rules(manifest, _IN_PLACE_RULES)
+    _check_cache(manifest["cache"])
+    _check_file("weights.file", manifest["weights"]["file"], files)
+    for graph in GRAPHS:
+        _check_graph(graph, manifest["io"][graph], manifest["io"]["alias"], files)
+
+
+def _check_rules(manifest: Mapping[str, Any], rules: Mapping[str, _Rule]) -> None:
+    for path, rule in rules.items():
         value: Any = manifest
         for part in path.split("."):
             if not isinstance(value, Mapping) or part not in value:
@@ -36,10 +46,6 @@ def check_sections(manifest: Mapping[str, Any], files: set[str]) -> None:
             value = value[part]
         if not rule.holds(value):
             raise _damaged(path, f"is {quoted(value)}", rule.wanted)
-    _check_cache(manifest["cache"])
-    _check_file("weights.file", manifest["weights"]["file"], files)
-    for graph in GRAPHS:
-        _check_graph(graph, manifest["io"][graph], manifest["io"]["alias"], files)
 
 
 def _check_cache(cache: Mapping[str, Any]) -> None:
@@ -196,6 +202,14 @@ _RULES: dict[str, _Rule] = {
     "weights.file": _TEXT,
     "weights.bytes": _NATURAL,
     "weights.tensors": _NATURAL,
+}
+
+# Only where the weights stay in a checkpoint's own files.
+_IN_PLACE_RULES: dict[str, _Rule] = {
+    "in_place.files": _Rule("an object of files", lambda value: isinstance(value, dict)),
+    "in_place.tensors": _NATURAL,
+    "in_place.bytes": _NATURAL,
+    "in_place.verified": _TEXTS,
 }
 
 

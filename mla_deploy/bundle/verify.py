@@ -2,6 +2,9 @@
 
 Order, cheap checks first: manifest (structure, format, expected digest), file set, links and
 sizes, then hashes. `Bundle.file` looks again, so that what is used is what was verified.
+
+A bundle beside a checkpoint is the same with two differences: files of the checkpoint are checked
+as `checkpoint_files.py` says, and what else stands in that folder is not ours to judge.
 """
 
 from __future__ import annotations
@@ -10,15 +13,17 @@ import hashlib
 import hmac
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
+from mla_deploy.bundle.checkpoint_files import CheckpointFile, checkpoint_files, damage_of
 from mla_deploy.bundle.content import FileRecord, find_damage
 from mla_deploy.bundle.manifest import (
+    IN_PLACE_MANIFEST,
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
     GraphValue,
@@ -28,7 +33,7 @@ from mla_deploy.bundle.manifest import (
     parse_manifest,
 )
 from mla_deploy.door import Folder, open_folder
-from mla_deploy.errors import InputError, IntegrityError, quoted
+from mla_deploy.errors import InputError, IntegrityError, MlaDeployError, quoted
 
 if TYPE_CHECKING:
     from mla_deploy.config import MlaConfig
@@ -36,6 +41,10 @@ if TYPE_CHECKING:
 _AGAIN = "copy the bundle again, or export it again"
 _CONFIG_NAME = "config.json"
 _MAX_SMALL_BYTES = 64 << 20
+
+
+Verified = Literal["full", "headers", "sizes"]
+_Record = FileRecord | CheckpointFile
 
 
 @dataclass(frozen=True)
@@ -55,15 +64,18 @@ class _Fingerprint:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle. `digest` is the sha256 of its manifest.json, the number to pin.
+    """A verified bundle. `digest` is the sha256 of its manifest, the number to pin.
 
     `manifest` is a read-only view of the top level; treat what is inside as read-only too.
+    `verified` is "headers" where a bundle beside a checkpoint was verified in full: all of its own
+    bytes, and of the checkpoint's weight files the size and the header. `files` holds every file
+    that is hashed whole.
     """
 
     path: Path
     manifest: Mapping[str, Any] = field(repr=False)
     digest: str
-    verified: Literal["full", "sizes"]
+    verified: Verified
     files: Mapping[str, FileRecord] = field(repr=False)
     _fingerprints: Mapping[str, _Fingerprint] = field(repr=False, compare=False)
 
@@ -121,6 +133,18 @@ class Bundle:
         return graph_values(self.manifest, graph, "outputs")
 
     @property
+    def weight_files(self) -> tuple[str, ...]:
+        """Every file that the graphs take weights from: the bundle's own, then a checkpoint's."""
+        beside = checkpoint_files(self.manifest)
+        kept = (name for name, record in beside.items() if not record.is_whole)
+        return (str(self.manifest["weights"]["file"]), *kept)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the weights that lie in a checkpoint's files; 0 for a bundle of its own."""
+        return int(self.manifest["in_place"]["bytes"]) if "in_place" in self.manifest else 0
+
+    @property
     def aliases(self) -> tuple[tuple[str, str], ...]:
         """(input, output) pairs that bind to one buffer."""
         return tuple((pair[0], pair[1]) for pair in self.manifest["io"]["alias"])
@@ -141,41 +165,89 @@ def open_bundle(
     wanted = None if expect_digest is None else _digest_of_text(expect_digest)
     where = Path(os.path.abspath(path))
     with _opened(path) as folder:
-        if MANIFEST_NAME not in folder.names():
+        name = manifest_name(folder.names())
+        if name is None:
             raise _not_a_bundle(path, f"has no {MANIFEST_NAME}")
-        text = _read_manifest(folder)
-        manifest = parse_manifest(text)
-        digest = hashlib.sha256(text).hexdigest()
-        if wanted is not None and not hmac.compare_digest(digest, wanted):
-            raise IntegrityError(
-                "BUN-DIGEST",
-                f"the bundle's digest is {digest}, expected {wanted}",
-                hint="this is another bundle than the one that was pinned",
-                found=digest,
-                wanted=wanted,
-            )
-        records = file_records(manifest)
-        _check_file_set(set(folder.names()) - {MANIFEST_NAME}, set(records))
-        descriptors: dict[str, int] = {}
-        try:
-            fingerprints = {}
-            for name, record in records.items():
-                descriptors[name] = _open_file(folder, name)
-                fingerprints[name] = _check_size(name, descriptors[name], record)
-            if verify == "full":
-                for name, record in records.items():
-                    _check_bytes(name, descriptors[name], record)
-        finally:
-            for descriptor in descriptors.values():
-                os.close(descriptor)
+        return read_bundle(folder, name, where, verify=verify, wanted=wanted)
+
+
+def manifest_name(names: Iterable[str]) -> str | None:
+    """The manifest among names in a folder; a checkpoint may have a manifest.json of its own."""
+    known = set(names)
+    return next((name for name in (IN_PLACE_MANIFEST, MANIFEST_NAME) if name in known), None)
+
+
+def is_bundle(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds a bundle, alone or beside a checkpoint; nothing of it is checked."""
+    try:
+        with open_folder(path) as folder:
+            return manifest_name(folder.names()) is not None
+    except MlaDeployError:
+        return False
+
+
+def read_bundle(
+    folder: Folder,
+    name: str,
+    where: Path,
+    *,
+    verify: Verified = "full",
+    wanted: str | None = None,
+    beside: Folder | None = None,
+) -> Bundle:
+    """The bundle whose manifest is `name` in `folder`, to be found at `where`.
+
+    "headers" leaves our own bytes alone. `beside` holds the checkpoint's files where they are not
+    in `folder` yet. Raises as `open_bundle`.
+    """
+    text = _read_manifest(folder, name)
+    manifest = parse_manifest(text)
+    digest = hashlib.sha256(text).hexdigest()
+    if wanted is not None and not hmac.compare_digest(digest, wanted):
+        raise IntegrityError(
+            "BUN-DIGEST",
+            f"the bundle's digest is {digest}, expected {wanted}",
+            hint="this is another bundle than the one that was pinned",
+            found=digest,
+            wanted=wanted,
+        )
+    in_place = name == IN_PLACE_MANIFEST
+    if in_place != ("in_place" in manifest):
+        raise _misplaced(name)
+    own, kept = file_records(manifest), checkpoint_files(manifest)
+    _check_file_set(set(folder.names()) - {name}, set(own), alone=not in_place)
+    records: dict[str, tuple[Folder, _Record]] = {name: (folder, own[name]) for name in own}
+    records.update({name: (beside or folder, kept[name]) for name in kept})
+    hashed = {"full": {*own, *kept}, "headers": set(kept), "sizes": set()}[verify]
+    fingerprints = _fingerprints(records, hashed)
+    whole = {name: record.as_record() for name, record in kept.items() if record.is_whole}
     return Bundle(
         path=where,
         manifest=MappingProxyType(manifest),
         digest=digest,
-        verified=verify,
-        files=MappingProxyType(records),
+        verified="headers" if in_place and verify == "full" else verify,
+        files=MappingProxyType({**own, **whole}),
         _fingerprints=MappingProxyType(fingerprints),
     )
+
+
+def _fingerprints(
+    records: Mapping[str, tuple[Folder, _Record]], hashed: set[str]
+) -> dict[str, _Fingerprint]:
+    """Check all sizes, then the bytes of `hashed`; all stay open, so that none is swapped."""
+    descriptors: dict[str, int] = {}
+    try:
+        found = {}
+        for name, (folder, record) in records.items():
+            descriptors[name] = _open_file(folder, name)
+            found[name] = _check_size(name, descriptors[name], record)
+        for name, (_, record) in records.items():
+            if name in hashed:
+                _check_bytes(name, descriptors[name], record)
+        return found
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
 
 
 def _opened(path: str | os.PathLike[str]) -> Folder:
@@ -185,14 +257,14 @@ def _opened(path: str | os.PathLike[str]) -> Folder:
         raise _not_a_bundle(path, error.message) from None
 
 
-def _read_manifest(folder: Folder) -> bytes:
+def _read_manifest(folder: Folder, name: str) -> bytes:
     try:
-        return folder.read_bytes(MANIFEST_NAME, "bundle", max_bytes=MAX_MANIFEST_BYTES)
+        return folder.read_bytes(name, "bundle", max_bytes=MAX_MANIFEST_BYTES)
     except InputError as error:
-        raise _as_integrity(error, MANIFEST_NAME) from None
+        raise _as_integrity(error, name) from None
 
 
-def _check_file_set(found: set[str], wanted: set[str]) -> None:
+def _check_file_set(found: set[str], wanted: set[str], *, alone: bool) -> None:
     missing = sorted(wanted - found)
     if missing:
         raise IntegrityError(
@@ -202,7 +274,7 @@ def _check_file_set(found: set[str], wanted: set[str]) -> None:
             files=missing[:10],
         )
     extra = sorted(found - wanted)
-    if extra:
+    if extra and alone:
         raise IntegrityError(
             "BUN-EXTRA",
             f"{_listed(extra)} in the folder, not in the manifest",
@@ -218,7 +290,7 @@ def _open_file(folder: Folder, name: str) -> int:
         raise _as_integrity(error, name) from None
 
 
-def _check_size(name: str, descriptor: int, record: FileRecord) -> _Fingerprint:
+def _check_size(name: str, descriptor: int, record: _Record) -> _Fingerprint:
     found = os.fstat(descriptor)
     if found.st_size != record.bytes:
         raise IntegrityError(
@@ -232,9 +304,12 @@ def _check_size(name: str, descriptor: int, record: FileRecord) -> _Fingerprint:
     return _Fingerprint.of(found)
 
 
-def _check_bytes(name: str, descriptor: int, record: FileRecord) -> None:
+def _check_bytes(name: str, descriptor: int, record: _Record) -> None:
     try:
-        damage = find_damage(descriptor, record)
+        if isinstance(record, CheckpointFile):
+            damage = damage_of(descriptor, record)
+        else:
+            damage = find_damage(descriptor, record)
     except OSError as error:
         damage = f"cannot be read ({error.strerror or error})"
     if damage:
@@ -245,6 +320,16 @@ def _as_integrity(error: InputError, name: str) -> IntegrityError:
     """A door refusal inside a bundle is damage: the code says which kind."""
     code = {"FILE-MISSING": "BUN-MISSING", "FILE-SIZE": "BUN-SIZE"}.get(error.code, "BUN-LINK")
     return IntegrityError(code, error.message, hint=_AGAIN, file=quoted(name))
+
+
+def _misplaced(name: str) -> IntegrityError:
+    return IntegrityError(
+        "BUN-MANIFEST",
+        f"{name} is not the manifest of such a bundle: one beside a checkpoint, and only that, is "
+        f"called {IN_PLACE_MANIFEST} and has a section in_place",
+        hint=_AGAIN,
+        file=name,
+    )
 
 
 def _digest_of_text(text: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from mla_deploy.checkpoint.header import TensorInfo, check_tensor_name
-from mla_deploy.door import Folder, check_name
+from mla_deploy.door import OWN_PREFIX, Folder, check_name
 from mla_deploy.errors import InputError, quoted
 from mla_deploy.strict_json import parse_json
 
@@ -41,7 +41,11 @@ def find_weight_files(folder: Folder) -> WeightFiles:
     """
     names = folder.names()
     on_disk = [name for name in names if name.endswith(_SUFFIX)]
-    others = [name for name in names if name.endswith(_UNSAFE_SUFFIXES)]
+    others = [
+        name
+        for name in names
+        if name.endswith(_UNSAFE_SUFFIXES) and not name.startswith(OWN_PREFIX)
+    ]
     if not on_disk and INDEX_NAME not in names:
         raise _no_weights(others)
     notes = [f"not read, not safetensors: {_listed(others)}"] if others else []

@@ -95,6 +95,13 @@ class Checkpoint:
             raise unreadable_dtype(info)
         return read_values(self._shards, info, rows, index)
 
+    def duplicate(self, file: str) -> int:
+        """A descriptor of a weight file, the one whose header was checked; the caller closes it.
+
+        Raises: IntegrityError CKPT-CHANGED.
+        """
+        return self._shards.duplicate(file)
+
     def parts(self, name: str) -> Mapping[str, TensorInfo]:
         """What a weight is made of on disk: role -> tensor. A plain one is its own `values`.
 

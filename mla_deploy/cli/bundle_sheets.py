@@ -28,9 +28,10 @@ def bundle_result(bundle: Bundle) -> dict[str, Any]:
         "source": manifest["source"],
         **{key: manifest[key] for key in _COPIED},
         "files": {name: entry["bytes"] for name, entry in manifest["files"].items()},
+        "in_place": manifest.get("in_place"),
         "total_bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
         "predicted": {
-            "weight_bytes": manifest["weights"]["bytes"],
+            "weight_bytes": manifest["weights"]["bytes"] + bundle.kept_bytes,
             "cache_bytes_per_row": _cache_bytes(cache),
         },
     }
@@ -50,7 +51,7 @@ def bundle_sheets(bundle: Bundle) -> tuple[Sheet, ...]:
     manifest = bundle.manifest
     return (
         model_sheet(manifest["model"]),
-        _bytes_sheet(manifest),
+        _bytes_sheet(manifest, bundle.kept_bytes),
         _io_sheet(manifest["io"]),
         _rewrite_sheet(manifest["rewrite"]),
         Sheet(
@@ -64,11 +65,12 @@ def bundle_sheets(bundle: Bundle) -> tuple[Sheet, ...]:
     )
 
 
-def _bytes_sheet(manifest: Any) -> Sheet:
+def _bytes_sheet(manifest: Any, kept_bytes: int) -> Sheet:
     cache = manifest["cache"]
     per_row = cache["bytes_per_token"] * cache["capacity"]
     rows = [
         ("weights", f"{manifest['weights']['bytes']:,}", byte_text(manifest["weights"]["bytes"])),
+        *([("weights, in place", f"{kept_bytes:,}", byte_text(kept_bytes))] if kept_bytes else []),
         ("cache, a token", f"{cache['bytes_per_token']:,}", byte_text(cache["bytes_per_token"])),
         (f"cache, a row of {cache['capacity']:,} tokens", f"{per_row:,}", byte_text(per_row)),
     ]

@@ -15,12 +15,18 @@ from mla_deploy.cli.verb import verb
 
 @click.command(short_help="Checkpoint to bundle: ONNX graphs over the latent cache.")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The bundle to write.")
+@click.option("--out", type=click.Path(path_type=Path), help="The bundle to write.")
+@click.option(
+    "--in-place",
+    is_flag=True,
+    default=None,
+    help="Instead of --out: graphs beside the checkpoint, weights left where they are.",
+)
 @click.option("--target", help="What it will run on.  [cpu]")
 @click.option(
     "--dtype",
     type=click.Choice(["fp32", "fp16", "bf16"]),
-    help="Storage of weights and cache.  [fp32]",
+    help="Storage of weights and cache.  [fp32; in place, the checkpoint's own]",
 )
 @click.option(
     "--cache",
@@ -36,12 +42,15 @@ from mla_deploy.cli.verb import verb
 @click.option("--all-logits", is_flag=True, default=None, help="Logits of every new token.")
 @click.option("--replace", is_flag=True, default=None, help="Swap out a bundle that is there.")
 @verb
-def export(screen: Screen, checkpoint: Path, out: Path, **options: Any) -> Outcome:
+def export(screen: Screen, checkpoint: Path, out: Path | None = None, **options: Any) -> Outcome:
     """Export CHECKPOINT, a Hugging Face folder with latent attention, to the bundle OUT.
 
     Two ONNX graphs over one weight file: prefill with expanded heads, decode absorbed. The latent
     cache is an explicit input and output of both. Nothing stands under OUT until all is written.
+    With --in-place the bundle is CHECKPOINT's own folder with a few files mla-deploy.* added.
     """
+    if (out is None) != bool(options.get("in_place")):
+        raise click.UsageError("one of --out and --in-place is needed.")
     import mla_deploy
     from mla_deploy.cli.bundle_sheets import bundle_result, bundle_sheets
 
@@ -51,7 +60,7 @@ def export(screen: Screen, checkpoint: Path, out: Path, **options: Any) -> Outco
     seconds = perf_counter() - started
     result = {**bundle_result(bundle), "export_seconds": round(seconds, 3)}
     summary = (
-        f"exported {result['model']['model_type']} to {out} in {seconds:.1f} s: "
+        f"exported {result['model']['model_type']} to {out or checkpoint} in {seconds:.1f} s: "
         f"{result['target']}, {result['dtype']}, {byte_text(result['total_bytes'])}"
     )
     return Outcome(summary, result, bundle_sheets(bundle))

@@ -22,9 +22,11 @@ from mla_deploy.cli.verb import verb
 def inspect(screen: Screen, path: Path, verify: Literal["full", "sizes"] | None = None) -> Outcome:
     """Show the model's sizes by axis letter, what its cache costs, and what is in the folder.
 
-    A folder with a manifest.json is a bundle, any other a checkpoint.
+    A folder with a manifest.json or mla-deploy.manifest.json is a bundle, any other a checkpoint.
     """
-    if (path / "manifest.json").exists():
+    from mla_deploy.bundle import is_bundle
+
+    if is_bundle(path):
         return _inspect_bundle(path, verify or "full")
     return _inspect_checkpoint(path)
 
@@ -50,10 +52,10 @@ def _inspect_bundle(path: Path, verify: Literal["full", "sizes"]) -> Outcome:
     from mla_deploy.cli.bundle_sheets import bundle_result, bundle_sheets
 
     bundle = open_bundle(path, verify=verify)
-    result = {**bundle_result(bundle), "verified": verify}
+    result = {**bundle_result(bundle), "verified": bundle.verified}
     summary = (
         f"{path}: bundle of {result['model']['model_type']} for {result['target']}, "
         f"{result['dtype']}, {byte_text(result['total_bytes'])}; files match the "
-        f"manifest ({verify})"
+        f"manifest ({bundle.verified})"
     )
     return Outcome(summary, result, bundle_sheets(bundle))

@@ -82,15 +82,16 @@ def assemble(
     return Assembled(builder.finished(), counts)
 
 
-def bind_weights(model: ir.Model, layout: WeightLayout, folder: Path) -> None:
+def bind_weights(model: ir.Model, layout: WeightLayout, folder: Path, file: str) -> None:
     """Point every weight initializer at its bytes in the weight file."""
     ranges = layout.ranges()
     for name, value in model.graph.initializers.items():
         if name in ranges:
             offset, length = ranges[name]
             stored = layout.weights[name]
+            value.type = ir.TensorType(IR_DTYPES[stored.dtype])
             value.const_value = ir.ExternalTensor(
-                WEIGHT_FILE,
+                file,
                 offset,
                 length,
                 IR_DTYPES[stored.dtype],

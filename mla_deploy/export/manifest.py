@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import mla_deploy
@@ -11,7 +12,7 @@ from mla_deploy.checkpoint import Checkpoint, WeightMap
 from mla_deploy.config import MlaConfig
 from mla_deploy.export.assemble import Assembled, graph_values
 from mla_deploy.export.trace import Trace
-from mla_deploy.export.weights import DTYPES, WEIGHT_FILE, WeightLayout
+from mla_deploy.export.weights import DTYPES, WeightLayout
 from mla_deploy.source.cache_parts import CacheBuffer
 
 if TYPE_CHECKING:
@@ -28,8 +29,9 @@ def manifest_of(
     *,
     layout: WeightLayout,
     weights: WeightMap,
+    named: Callable[[str], str],
 ) -> dict[str, Any]:
-    """Everything but `files`, which publishing adds."""
+    """Everything but `files`, which publishing adds; `named` gives a part's file name."""
     config = source.config
     itemsize = DTYPES[options.dtype].itemsize
     crossover = config.crossover_tokens
@@ -62,10 +64,10 @@ def manifest_of(
         },
         "crossover_tokens": crossover if math.isfinite(crossover) else None,
         "all_logits": options.all_logits,
-        "io": _io(trace, graphs),
+        "io": _io(trace, graphs, named),
         "rewrite": {name: graph.counts for name, graph in graphs.items()},
         "weights": {
-            "file": WEIGHT_FILE,
+            "file": named("weights"),
             "bytes": layout.total_bytes,
             "tensors": len(layout.weights),
         },
@@ -106,12 +108,12 @@ def _cache_tensor(buffer: CacheBuffer) -> dict[str, Any]:
     }
 
 
-def _io(trace: Trace, graphs: dict[str, Assembled]) -> dict[str, Any]:
+def _io(trace: Trace, graphs: dict[str, Assembled], named: Callable[[str], str]) -> dict[str, Any]:
     pairs = [[b.name(), b.name(out=True)] for b in trace.all_buffers if _is_in_place(b)]
     io: dict[str, Any] = {"alias": [] if trace.form.growing else pairs}
     for name, graph in graphs.items():
         io[name] = {
-            "file": f"{name}.onnx",
+            "file": named(f"{name}.onnx"),
             "inputs": graph_values(list(graph.model.graph.inputs), _kind),
             "outputs": graph_values(list(graph.model.graph.outputs), _kind),
         }

@@ -7,21 +7,24 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import onnx_ir as ir
 
-from mla_deploy.bundle import Bundle, Stage, refuse_overlap, stage_bundle
+from mla_deploy.bundle import Bundle, Stage, refuse_overlap, stage_bundle, stage_in_place
 from mla_deploy.checkpoint import Checkpoint, WeightMap, open_checkpoint
 from mla_deploy.checkpoint.tied import check_tied
 from mla_deploy.config import MlaConfig
 from mla_deploy.door import open_folder
 from mla_deploy.errors import InputError
 from mla_deploy.export.assemble import Assembled, GraphForm, assemble, bind_weights
+from mla_deploy.export.in_place import Kept, files_section, keep, own_dtype, require_plain_files
 from mla_deploy.export.manifest import manifest_of
 from mla_deploy.export.trace import Trace, trace_model
 from mla_deploy.export.trace_layer import CacheForm
-from mla_deploy.export.weights import DTYPES, WEIGHT_FILE, WeightLayout
+from mla_deploy.export.weights import DTYPES, WeightLayout
+from mla_deploy.export.widen import point_in_place
 from mla_deploy.rewrite import order
 from mla_deploy.rewrite.ensures import require_latent_only
 from mla_deploy.source.model import source_weights
@@ -30,7 +33,8 @@ from mla_deploy.targets import buildable_target, check_dtype
 DEFAULT_CAPACITY = 4096
 CACHE_KINDS = ("in-place", "growing")
 CACHE_LAYOUTS = ("fused", "split")
-_COPIED = (
+_TEXTS = (
+    "config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "generation_config.json",
@@ -52,12 +56,14 @@ class ExportOptions:
     cache_layout: str
     capacity: int
     all_logits: bool
+    in_place: bool
 
 
 def export(
     checkpoint: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
     *,
+    in_place: bool = False,
     target: str | None = None,
     dtype: str | None = None,
     cache: str | None = None,
@@ -72,21 +78,27 @@ def export(
     `dtype` (fp32 by default) is the storage of weights and cache; arithmetic on a CPU is fp32.
     `capacity` is the tokens a runner reserves per row unless told otherwise.
     Nothing is left under `out` unless everything succeeded; `replace` swaps whole bundles.
+    `in_place`, without `out`, writes the bundle beside the checkpoint, as files `mla-deploy.*` of
+    its folder: weights stay in the checkpoint's files and dtype, and are not read.
 
-    Raises: CFG-*, CKPT-*, SRC-* (input), BUN-EXISTS, BUN-BUSY, TARGET-*, ENV-*, REW-*.
+    Raises: CFG-*, CKPT-*, SRC-*, EXP-* (input), BUN-EXISTS, BUN-BUSY, TARGET-*, ENV-*, REW-*.
     """
     report = progress or (lambda *_: None)
+    if in_place == (out is not None):
+        raise InputError(
+            "EXP-OPTION", "an export goes to an output or in place; wanted one of the two"
+        )
     with open_checkpoint(Path(checkpoint)) as source:
         options = _options(
             source.config,
             target=target,
-            dtype=dtype,
+            dtype=own_dtype(source, dtype) if in_place else dtype,
+            in_place=in_place,
             cache=cache,
             cache_layout=cache_layout,
             capacity=capacity,
             all_logits=all_logits,
         )
-        refuse_overlap(out, checkpoint)
         with _staged(source, out, options, replace) as stage:
             return _build(source, stage, options, report)
 
@@ -100,6 +112,7 @@ def _options(
     cache_layout: str | None,
     capacity: int | None,
     all_logits: bool,
+    in_place: bool,
 ) -> ExportOptions:
     default = min(config.max_position_embeddings, DEFAULT_CAPACITY)
     chosen = ExportOptions(
@@ -109,6 +122,7 @@ def _options(
         cache_layout=cache_layout or "fused",
         capacity=default if capacity is None else capacity,
         all_logits=all_logits,
+        in_place=in_place,
     )
     check_dtype(buildable_target(chosen.target), chosen.dtype)
     for name, found, known in (
@@ -124,10 +138,15 @@ def _options(
 
 
 def _staged(
-    source: Checkpoint, out: str | os.PathLike[str], options: ExportOptions, replace: bool
+    source: Checkpoint, out: str | os.PathLike[str] | None, options: ExportOptions, replace: bool
 ) -> AbstractContextManager[Stage]:
-    widest = max((DTYPES[options.dtype].itemsize / 2), 1)
-    return stage_bundle(out, replace=replace, needed_bytes=int(source.total_bytes * widest))
+    if out is None:
+        require_plain_files(source)
+        return stage_in_place(source.folder, replace=replace)
+    refuse_overlap(out, source.folder)
+    elements = sum(prod(info.shape) for info in source.tensors.values())
+    needed = elements * DTYPES[options.dtype].itemsize
+    return stage_bundle(out, replace=replace, needed_bytes=needed)
 
 
 def _build(source: Checkpoint, stage: Stage, options: ExportOptions, report: Progress) -> Bundle:
@@ -140,7 +159,8 @@ def _build(source: Checkpoint, stage: Stage, options: ExportOptions, report: Pro
     # All that headers and small files can get refused comes before the trace, which takes seconds.
     weights = source_weights(source)
     check_tied(weights)
-    _copy_texts(source, stage)
+    if not options.in_place:
+        _copy_texts(source, stage)
     report("trace", 0, 1)
     trace = trace_model(config, cache, options.all_logits)
     report("trace", 1, 1)
@@ -152,17 +172,25 @@ def _build(source: Checkpoint, stage: Stage, options: ExportOptions, report: Pro
     }
     _require_fired(graphs, trace)
     report("rewrite", 1, 1)
+    kept: Kept = {}
+    if options.in_place:
+        kept = keep(layout, weights, [graph.model for graph in graphs.values()])
+        stage.require_space(layout.total_bytes)
     _write_weights(source, weights, layout, stage, report)
     for name, graph in graphs.items():
-        bind_weights(graph.model, layout, stage.path)
+        bind_weights(graph.model, layout, stage.path, stage.named("weights"))
+        point_in_place(graph.model, kept, source.folder)
         proto = ir.to_proto(graph.model)
         if name == "decode":
             require_latent_only(proto, _most_heads(config), _widest_row(trace))
-        stage.write_bytes(f"{name}.onnx", proto.SerializeToString(deterministic=True))
+        stage.write_bytes(stage.named(f"{name}.onnx"), proto.SerializeToString(deterministic=True))
     report("publish", 0, 1)
-    bundle = stage.publish(
-        manifest_of(source, options, trace, graphs, layout=layout, weights=weights)
+    manifest = manifest_of(
+        source, options, trace, graphs, layout=layout, weights=weights, named=stage.named
     )
+    if options.in_place:
+        manifest["in_place"] = files_section(source, _TEXTS, kept)
+    bundle = stage.publish(manifest)
     report("publish", 1, 1)
     return bundle
 
@@ -210,7 +238,7 @@ def _write_weights(
         written += count
         report("weights", written, total)
 
-    with stage.create(WEIGHT_FILE) as stream:
+    with stage.create(stage.named("weights")) as stream:
         layout.write(stream, weights, done)
 
 
@@ -218,7 +246,7 @@ def _copy_texts(source: Checkpoint, stage: Stage) -> None:
     """config.json, and the tokenizer's files as they are; none of them is interpreted here."""
     with open_folder(source.folder) as folder:
         present = set(folder.names())
-        for name in ("config.json", *_COPIED):
+        for name in _TEXTS:
             if name in present:
                 text = folder.read_bytes(name, policy="checkpoint", max_bytes=_COPY_LIMIT)
                 stage.write_bytes(name, text)

@@ -7,8 +7,10 @@ size of the model. The absorbed halves w_uk_HNL and w_uv_HLV are cut from kv_b_p
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from math import prod
 from typing import Protocol
@@ -88,8 +90,14 @@ class WeightLayout:
         return sum(weight.nbytes for weight in self.weights.values())
 
     def _ordered(self) -> list[StoredWeight]:
-        # Four-byte elements first: the others then never leave them unaligned.
-        return sorted(self.weights.values(), key=lambda w: w.dtype != "fp32")
+        # Four-byte elements first: the others then never leave them unaligned. Halves of a weight
+        # stand together, for they are cut from one reading.
+        first: dict[str, int] = {}
+        for place, weight in enumerate(self.weights.values()):
+            first.setdefault(weight.use.parameter, place)
+        return sorted(
+            self.weights.values(), key=lambda w: (w.dtype != "fp32", first[w.use.parameter])
+        )
 
     def write(
         self,
@@ -102,17 +110,59 @@ class WeightLayout:
         Raises: CKPT-NONFINITE, CKPT-RANGE (a value does not fit fp16).
         """
         stream.write(self.header())
+        blocks = self._converted(source)
+        # One block is written (and hashed) while the next is read: memory holds two.
+        with _one_thread(), ThreadPoolExecutor(1, thread_name_prefix="mla-deploy-write") as writer:
+            block = next(blocks, None)
+            while block is not None:
+                data = block.view(torch.uint8).numpy().data
+                written = writer.submit(stream.write, data)
+                try:
+                    block = next(blocks, None)
+                finally:
+                    wait([written])  # nobody may close the stream meanwhile
+                written.result()
+                done(len(data))
+
+    def _converted(self, source: WeightMap) -> Iterator[torch.Tensor]:
+        last = _LastRead(source)
         for weight in self._ordered():
-            for block in _blocks(weight, source):
-                converted = _converted(block, weight)
-                stream.write(converted.view(torch.uint8).numpy().data)
-                done(converted.numel() * converted.element_size())
+            for block in _blocks(weight, source, last):
+                yield _converted(block, weight)
 
 
-def _blocks(weight: StoredWeight, source: WeightMap) -> Iterator[torch.Tensor]:
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch on one thread: what it does here is bound by memory, and its idle helpers would spin
+    on the processors that hash.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _LastRead:
+    """Both halves of a weight are cut from one reading of it."""
+
+    def __init__(self, source: WeightMap) -> None:
+        self._source = source
+        self._name = ""
+        self._value = torch.empty(0)
+
+    def read(self, name: str) -> torch.Tensor:
+        if name != self._name:
+            self._value = torch.empty(0)  # let it go before the next one is read
+            self._name, self._value = name, self._source.read(name)
+        return self._value
+
+
+def _blocks(weight: StoredWeight, source: WeightMap, last: _LastRead) -> Iterator[torch.Tensor]:
     use = weight.use
     if use.half is not None:
-        yield _half(source.read(use.parameter), use)
+        yield _half(last.read(use.parameter), use)
         return
     part = source.slices[use.parameter]
     rows = part.shape[0] if part.shape else 1

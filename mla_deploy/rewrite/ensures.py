@@ -49,7 +49,6 @@ _MOVES = {
     "Unsqueeze",
     "Where",
 }
-_ANY_FLOAT = onnx.TypeProto(tensor_type=onnx.TypeProto.Tensor(elem_type=onnx.TensorProto.FLOAT))
 _CACHE = ("latent_cache.", "rope_key_cache.", "indexer_key_cache.")
 _SMALL = 64  # elements of a constant that can be a shape
 
@@ -102,14 +101,15 @@ def latent_violations(model: onnx.ModelProto, num_heads: int, row_width: int) ->
 
 
 def _first_calls(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy in which a repeated call is gone and what it gave is an input without a shape."""
+    """A copy in which a repeated call is gone; who reads from it reads from the first one."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     graph = copy.graph
     functions = {(f.domain, f.name) for f in copy.functions}
     dims = {t.name: tuple(t.dims) for t in graph.initializer}
-    seen: set[tuple[object, ...]] = set()
-    kept, cut = [], set()
+    seen: dict[tuple[object, ...], onnx.NodeProto] = {}
+    same: dict[str, str] = {}
+    kept = []
     for node in graph.node:
         key = (
             node.domain,
@@ -118,16 +118,16 @@ def _first_calls(model: onnx.ModelProto) -> onnx.ModelProto:
             tuple(dims.get(name) for name in node.input),
         )
         if (node.domain, node.op_type) in functions and key in seen:
-            cut.update(node.output)
+            same.update(zip(node.output, seen[key].output, strict=True))
             continue
-        seen.add(key)
+        seen[key] = node
         kept.append(node)
-    outputs = [value for value in graph.output if value.name not in cut]
+    for node in kept:
+        node.input[:] = [same.get(name, name) for name in node.input]
+    outputs = [value for value in graph.output if value.name not in same]
     del graph.node[:], graph.output[:]
     graph.node.extend(kept)
     graph.output.extend(outputs)
-    for name in sorted(cut):
-        graph.input.append(onnx.ValueInfoProto(name=name, type=_ANY_FLOAT))
     return copy
 
 

@@ -110,10 +110,10 @@ class OnnxRunner:
 
     def memory(self) -> RunnerMemory:
         """What this runner holds now; sessions that are not open yet count nothing."""
-        weights = self._sessions.bundle.manifest["weights"]["file"]
+        bundle = self._sessions.bundle
         return RunnerMemory(
             cache_bytes=self._cache.bytes,
-            weight_file_bytes=self._sessions.bundle.files[weights].bytes,
+            weight_file_bytes=bundle.files[bundle.weight_files[0]].bytes + bundle.kept_bytes,
             session_private_bytes=self._sessions.private_bytes,
         )
 

@@ -61,7 +61,8 @@ class GraphSessions:
 
     def _opened(self, graph: Graph) -> ort.InferenceSession:
         path = self.bundle.graph(graph)
-        self.bundle.file(str(self.bundle.manifest["weights"]["file"]))
+        for name in self.bundle.weight_files:
+            self.bundle.file(name)
         try:
             session = ort.InferenceSession(
                 str(path),

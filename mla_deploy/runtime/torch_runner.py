@@ -80,13 +80,15 @@ class TorchRunner:
         config = self._module.config
         self._caches: list[Any] = [source_cache(config, self._dtype) for _ in range(self._batch)]
 
-    def store_as(self, dtype: str) -> None:
+    def store_as(self, dtype: str, *, weights: bool = True) -> None:
         """Reset, and from now on round weights and cached rows as a bundle of `dtype` does.
 
-        fp32 changes nothing. The weights are rounded in place: there is no way back.
+        fp32 changes nothing. The weights are rounded in place: there is no way back; a bundle
+        beside its checkpoint keeps them as they are (`weights` false).
         """
         if dtype != "fp32":
             self._dtype = dtype
+        if dtype != "fp32" and weights:
             round_weights(self._module, lambda shape: stored_dtype(shape, self._num_experts, dtype))
         self.reset()
 

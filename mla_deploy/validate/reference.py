@@ -44,8 +44,8 @@ class Reference:
 
         return cls(TorchRunner(checkpoint))
 
-    def stored_as(self, dtype: str, cases: Sequence[Case]) -> Reference:
-        """The source as a bundle of `dtype` stores it; self for fp32.
+    def stored_as(self, dtype: str, cases: Sequence[Case], *, weights: bool = True) -> Reference:
+        """The source as a bundle of `dtype` stores it, its weights too if asked; self for fp32.
 
         There is memory for one model, so the rows of `cases` are run first; afterwards this
         reference answers for those only.
@@ -55,7 +55,7 @@ class Reference:
         for case in cases:
             for segments in case.rows():
                 self.row(segments)
-        self._source.store_as(dtype)
+        self._source.store_as(dtype, weights=weights)
         return Reference(self._source)
 
     def row(self, segments: tuple[Tokens, ...]) -> RowTrace:

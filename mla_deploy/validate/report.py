@@ -45,7 +45,7 @@ class ValidationReport:
 
     bundle_digest: str
     source_digest: str
-    verified: str  # how the bundle's bytes were checked: "full" or "sizes"
+    verified: str  # how the bundle's bytes were checked: "full", "headers" or "sizes"
     target: str
     dtype: str
     gate: Gate
