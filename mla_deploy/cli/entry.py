@@ -55,8 +55,8 @@ def _ending(
 ) -> int:
     if _is_closed_pipe(problem):
         return _hang_up()
-    if isinstance(problem, click.ClickException) and "--json" in arguments:
-        screen.as_json = True  # the parser failed before it came to the flag
+    if isinstance(problem, (click.ClickException, KeyboardInterrupt)) and "--json" in arguments:
+        screen.as_json = True  # the parser failed, or was stopped, before it came to the flag
     error = watch.error() or error_from(problem)
     try:
         screen.fail(error)

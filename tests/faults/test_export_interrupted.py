@@ -120,6 +120,27 @@ sys.exit(main(["doctor", "--json"]))
 """
 
 
+# Ctrl-C arrives before the command line is read.
+EARLY = """
+import os, signal, sys
+from mla_deploy.cli import entry
+
+read = entry.group.make_context
+
+def stopped(*given, **options):
+    os.kill(os.getpid(), signal.SIGINT)
+    return read(*given, **options)
+
+entry.group.make_context = stopped
+sys.exit(entry.main(["doctor", "--json"]))
+"""
+
+
+def test_F_WR_02_ctrl_c_before_the_flag_is_read_is_json_too() -> None:
+    ran = run_child(EARLY)
+    assert (ran.status, ran.object()["error"]["code"]) == (130, "CLI-INTERRUPTED")
+
+
 def test_F_WR_02_ctrl_c_that_python_drops_is_raised_again() -> None:
     ran = run_child(DROPPED)
     assert (ran.status, ran.object()["error"]["code"]) == (130, "CLI-INTERRUPTED")
