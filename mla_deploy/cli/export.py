@@ -14,7 +14,9 @@ from mla_deploy.cli.verb import verb
 
 
 @click.command(short_help="Checkpoint to bundle: ONNX graphs over the latent cache.")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
+@click.option("--module", metavar="FILE:FACTORY", help="Your own torch.nn.Module instead.")
+@click.option("--weights", metavar="FILE", help="Of --module: its .safetensors file.")
 @click.option("--out", type=click.Path(path_type=Path), help="The bundle to write.")
 @click.option(
     "--in-place",
@@ -42,15 +44,21 @@ from mla_deploy.cli.verb import verb
 @click.option("--all-logits", is_flag=True, default=None, help="Logits of every new token.")
 @click.option("--replace", is_flag=True, default=None, help="Swap out a bundle that is there.")
 @verb
-def export(screen: Screen, checkpoint: Path, out: Path | None = None, **options: Any) -> Outcome:
+def export(
+    screen: Screen, checkpoint: Path | None = None, out: Path | None = None, **options: Any
+) -> Outcome:
     """Export CHECKPOINT, a Hugging Face folder with latent attention, to the bundle OUT.
 
     Two ONNX graphs over one weight file: prefill with expanded heads, decode absorbed. The latent
     cache is an explicit input and output of both. Nothing stands under OUT until all is written.
-    With --in-place the bundle is CHECKPOINT's own folder with a few files mla-deploy.* added.
+    With --module the model is what a function of yours, package.file:factory, returns; this runs
+    your code. With --in-place the bundle is CHECKPOINT's own folder with a few files mla-deploy.*
+    added.
     """
     if (out is None) != bool(options.get("in_place")):
         raise click.UsageError("one of --out and --in-place is needed.")
+    if (checkpoint is None) != bool(options.get("module")):
+        raise click.UsageError("one of CHECKPOINT and --module is needed.")
     import mla_deploy
     from mla_deploy.cli.bundle_sheets import bundle_result, bundle_sheets
 

@@ -14,7 +14,9 @@ from mla_deploy.cli.verb import verb
 
 @click.command(short_help="Is the bundle equal to its PyTorch source? Exit 3 if not.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--source", required=True, type=click.Path(path_type=Path), help="The checkpoint.")
+@click.option("--source", type=click.Path(path_type=Path), help="The checkpoint.")
+@click.option("--module", metavar="FILE:FACTORY", help="Your own torch.nn.Module instead.")
+@click.option("--weights", metavar="FILE", help="Of --module: its .safetensors file.")
 @click.option("--junit", type=click.Path(path_type=Path), help="Write the cases as JUnit XML.")
 @click.option("--report", type=click.Path(path_type=Path), help="Write the report as JSON.")
 @click.option("--verify", type=click.Choice(["full", "sizes"]), help="By hash, or by size.  [full]")
@@ -24,18 +26,26 @@ def validate(
     screen: Screen,
     bundle: Path,
     *,
-    source: Path,
+    source: Path | None = None,
+    module: str | None = None,
     junit: Path | None = None,
     report: Path | None = None,
     **options: Any,
 ) -> Outcome:
-    """Run BUNDLE against CHECKPOINT over prefill, chunks, decode steps and ragged batches."""
+    """Run BUNDLE against its source over prefill, chunks, decode steps and ragged batches.
+
+    The source is the checkpoint or the module that BUNDLE was exported from.
+    """
+    if (source is None) == (module is None):
+        raise click.UsageError("one of --source and --module is needed.")
     import mla_deploy
     from mla_deploy.cli.report_sheets import report_refusal, report_sheets, report_summary
     from mla_deploy.validate import write_json, write_junit
 
     with progress_bar(screen) as progress:
-        found = mla_deploy.validate(bundle, source=source, progress=progress, **options)
+        found = mla_deploy.validate(
+            bundle, source=source, module=module, progress=progress, **options
+        )
     if report is not None:
         write_json(found, report)
     if junit is not None:

@@ -72,8 +72,8 @@ def assemble(
     trunk = trace.trunk.clone()
     counts = order.apply_rules(trunk, order.trunk_cpu())
     uses = collect_weights(trunk, {*INPUTS, *frequency_names(trace.rope)})
-    builder = _Builder(trunk, form, layout, trace)
-    builder.trunk_weights({k: _renamed(u, "model.") for k, u in uses.items()})
+    builder = GraphBuilder(trunk, form, layout, trace)
+    builder.trunk_weights({k: renamed(u, "model.") for k, u in uses.items()})
     for traced in trace.layers:
         fired = builder.kind(traced, layer_rules)
         for rule, number in fired.items():
@@ -101,7 +101,7 @@ def bind_weights(model: ir.Model, layout: WeightLayout, folder: Path, file: str)
             )
 
 
-class _Builder:
+class GraphBuilder:
     def __init__(
         self, trunk: ir.Model, form: GraphForm, layout: WeightLayout, trace: Trace
     ) -> None:
@@ -148,7 +148,7 @@ class _Builder:
             weights.append(
                 [
                     self._weight(
-                        full_use(_renamed(use, "layer."), prefix, self.trace.tied),
+                        full_use(renamed(use, "layer."), prefix, self.trace.tied),
                         _static_shape(by_name[name]),
                     )
                     for name, use in uses.items()
@@ -357,7 +357,7 @@ def _half_name(use: WeightUse) -> str:
     return f"{use.parameter.removesuffix('.weight')}.{use.half}"
 
 
-def _renamed(use: WeightUse, prefix: str) -> WeightUse:
+def renamed(use: WeightUse, prefix: str) -> WeightUse:
     return WeightUse(use.parameter.removeprefix(prefix), use.half, use.heads, use.nope, use.value)
 
 

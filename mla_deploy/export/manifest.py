@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 import mla_deploy
-from mla_deploy.checkpoint import Checkpoint, WeightMap
 from mla_deploy.config import MlaConfig
 from mla_deploy.export.assemble import Assembled, graph_values
 from mla_deploy.export.trace import Trace
@@ -21,14 +20,36 @@ if TYPE_CHECKING:
 _LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "safetensors", "numpy")
 
 
+class Source(Protocol):
+    """What a bundle is made of, as far as its manifest tells: a checkpoint or a user's module."""
+
+    @property
+    def digest(self) -> str: ...
+    @property
+    def config(self) -> MlaConfig: ...
+    @property
+    def files(self) -> tuple[str, ...]: ...
+    @property
+    def total_bytes(self) -> int: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+
+
+class Skipping(Protocol):
+    """Where weights come from, as far as the manifest tells: what was left out."""
+
+    @property
+    def skipped(self) -> Mapping[str, int]: ...
+
+
 def manifest_of(
-    source: Checkpoint,
+    source: Source,
     options: ExportOptions,
     trace: Trace,
     graphs: dict[str, Assembled],
     *,
     layout: WeightLayout,
-    weights: WeightMap,
+    weights: Skipping,
     named: Callable[[str], str],
 ) -> dict[str, Any]:
     """Everything but `files`, which publishing adds; `named` gives a part's file name."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import prod
@@ -33,14 +33,14 @@ from mla_deploy.targets import buildable_target, check_dtype
 DEFAULT_CAPACITY = 4096
 CACHE_KINDS = ("in-place", "growing")
 CACHE_LAYOUTS = ("fused", "split")
-_TEXTS = (
-    "config.json",
+TOKENIZER_TEXTS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "generation_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+_TEXTS = ("config.json", *TOKENIZER_TEXTS)
 _COPY_LIMIT = 64 * 1024 * 1024
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -60,9 +60,11 @@ class ExportOptions:
 
 
 def export(
-    checkpoint: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str] | None = None,
     out: str | os.PathLike[str] | None = None,
     *,
+    module: str | None = None,
+    weights: str | os.PathLike[str] | None = None,
     in_place: bool = False,
     target: str | None = None,
     dtype: str | None = None,
@@ -78,6 +80,8 @@ def export(
     `dtype` (fp32 by default) is the storage of weights and cache; arithmetic on a CPU is fp32.
     `capacity` is the tokens a runner reserves per row unless told otherwise.
     Nothing is left under `out` unless everything succeeded; `replace` swaps whole bundles.
+    `module`, `package.file:factory`, in place of a checkpoint: the user's own torch.nn.Module, with
+    `weights`, one `.safetensors` file (None: those the factory set). This runs the user's code.
     `in_place`, without `out`, writes the bundle beside the checkpoint, as files `mla-deploy.*` of
     its folder: weights stay in the checkpoint's files and dtype, and are not read.
 
@@ -88,6 +92,27 @@ def export(
         raise InputError(
             "EXP-OPTION", "an export goes to an output or in place; wanted one of the two"
         )
+    if (module is None) == (checkpoint is None):
+        raise InputError(
+            "EXP-OPTION", "an export takes a checkpoint or a module; wanted one of the two"
+        )
+    if checkpoint is None:
+        if out is None:
+            raise InputError("EXP-OPTION", "a module is exported to an output, not in place")
+        from mla_deploy.export.module_export import export_module
+
+        chosen = {"target": target, "dtype": dtype, "cache": cache, "cache_layout": cache_layout}
+        return export_module(
+            (str(module), weights),
+            out,
+            lambda config: _options(
+                config, **chosen, capacity=capacity, all_logits=all_logits, in_place=False
+            ),
+            replace=replace,
+            report=report,
+        )
+    if weights is not None:
+        raise InputError("EXP-OPTION", "weights are of a module; a checkpoint brings its own")
     with open_checkpoint(Path(checkpoint)) as source:
         options = _options(
             source.config,
@@ -160,7 +185,7 @@ def _build(source: Checkpoint, stage: Stage, options: ExportOptions, report: Pro
     weights = source_weights(source)
     check_tied(weights)
     if not options.in_place:
-        _copy_texts(source, stage)
+        copy_texts(source.folder, stage, _TEXTS)
     report("trace", 0, 1)
     trace = trace_model(config, cache, options.all_logits)
     report("trace", 1, 1)
@@ -242,11 +267,11 @@ def _write_weights(
         layout.write(stream, weights, done)
 
 
-def _copy_texts(source: Checkpoint, stage: Stage) -> None:
-    """config.json, and the tokenizer's files as they are; none of them is interpreted here."""
-    with open_folder(source.folder) as folder:
+def copy_texts(source: Path, stage: Stage, names: Sequence[str]) -> None:
+    """Files of the folder `source` as they are, if they are there; none is interpreted here."""
+    with open_folder(source) as folder:
         present = set(folder.names())
-        for name in _TEXTS:
+        for name in names:
             if name in present:
                 text = folder.read_bytes(name, policy="checkpoint", max_bytes=_COPY_LIMIT)
                 stage.write_bytes(name, text)

@@ -40,6 +40,7 @@ class Trace:
     constants: dict[str, torch.Tensor]  # buffers that no checkpoint holds
     layers_prefix: str  # such as `model.layers`
     form: CacheForm
+    trunk_buffers: tuple[CacheBuffer, ...] = ()  # of a user's module, which is all trunk
 
     def buffers(self, layer: int) -> tuple[CacheBuffer, ...]:
         """The caches that a layer keeps."""
@@ -52,7 +53,8 @@ class Trace:
     @property
     def all_buffers(self) -> tuple[CacheBuffer, ...]:
         """Every cache of the model, in graph order."""
-        return tuple(b for layer in range(len(self.calls)) for b in self.buffers(layer))
+        layers = (b for layer in range(len(self.calls)) for b in self.buffers(layer))
+        return (*self.trunk_buffers, *layers)
 
 
 def trace_model(config: MlaConfig, form: CacheForm, all_logits: bool) -> Trace:

@@ -17,7 +17,6 @@ from typing import Protocol
 
 import torch
 
-from mla_deploy.checkpoint import WeightMap
 from mla_deploy.errors import InputError, MlaDeployError
 from mla_deploy.rewrite.weights import WeightUse
 
@@ -33,6 +32,24 @@ class Writable(Protocol):
     """Where the weight file goes."""
 
     def write(self, data: bytes | memoryview, /) -> int: ...
+
+
+class WeightSource(Protocol):
+    """Where weights are read: a checkpoint's map, or a module."""
+
+    @property
+    def slices(self) -> Mapping[str, Shaped]: ...
+
+    def read(self, name: str, /) -> torch.Tensor: ...
+
+    def read_rows(self, name: str, start: int, stop: int, /) -> torch.Tensor: ...
+
+
+class Shaped(Protocol):
+    """A place that tells its shape."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -102,7 +119,7 @@ class WeightLayout:
     def write(
         self,
         stream: Writable,
-        source: WeightMap,
+        source: WeightSource,
         done: Callable[[int], None],
     ) -> None:
         """Stream every tensor; `done(bytes)` after each block.
@@ -124,7 +141,7 @@ class WeightLayout:
                 written.result()
                 done(len(data))
 
-    def _converted(self, source: WeightMap) -> Iterator[torch.Tensor]:
+    def _converted(self, source: WeightSource) -> Iterator[torch.Tensor]:
         last = _LastRead(source)
         for weight in self._ordered():
             for block in _blocks(weight, source, last):
@@ -147,7 +164,7 @@ def _one_thread() -> Iterator[None]:
 class _LastRead:
     """Both halves of a weight are cut from one reading of it."""
 
-    def __init__(self, source: WeightMap) -> None:
+    def __init__(self, source: WeightSource) -> None:
         self._source = source
         self._name = ""
         self._value = torch.empty(0)
@@ -159,7 +176,7 @@ class _LastRead:
         return self._value
 
 
-def _blocks(weight: StoredWeight, source: WeightMap, last: _LastRead) -> Iterator[torch.Tensor]:
+def _blocks(weight: StoredWeight, source: WeightSource, last: _LastRead) -> Iterator[torch.Tensor]:
     use = weight.use
     if use.half is not None:
         yield _half(last.read(use.parameter), use)

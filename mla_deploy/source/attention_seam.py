@@ -34,11 +34,22 @@ def expand_latent(
     heads, nope, value = (
         int(getattr(module, name)) for name in ("num_heads", "qk_nope_head_dim", "v_head_dim")
     )
+    return expansion(latent_B1TL, rope_key_B1TR, kv_b_proj.weight, (heads, nope, value))
+
+
+def expansion(
+    latent_B1TL: torch.Tensor,
+    rope_key_B1TR: torch.Tensor,
+    w_kv_b: torch.Tensor,
+    sizes: tuple[int, int, int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Composite: keys and values of every head; `sizes` are H, N and V."""
+    heads, nope, value = sizes
     batch, _, total, _ = latent_B1TL.shape
     width = nope + rope_key_B1TR.shape[-1]
     key, out = onnx_ops.symbolic_multi_out(
         f"{DOMAIN}::ExpandLatent",
-        (latent_B1TL, rope_key_B1TR, kv_b_proj.weight),
+        (latent_B1TL, rope_key_B1TR, w_kv_b),
         {"heads": heads, "nope": nope, "value": value},
         dtypes=(latent_B1TL.dtype, latent_B1TL.dtype),
         shapes=((batch, heads, total, width), (batch, heads, total, value)),
@@ -72,15 +83,24 @@ def attention(
     if chosen is not None:
         visible_B1ST = select_visible(visible_B1ST, chosen)
     operands = (query_BHSE, key_BHTE, value_BHTV, visible_B1ST)
-    out_BHSV = onnx_ops.symbolic(
+    return attention_composite(operands, float(scaling), sinks).transpose(1, 2), None
+
+
+def attention_composite(
+    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    scale: float,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Composite: attention [B, H, S, V] of query, key, value under a mask of visible tokens."""
+    query_BHSE, _, value_BHTV, _ = operands
+    return onnx_ops.symbolic(
         f"{DOMAIN}::Attention" if sinks is None else f"{DOMAIN}::SinkAttention",
         operands if sinks is None else (*operands, sinks),
-        {"scale": float(scaling)},
+        {"scale": scale},
         dtype=query_BHSE.dtype,
         shape=(*query_BHSE.shape[:-1], value_BHTV.shape[-1]),
         version=1,
     )
-    return out_BHSV.transpose(1, 2), None
 
 
 def select_visible(visible_B1ST: torch.Tensor, chosen_BSK: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from mla_deploy.validate.cases import Case, default_cases
 from mla_deploy.validate.gates import Gate, gate_for
 from mla_deploy.validate.memory import measure_memory
 from mla_deploy.validate.parity import CaseResult, run_case
-from mla_deploy.validate.reference import Progress, Reference
+from mla_deploy.validate.reference import Progress, Reference, Source
 from mla_deploy.validate.report import ValidationReport, rounding_loss, top_one
 from mla_deploy.validate.text import text_case
 
@@ -27,7 +27,9 @@ _LIBRARIES = ("mla-deploy", "torch", "transformers", "onnxruntime-gpu", "onnxrun
 def validate(
     bundle: Bundle | str | os.PathLike[str],
     *,
-    source: Checkpoint | str | os.PathLike[str],
+    source: Checkpoint | str | os.PathLike[str] | None = None,
+    module: str | None = None,
+    weights: str | os.PathLike[str] | None = None,
     cases: Sequence[Case] | None = None,
     threads: int | None = None,
     verify: Literal["full", "sizes"] = "full",
@@ -35,6 +37,8 @@ def validate(
 ) -> ValidationReport:
     """Run `bundle` and its PyTorch source over `cases` and compare; None takes `default_cases`.
 
+    The source is a checkpoint, or the user's own `module` (`package.file:factory`, whose code runs)
+    with its `weights`, as they were exported.
     `threads` is for both sides; None leaves each its own default.
     The answer no is a report whose `passed` is false, not an exception.
     Raises: BUN-* and CKPT-* (as `open_bundle`, `open_checkpoint`), IntegrityError VAL-SOURCE (the
@@ -45,17 +49,17 @@ def validate(
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle, verify=verify)
     dtype = str(opened.manifest["dtype"])
     gate = gate_for(dtype)
-    with _opened(source) as checkpoint:
-        _require_source(opened, checkpoint)
+    with _opened(source, module, weights) as found:
+        _require_source(opened, found)
         sessions = GraphSessions(opened, threads)
         with _torch_threads(threads):
-            reference = Reference.of_checkpoint(checkpoint)
-            chosen = _chosen(opened, checkpoint, cases, reference)
+            reference = _reference(found)
+            chosen = _chosen(opened, found, cases, reference)
             rounded = "in_place" not in opened.manifest
             stored = reference.stored_as(dtype, chosen, weights=rounded)
             results = _run(chosen, sessions, (stored, reference), gate, progress)
-        memory = measure_memory(opened, checkpoint.config, sessions)
-        digest, notes = checkpoint.digest, checkpoint.notes
+        memory = measure_memory(opened, found.config, sessions)
+        digest, notes = found.digest, found.notes
     return ValidationReport(
         bundle_digest=opened.digest,
         source_digest=digest,
@@ -93,24 +97,46 @@ def _run(
 
 
 def _chosen(
-    bundle: Bundle, checkpoint: Checkpoint, cases: Sequence[Case] | None, reference: Reference
+    bundle: Bundle, source: Source, cases: Sequence[Case] | None, reference: Reference
 ) -> tuple[Case, ...]:
     if cases is None:
-        text = text_case(bundle, checkpoint.config, reference)
-        return (*default_cases(checkpoint.config), *(() if text is None else (text,)))
+        text = text_case(bundle, source.config, reference)
+        return (*default_cases(source.config), *(() if text is None else (text,)))
     if not cases:
         raise InputError("VAL-CASE", "found no cases, wanted at least one")
     return tuple(cases)
 
 
 @contextlib.contextmanager
-def _opened(source: Checkpoint | str | os.PathLike[str]) -> Iterator[Checkpoint]:
+def _opened(
+    source: Checkpoint | str | os.PathLike[str] | None,
+    module: str | None,
+    weights: str | os.PathLike[str] | None,
+) -> Iterator[Source]:
     """The caller's open checkpoint stays open; one that we open is closed."""
-    if isinstance(source, Checkpoint):
+    if (source is None) == (module is None):
+        raise InputError(
+            "VAL-OPTION", "a bundle is held against a checkpoint or a module; wanted one of the two"
+        )
+    if source is None:
+        from mla_deploy.source.user.module_source import open_module_source
+
+        yield open_module_source(str(module), weights)
+    elif isinstance(source, Checkpoint):
         yield source
-        return
-    with open_checkpoint(os.fspath(source)) as checkpoint:
-        yield checkpoint
+    else:
+        with open_checkpoint(os.fspath(source)) as checkpoint:
+            yield checkpoint
+
+
+def _reference(source: Source) -> Reference:
+    if isinstance(source, Checkpoint):
+        return Reference.of_checkpoint(source)
+    from mla_deploy.source.user.module_source import ModuleSource
+
+    if isinstance(source, ModuleSource):
+        return Reference.of_module(source)
+    raise InputError("VAL-OPTION", f"{type(source).__name__} is no source of a bundle")
 
 
 @contextlib.contextmanager
@@ -127,14 +153,14 @@ def _torch_threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _require_source(bundle: Bundle, checkpoint: Checkpoint) -> None:
+def _require_source(bundle: Bundle, source: Source) -> None:
     wanted = bundle.manifest["source"]["checkpoint_digest"]
-    if checkpoint.digest != wanted:
+    if source.digest != wanted:
         raise IntegrityError(
             "VAL-SOURCE",
-            f"the bundle was made from checkpoint {wanted}, this one is {checkpoint.digest}",
+            f"the bundle was made from source {wanted}, this one is {source.digest}",
             hint="name the checkpoint that the bundle was exported from, or export this one",
-            found=checkpoint.digest,
+            found=source.digest,
             wanted=wanted,
         )
 

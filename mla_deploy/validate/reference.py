@@ -4,18 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mla_deploy.checkpoint import Checkpoint
+from mla_deploy.config import MlaConfig
 from mla_deploy.validate.cases import Case, Tokens
 
 if TYPE_CHECKING:
-    from mla_deploy.runtime.torch_runner import TorchRunner
+    from mla_deploy.source.user.module_source import ModuleSource
 
 Floats = NDArray[np.float32]
+
+
+class SourceRunner(Protocol):
+    """A source as a runner of one row, which can round as a bundle's dtype does."""
+
+    @property
+    def cache_layers(self) -> tuple[int, ...]: ...
+    def prefill(self, rows: Sequence[Sequence[int]]) -> Floats: ...
+    def decode(self, tokens: Sequence[int]) -> Floats: ...
+    def reset(self) -> None: ...
+    def cached_rows(self, layer: int, row: int) -> Floats: ...
+    def store_as(self, dtype: str, *, weights: bool = True) -> None: ...
+
+
+class Source(Protocol):
+    """What a bundle is held against: a checkpoint, or a user's module."""
+
+    @property
+    def config(self) -> MlaConfig: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -32,7 +56,7 @@ class Reference:
     Rows run alone: a ragged batch of the bundle is held against rows that never saw each other.
     """
 
-    def __init__(self, source: TorchRunner) -> None:
+    def __init__(self, source: SourceRunner) -> None:
         """`source` has one row."""
         self._source = source
         self._traces: dict[tuple[Tokens, ...], RowTrace] = {}
@@ -43,6 +67,13 @@ class Reference:
         from mla_deploy.runtime.torch_runner import TorchRunner
 
         return cls(TorchRunner(checkpoint))
+
+    @classmethod
+    def of_module(cls, source: ModuleSource) -> Reference:
+        """A user's own module."""
+        from mla_deploy.runtime.module_runner import ModuleRunner
+
+        return cls(ModuleRunner(source))
 
     def stored_as(self, dtype: str, cases: Sequence[Case], *, weights: bool = True) -> Reference:
         """The source as a bundle of `dtype` stores it, its weights too if asked; self for fp32.

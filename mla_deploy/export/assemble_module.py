@@ -1,0 +1,54 @@
+"""One graph of a user's module: its trace is the graph, so only weights and names are bound."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from mla_deploy import shapes
+from mla_deploy.export.assemble import Assembled, GraphBuilder, GraphForm, renamed
+from mla_deploy.export.trace import Trace
+from mla_deploy.export.trace_module import INPUTS, SOURCE
+from mla_deploy.export.weights import WeightLayout
+from mla_deploy.rewrite import order
+from mla_deploy.rewrite.weights import collect_weights
+
+
+def assemble_module(
+    trace: Trace, form: GraphForm, rules: order.Rules, layout: WeightLayout
+) -> Assembled:
+    """Rewrite the module's graph with `rules`; `layout` learns the weights."""
+    model = trace.trunk.clone()
+    caches = [buffer.name() for buffer in trace.trunk_buffers]
+    builder = GraphBuilder(model, form, layout, trace)
+    for value in model.graph.inputs:
+        if value.name in caches:
+            value.dtype = builder.dtype
+    counts = order.apply_rules(model, rules)
+    given = {*INPUTS, *caches}
+    uses = collect_weights(model, given)
+    order.require_lowered(model)
+    builder.trunk_weights({name: renamed(use, f"{SOURCE}.") for name, use in uses.items()})
+    _name(model, form, trace)
+    return Assembled(builder.finished(), counts)
+
+
+def _name(model: ir.Model, form: GraphForm, trace: Trace) -> None:
+    """The graph's contract: tokens, lengths, caches; logits, then the caches."""
+    graph = model.graph
+    batch, new = shapes.BATCH, shapes.NEW_TOKENS
+    inputs = {str(value.name): value for value in graph.inputs}
+    inputs["input_ids"].shape = ir.Shape([batch, new])
+    for name in INPUTS[1:]:
+        inputs[name].shape = ir.Shape([batch])
+    vocab = form.config.vocab_size
+    logits, *caches = graph.outputs
+    logits.name = "logits"
+    logits.shape = ir.Shape([batch, new, vocab] if form.all_logits else [batch, vocab])
+    for buffer, value in zip(trace.trunk_buffers, caches, strict=True):
+        held = inputs[buffer.name()]
+        rows: tuple[str, str] = (shapes.CAPACITY, shapes.CAPACITY)
+        if trace.form.growing:
+            rows = (shapes.PAST_TOKENS, f"{shapes.PAST_TOKENS} + {shapes.NEW_TOKENS}")
+        value.name = buffer.name(out=True)
+        held.shape, value.shape = (ir.Shape([batch, 1, r, *buffer.shape]) for r in rows)
+        value.type = held.type

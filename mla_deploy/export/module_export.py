@@ -1,0 +1,134 @@
+"""`export --module`: a user's own nn.Module, raised, to a published bundle."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from mla_deploy.bundle import Bundle, Stage, refuse_overlap, stage_bundle
+from mla_deploy.config import MlaConfig
+from mla_deploy.errors import InputError, quoted
+from mla_deploy.export.assemble import Assembled, GraphForm, bind_weights
+from mla_deploy.export.assemble_module import assemble_module
+from mla_deploy.export.manifest import manifest_of
+from mla_deploy.export.pipeline import TOKENIZER_TEXTS, ExportOptions, copy_texts
+from mla_deploy.export.trace import Trace
+from mla_deploy.export.trace_layer import CacheForm
+from mla_deploy.export.trace_module import EXPANSION, trace_raised
+from mla_deploy.export.weights import DTYPES, WeightLayout
+from mla_deploy.rewrite import order
+from mla_deploy.rewrite.ensures import require_latent_only
+from mla_deploy.source.user.module_source import ModuleSource, open_module_source
+from mla_deploy.source.user.raised import RaisedModule
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+@dataclass(frozen=True)
+class ModuleWeights:
+    """The weights of a raised module, by the names that its graphs have for them."""
+
+    raised: RaisedModule
+    skipped: Mapping[str, int]
+
+    @property
+    def slices(self) -> Mapping[str, torch.Tensor]:
+        """What has a shape, by name."""
+        module = self.raised.source.module
+        named = {**dict(module.named_parameters(remove_duplicate=False)),
+                 **dict(module.named_buffers(remove_duplicate=False))}  # fmt: skip
+        for index, latent in enumerate(self.raised.latents):
+            named[f"{EXPANSION}.{index}.w_kv_b"] = latent.w_kv_b
+        return named
+
+    def read(self, name: str) -> torch.Tensor:
+        """A weight. Raises: InputError CKPT-NONFINITE."""
+        value = self.slices[name].detach()
+        if not bool(value.isfinite().all()):
+            raise InputError("CKPT-NONFINITE", f"{quoted(name)} holds NaN or infinity", tensor=name)
+        return value
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of a weight."""
+        return self.read(name)[start:stop]
+
+
+def export_module(
+    names: tuple[str, str | os.PathLike[str] | None],
+    out: str | os.PathLike[str],
+    options_of: Callable[[MlaConfig], ExportOptions],
+    *,
+    replace: bool,
+    report: Progress,
+) -> Bundle:
+    """Publish the bundle of the module that `names`, a factory and a weight file, stand for.
+
+    A tokenizer's files beside the weight file come along.
+    Raises: SRC-*, CKPT-*, EXP-*, BUN-*, REW-*.
+    """
+    factory, weights = names
+    report("trace", 0, 2)
+    source = open_module_source(factory, weights)
+    options = options_of(source.config)
+    report("trace", 1, 2)
+    if weights is not None:
+        refuse_overlap(out, weights)
+    needed = source.total_bytes * DTYPES[options.dtype].itemsize // 4
+    with stage_bundle(out, replace=replace, needed_bytes=needed) as stage:
+        if weights is not None:
+            copy_texts(Path(weights).parent, stage, TOKENIZER_TEXTS)
+        return _build(source, stage, options, report)
+
+
+def _build(source: ModuleSource, stage: Stage, options: ExportOptions, report: Progress) -> Bundle:
+    cache = CacheForm(options.cache_layout == "fused", options.cache == "growing")
+    trace = trace_raised(source.raised, cache, options.all_logits)
+    report("trace", 2, 2)
+    form = GraphForm(source.config, cache, options.dtype, options.all_logits, "")
+    layout = WeightLayout()
+    graphs = {
+        "prefill": assemble_module(trace, form, order.prefill_cpu(cache.growing), layout),
+        "decode": assemble_module(trace, form, order.decode_cpu(cache.growing), layout),
+    }
+    _require_fired(graphs, trace, len(source.raised.latents))
+    report("rewrite", 1, 1)
+    weights = ModuleWeights(source.raised, {})
+    written = 0
+
+    def done(count: int) -> None:
+        nonlocal written
+        written += count
+        report("weights", written, layout.total_bytes)
+
+    with stage.create(stage.named("weights")) as stream:
+        layout.write(stream, weights, done)
+    for name, graph in graphs.items():
+        bind_weights(graph.model, layout, stage.path, stage.named("weights"))
+        proto = ir.to_proto(graph.model)
+        if name == "decode":
+            widest = max(buffer.shape[0] for buffer in trace.trunk_buffers)
+            require_latent_only(proto, source.config.num_heads, widest)
+        stage.write_bytes(stage.named(f"{name}.onnx"), proto.SerializeToString(deterministic=True))
+    report("publish", 0, 1)
+    manifest = manifest_of(
+        source, options, trace, graphs, layout=layout, weights=weights, named=stage.named
+    )
+    bundle = stage.publish(manifest)
+    report("publish", 1, 1)
+    return bundle
+
+
+def _require_fired(graphs: dict[str, Assembled], trace: Trace, attentions: int) -> None:
+    caches = {"lower_cache_update": len(trace.trunk_buffers)}
+    order.require_counts(
+        graphs["prefill"].counts, {"lower_expanded_attention": attentions, **caches}
+    )
+    order.require_counts(
+        graphs["decode"].counts,
+        {"absorb_projections": attentions, "lower_latent_attention": attentions, **caches},
+    )

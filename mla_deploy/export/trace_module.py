@@ -1,0 +1,147 @@
+"""A user's raised module to ONNX: one graph, whose attentions and caches are composites."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from mla_deploy.export.onnx_program import onnx_program, quiet
+from mla_deploy.export.trace import Trace
+from mla_deploy.export.trace_layer import CacheForm
+from mla_deploy.source.attention_seam import attention_composite, expansion
+from mla_deploy.source.cache_parts import CacheBuffer, CachePart, buffers_of
+from mla_deploy.source.plan import step_plan
+from mla_deploy.source.probe import BATCH, NEW, ROWS
+from mla_deploy.source.traced_cache import TracedCache
+from mla_deploy.source.user.graph import named_tensor
+from mla_deploy.source.user.latent import Latent
+from mla_deploy.source.user.raised import RaisedModule
+
+INPUTS = ("input_ids", "cache_lengths", "new_lengths")
+EXPANSION = "mla_deploy"  # its weights stand under this name: mla_deploy.{attention}.w_kv_b
+SOURCE = "model"
+
+
+def trace_raised(raised: RaisedModule, form: CacheForm, all_logits: bool) -> Trace:
+    """The whole module as the trunk of a trace; it has no layers of its own."""
+    buffers = tuple(
+        buffer
+        for index, latent in enumerate(raised.latents)
+        for buffer in _buffers(index, latent, form)
+    )
+    held_rows = ROWS - NEW if form.growing else ROWS
+    ids = torch.ones(BATCH, NEW, dtype=torch.int64)
+    cached, fresh = (torch.ones(BATCH, dtype=torch.int64) for _ in range(2))
+    held = [torch.zeros(BATCH, 1, held_rows, *buffer.shape) for buffer in buffers]
+    batch, new, rows = form.dims()
+    dynamic = ({0: batch, 1: new}, {0: batch}, {0: batch}, [{0: batch, 2: rows[0]} for _ in held])
+    names = [*INPUTS, *(buffer.name() for buffer in buffers)]
+    module = _Raised(raised, buffers, form.growing, all_logits)
+    with quiet():
+        model, weights = onnx_program(module, (ids, cached, fresh, held), dynamic, names)
+    constants = {f"constant_{i}": value for i, value in enumerate(raised.graph.constants.values())}
+    constants |= _unsaved(raised.source.module)
+    return Trace(
+        trunk=model,
+        trunk_weights=tuple(name.removeprefix(f"{SOURCE}.") for name in weights),
+        layers=(),
+        calls=(),
+        rope={},
+        tied={},
+        constants=constants,
+        layers_prefix="",
+        form=form,
+        trunk_buffers=buffers,
+    )
+
+
+def _buffers(index: int, latent: Latent, form: CacheForm) -> tuple[CacheBuffer, ...]:
+    parts = [CachePart(index, "latent", (len(latent.latent),))]
+    parts.append(CachePart(index, "rope_key", (latent.rope,)))
+    return buffers_of(parts, fused=form.fused)
+
+
+def _unsaved(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers that no file holds, and integer ones, which no weight file stores: constants."""
+    saved = set(module.state_dict())
+    return {
+        name: buffer
+        for name, buffer in module.named_buffers()
+        if name not in saved or not buffer.is_floating_point()
+    }
+
+
+class _Raised(nn.Module):
+    """The raised module over bound caches, with the step plan from the lengths."""
+
+    def __init__(
+        self,
+        raised: RaisedModule,
+        buffers: Sequence[CacheBuffer],
+        growing: bool,
+        all_logits: bool,
+    ) -> None:
+        super().__init__()
+        self.raised = raised
+        self.buffers_held = tuple(buffers)
+        self.growing, self.all_logits = growing, all_logits
+        self.add_module(SOURCE, raised.source.module)
+        self.add_module(EXPANSION, nn.ModuleList(_Expansion(each) for each in raised.latents))
+        self._constants: dict[fx.Node, str] = {}
+        for place, (node, value) in enumerate(raised.graph.constants.items()):
+            self._constants[node] = f"constant_{place}"
+            self.register_buffer(f"constant_{place}", value)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        cache_lengths: torch.Tensor,
+        new_lengths: torch.Tensor,
+        held: Sequence[torch.Tensor],
+    ) -> tuple[torch.Tensor, ...]:
+        steps_S = torch.arange(input_ids.shape[1])
+        rows = held[0].shape[2] + (input_ids.shape[1] if self.growing else 0)
+        plan = step_plan(steps_S, cache_lengths, new_lengths, rows)
+        cache = TracedCache(plan, None, list(zip(self.buffers_held, held, strict=True)))
+        expansions: Any = getattr(self, EXPANSION)
+
+        def attend(
+            index: int, query: torch.Tensor, latent_BSL: torch.Tensor, rope_key_BSR: torch.Tensor
+        ) -> torch.Tensor:
+            rows = cache.update(latent_BSL[:, None], rope_key_BSR[:, None], index)
+            key, value = expansions[index](*rows)
+            scale = self.raised.scale(index)
+            return attention_composite((query, key, value, plan.visible_B1ST), scale)
+
+        last_B = None if self.all_logits else torch.clamp(new_lengths - 1, min=0)
+        positions_BS = cache_lengths[:, None] + steps_S
+        logits = self.raised.logits(
+            input_ids, positions_BS, attend, weight=self._weight, last_B=last_B
+        ).float()
+        if self.all_logits:
+            logits = torch.where(plan.valid_BS[..., None], logits, 0.0)
+        else:
+            logits = torch.where(plan.active_B11[:, 0], logits[:, 0], 0.0)
+        return (logits, *cache.updated)
+
+    def _weight(self, placeholder: fx.Node) -> torch.Tensor:
+        if placeholder in self._constants:
+            return named_tensor(self, self._constants[placeholder])
+        return named_tensor(getattr(self, SOURCE), self.raised.graph.weights[placeholder])
+
+
+class _Expansion(nn.Module):
+    """One attention's expansion [H*(N+V), L]."""
+
+    def __init__(self, latent: Latent) -> None:
+        super().__init__()
+        self.w_kv_b = nn.Parameter(latent.w_kv_b, requires_grad=False)
+        self.sizes = (latent.heads, latent.nope, latent.value)
+
+    def forward(
+        self, latent_B1TL: torch.Tensor, rope_key_B1TR: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return expansion(latent_B1TL, rope_key_B1TR, self.w_kv_b, self.sizes)

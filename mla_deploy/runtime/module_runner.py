@@ -1,0 +1,108 @@
+"""A user's own module as a runner: it is asked about whole rows, and caches nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mla_deploy.export.weights import DTYPES, stored_dtype
+from mla_deploy.runtime.guards import Rows, checked_rows, checked_sizes, checked_step
+from mla_deploy.source.storage import round_weights
+from mla_deploy.source.user.module_source import ModuleSource
+from mla_deploy.source.user.raised import Attend, whole_logits
+
+
+class ModuleRunner:
+    """`Runner` over the module itself in fp32: each call runs it on all tokens of a row."""
+
+    def __init__(self, source: ModuleSource, batch: int = 1) -> None:
+        """Raises: InputError RUN-BATCH."""
+        self._source = source
+        self._capacity = source.config.max_position_embeddings
+        checked_sizes(batch, self._capacity, 1)
+        self._batch = batch
+        self._dtype = "fp32"
+        self.reset()
+
+    @property
+    def batch(self) -> int:
+        return self._batch
+
+    @property
+    def capacity(self) -> int:
+        return self._capacity
+
+    @property
+    def vocab_size(self) -> int:
+        return self._source.config.vocab_size
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        return np.array([len(row) for row in self._rows], np.int64)
+
+    @property
+    def cache_bytes(self) -> int:
+        """None: the module keeps nothing."""
+        return 0
+
+    def prefill(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        return self._append(checked_rows(rows, self.lengths, self._capacity, self.vocab_size))
+
+    def decode(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        return self._append(checked_step(tokens, self.lengths, self._capacity, self.vocab_size))
+
+    def reset(self) -> None:
+        self._rows: list[list[int]] = [[] for _ in range(self._batch)]
+
+    def store_as(self, dtype: str, *, weights: bool = True) -> None:
+        """Reset, and from now on round weights and cached rows as a bundle of `dtype` does.
+
+        Then the raised model stands in for the module, which has no cached rows to round.
+        """
+        self._dtype = dtype
+        if dtype != "fp32" and weights:
+            round_weights(self._source.raised.source.module, lambda s: stored_dtype(s, 0, dtype))
+            for latent in self._source.raised.latents:
+                latent.w_kv_b.copy_(latent.w_kv_b.to(DTYPES[dtype]).float())
+        self.reset()
+
+    @property
+    def cache_layers(self) -> tuple[int, ...]:
+        return tuple(range(len(self._source.raised.latents)))
+
+    @torch.inference_mode()
+    def cached_rows(self, layer: int, row: int) -> NDArray[np.float32]:
+        """The latent and the rope key of all tokens of a row: fp32 [tokens, L + R]."""
+        _, cached = self._raised(self._rows[row])
+        return cached[layer][0].float().numpy()
+
+    @torch.inference_mode()
+    def _append(self, rows: Rows) -> NDArray[np.float32]:
+        last_BV = np.empty((self._batch, self.vocab_size), np.float32)
+        for index, tokens in enumerate(rows):
+            self._rows[index].extend(int(token) for token in tokens)
+            if self._dtype == "fp32":
+                ids_1T = torch.tensor([self._rows[index]])
+                logits = whole_logits(self._source.raised.source, ids_1T)
+            else:
+                logits, _ = self._raised(self._rows[index])
+            last_BV[index] = logits[0, -1].float().numpy()
+        return last_BV
+
+    def _raised(self, tokens: list[int]) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """Logits of the raised model and the rows that it caches, rounded to the dtype."""
+        raised = self._source.raised
+        cached: dict[int, torch.Tensor] = {}
+        eager, dtype = raised.eager(cached), DTYPES[self._dtype]
+
+        def rounded(
+            index: int, query: torch.Tensor, latent: torch.Tensor, rope_key: torch.Tensor
+        ) -> torch.Tensor:
+            return eager(index, query, latent.to(dtype).float(), rope_key.to(dtype).float())
+
+        attend: Attend = rounded
+        positions_1T = torch.arange(len(tokens))[None]
+        return raised.logits(torch.tensor([tokens]), positions_1T, attend), cached

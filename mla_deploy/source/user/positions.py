@@ -1,0 +1,99 @@
+"""What depends on positions alone: causal masks, which the step plan replaces, and tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from mla_deploy.errors import InputError
+from mla_deploy.source.user.attention import HIDDEN, Mask, Site
+from mla_deploy.source.user.graph import ATEN, UserGraph, Values
+
+# Two lengths: a mask that is causal for one of them by chance is not for the other.
+_LENGTHS = (5, 12)
+# Operators that broadcast: a table may be one of their operands.
+_ELEMENTWISE = {
+    ATEN.add.Tensor, ATEN.sub.Tensor, ATEN.mul.Tensor, ATEN.div.Tensor, ATEN.where.self,
+    ATEN.rsub.Tensor, ATEN.addcmul.default, ATEN.maximum.default, ATEN.minimum.default,
+}  # fmt: skip
+
+
+def require_causal(graph: UserGraph, site: Site) -> None:
+    """Each new token must see itself and all tokens in front of it, and nothing else.
+
+    Raises: InputError SRC-RAISE, which says who sees what.
+    """
+    for tokens in _LENGTHS:
+        future_ST = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+        hidden_ST = future_ST.clone() if site.is_causal else torch.zeros_like(future_ST)
+        for mask in site.masks:
+            hidden_ST |= _hidden(graph, mask, tokens)
+        wrong = (hidden_ST != future_ST).nonzero()
+        if len(wrong):
+            new, cached = (int(place) for place in wrong[0])
+            seen = "does not see" if hidden_ST[new, cached] else "sees"
+            raise InputError(
+                "SRC-RAISE",
+                f"attention {site.index} is not causal: of {tokens} tokens, token {new} {seen} "
+                f"token {cached}",
+                hint="only causal attention over all tokens is known in a module; windows and "
+                "two-way attention are not",
+                attention=site.index,
+            )
+
+
+def _hidden(graph: UserGraph, mask: Mask, tokens: int) -> torch.Tensor:
+    """bool [S, T]: what `mask` hides."""
+    value = Values(graph, graph.weight, sizes=(1, tokens)).of(mask.node)
+    new, cached = mask.axes
+    rank = max(value.dim(), -new, -cached)
+    value = value.reshape([1] * (rank - value.dim()) + list(value.shape))
+    others = [axis for axis in range(rank) if axis not in (new + rank, cached + rank)]
+    value = value.permute([*others, new + rank, cached + rank])
+    if value[..., 0, 0].numel() != 1:
+        raise InputError("SRC-RAISE", f"{mask.node.name} hides other tokens from other heads")
+    plane = value.reshape(value.shape[-2:]).expand(tokens, tokens)
+    if mask.form != "added":
+        return plane if mask.form == "hidden" else ~plane
+    between = (plane != 0) & (plane > HIDDEN)
+    if bool(between.any()):
+        raise InputError(
+            "SRC-RAISE",
+            f"{mask.node.name} adds {float(plane[between][0])} to a score, wanted 0 or -inf",
+            hint="a bias by position (ALiBi, say) is not known in a module",
+        )
+    return plane < 0
+
+
+def placed_table(
+    graph: UserGraph, table: fx.Node, reader: fx.Node, value: torch.Tensor, sizes: tuple[Any, Any]
+) -> torch.Tensor:
+    """A table made for all positions [B*S] of a call, as `reader` reads it: with a row axis.
+
+    `value` is `table` with its token axis B*S long. Raises: InputError SRC-RAISE.
+    """
+    axes, wanted = graph.axes(table), graph.axes(reader)
+    place = axes.index("S") - len(axes) if axes.count("S") == 1 else 0
+    if (
+        reader.target not in _ELEMENTWISE
+        or place == 0
+        or -place > len(wanted)
+        or wanted[place] != "S"
+        or "B" not in wanted[:place]
+        or any(axis not in (1, "B") for axis in axes[:place])
+    ):
+        raise InputError(
+            "SRC-RAISE",
+            f"{reader.target} ({reader.name}) reads positions ({table.name} {list(axes)}) in a way "
+            "that is not known",
+            hint="turn positions into values that are multiplied with or added to [B, ..., S, ...]",
+            node=reader.name,
+        )
+    batch, tokens = sizes
+    rank = len(wanted)
+    shape: list[Any] = [1] * (rank - len(axes)) + list(value.shape)
+    shape[wanted.index("B")] = batch
+    shape[rank + place] = tokens
+    return value.reshape(shape)
