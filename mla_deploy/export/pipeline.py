@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -88,44 +89,39 @@ def export(
     Raises: CFG-*, CKPT-*, SRC-*, EXP-* (input), BUN-EXISTS, BUN-BUSY, TARGET-*, ENV-*, REW-*.
     """
     report = progress or (lambda *_: None)
-    if in_place == (out is not None):
-        raise InputError(
-            "EXP-OPTION", "an export goes to an output or in place; wanted one of the two"
-        )
-    if (module is None) == (checkpoint is None):
-        raise InputError(
-            "EXP-OPTION", "an export takes a checkpoint or a module; wanted one of the two"
-        )
-    if checkpoint is None:
-        if out is None:
-            raise InputError("EXP-OPTION", "a module is exported to an output, not in place")
+    _require_one_source(checkpoint, module, weights, out, in_place)
+    options_of = partial(
+        _options,
+        target=target,
+        cache=cache,
+        cache_layout=cache_layout,
+        capacity=capacity,
+        all_logits=all_logits,
+        in_place=in_place,
+    )
+    if module is not None and out is not None:
         from mla_deploy.export.module_export import export_module
 
-        chosen = {"target": target, "dtype": dtype, "cache": cache, "cache_layout": cache_layout}
-        return export_module(
-            (str(module), weights),
-            out,
-            lambda config: _options(
-                config, **chosen, capacity=capacity, all_logits=all_logits, in_place=False
-            ),
-            replace=replace,
-            report=report,
-        )
-    if weights is not None:
-        raise InputError("EXP-OPTION", "weights are of a module; a checkpoint brings its own")
-    with open_checkpoint(Path(checkpoint)) as source:
-        options = _options(
-            source.config,
-            target=target,
-            dtype=own_dtype(source, dtype) if in_place else dtype,
-            in_place=in_place,
-            cache=cache,
-            cache_layout=cache_layout,
-            capacity=capacity,
-            all_logits=all_logits,
-        )
+        chosen = partial(options_of, dtype=dtype)
+        return export_module((module, weights), out, chosen, replace=replace, report=report)
+    with open_checkpoint(Path(checkpoint or "")) as source:
+        options = options_of(source.config, dtype=own_dtype(source, dtype) if in_place else dtype)
         with _staged(source, out, options, replace) as stage:
             return _build(source, stage, options, report)
+
+
+def _require_one_source(
+    checkpoint: object, module: object, weights: object, out: object, in_place: bool
+) -> None:
+    """A checkpoint or a module; to an output or, for a checkpoint, in place."""
+    for is_wrong, told in (
+        (in_place == (out is not None), "goes to an output or in place; wanted one of the two"),
+        ((module is None) == (checkpoint is None), "takes a checkpoint or a module; wanted one"),
+        (module is not None and in_place, "of a module goes to an output, not in place"),
+        (module is None and weights is not None, "takes weights for a module only"),
+    ):
+        if is_wrong:
+            raise InputError("EXP-OPTION", f"an export {told}")
 
 
 def _options(

@@ -42,7 +42,7 @@ def trace_raised(raised: RaisedModule, form: CacheForm, all_logits: bool) -> Tra
     module = _Raised(raised, buffers, form.growing, all_logits)
     with quiet():
         model, weights = onnx_program(module, (ids, cached, fresh, held), dynamic, names)
-    constants = {f"constant_{i}": value for i, value in enumerate(raised.graph.constants.values())}
+    constants = {f"constant_{i}": value for i, value in enumerate(_constants(raised).values())}
     constants |= _unsaved(raised.source.module)
     return Trace(
         trunk=model,
@@ -62,6 +62,16 @@ def _buffers(index: int, latent: Latent, form: CacheForm) -> tuple[CacheBuffer, 
     parts = [CachePart(index, "latent", (len(latent.latent),))]
     parts.append(CachePart(index, "rope_key", (latent.rope,)))
     return buffers_of(parts, fused=form.fused)
+
+
+def _constants(raised: RaisedModule) -> dict[fx.Node, torch.Tensor]:
+    """What the trace itself holds, and complex buffers as pairs of real numbers."""
+    graph = raised.graph
+    held = {node: graph.weight(node) for node in graph.weights}
+    return {
+        **graph.constants,
+        **{node: torch.view_as_real(each) for node, each in held.items() if each.is_complex()},
+    }
 
 
 def _unsaved(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -91,7 +101,7 @@ class _Raised(nn.Module):
         self.add_module(SOURCE, raised.source.module)
         self.add_module(EXPANSION, nn.ModuleList(_Expansion(each) for each in raised.latents))
         self._constants: dict[fx.Node, str] = {}
-        for place, (node, value) in enumerate(raised.graph.constants.items()):
+        for place, (node, value) in enumerate(_constants(raised).items()):
             self._constants[node] = f"constant_{place}"
             self.register_buffer(f"constant_{place}", value)
 

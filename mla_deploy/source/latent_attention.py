@@ -92,9 +92,9 @@ def _attention(
     return weights_BHST @ expanded_BHTK[..., nope:]
 
 
-def _kept(context: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    context.save_for_backward(*inputs[:4])
-    context.scale = inputs[4]
+def _kept(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.scale = inputs[4]
 
 
 def _gradients(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

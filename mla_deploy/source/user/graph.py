@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.export.graph_signature import InputKind
 
 from mla_deploy.errors import InputError, quoted
 from mla_deploy.source.user.factory import UserModule
+from mla_deploy.source.user.pairs import pair_value, touches_complex
 
 ATEN = torch.ops.aten
 _POSITIONS = ("position_ids", "positions")
@@ -124,12 +126,16 @@ def trace_user_module(source: UserModule) -> UserGraph:
     args = (ids,) if position_name is None else (ids, positions)
     dims = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
     try:
-        program = torch.export.export(
-            LogitsOf(module, position_name),
-            args,
-            dynamic_shapes=tuple(dims for _ in args),
-            strict=False,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the tracer's advice to its own developers
+            traced = torch.export.export(
+                LogitsOf(module, position_name),
+                args,
+                dynamic_shapes=tuple(dims for _ in args),
+                strict=False,
+            )
+            # Takes nothing apart; what was changed in place becomes a value of its own.
+            program = traced.run_decompositions({})
     except Exception as error:  # torch.export raises classes of many modules
         told = str(error).strip().partition("\n")[0]
         raise _refused(source, f"cannot be traced: {type(error).__name__}: {told}") from error
@@ -166,9 +172,10 @@ def _graph(source: UserModule, program: torch.export.ExportedProgram) -> UserGra
         constants=constants,
         rows=rows,
         tokens=tokens,
-        most_tokens=_most(program, tokens),
+        most_tokens=None,
         from_tokens=_from_tokens(nodes, given),
     )
+    graph = replace(graph, most_tokens=_most(program, graph))
     if graph.axes(graph.logits)[:2] != ("B", "S") or len(graph.axes(graph.logits)) != 3:
         shape = [str(axis) for axis in graph.axes(graph.logits)]
         raise _refused(source, f"returns [{', '.join(shape)}], wanted logits [B, S, vocab]")
@@ -212,9 +219,17 @@ def _symbol(source: UserModule, size: Any) -> Any:
     return size.node.expr
 
 
-def _most(program: torch.export.ExportedProgram, tokens: Any) -> int | None:
-    upper = program.range_constraints[tokens].upper
-    return int(upper) if upper.is_finite and upper < 2**31 - 1 else None
+def _most(program: torch.export.ExportedProgram, graph: UserGraph) -> int | None:
+    """Tokens that the trace allows, and rows of a table that positions are looked up in."""
+    upper = program.range_constraints[graph.tokens].upper
+    bounds = [int(upper)] if upper.is_finite and upper < 2**31 - 1 else []
+    for node in graph.nodes:
+        if node.target is not ATEN.embedding.default:
+            continue
+        weight: Any = node.args[0]
+        if graph.is_table(node) or node.args[1] is graph.positions:
+            bounds.append(int(weight.meta["val"].shape[0]))
+    return min(bounds, default=None)
 
 
 def _refused(source: UserModule, reason: str) -> InputError:
@@ -258,7 +273,8 @@ class Values:
     def computed(self, node: fx.Node) -> Any:
         """The value of a node whose arguments are known."""
         if node.op == "placeholder":
-            return self._weight(node)
+            held = self._weight(node)
+            return torch.view_as_real(held) if held.is_complex() else held
         if node.op != "call_function":
             raise InputError("SRC-MODULE", f"the trace has a node {node.op}, not known here")
         if self._graph.is_size(node):
@@ -268,6 +284,8 @@ class Values:
             counted = self._counted(node, args)
             if counted is not None:
                 return counted
+        if touches_complex(node):
+            return pair_value(node, args)
         target: Any = node.target
         return target(*args, **kwargs)
 
@@ -283,6 +301,7 @@ class Values:
             axis = args[1] if len(args) > 1 else 0
             start, step = (args[2] if len(args) > 2 else 0), (args[4] if len(args) > 4 else 1)
             source = self._graph.axes(node.args[0])  # type: ignore[arg-type]
+            axis %= len(shape)  # a pair of real numbers for a complex one has an axis more
             if shape[axis] == "S" and source[axis] != "S" and start in (0, None) and step == 1:
                 return args[0].index_select(axis, positions)
         return None

@@ -6,13 +6,16 @@ a token is taken (a minimum cut); among equals the one nearest to the attention.
 turned into is read off by sending unit vectors through that part of the graph, so the weights may
 be laid out in any way:
 
-    key_BHTE = latent_BTL W_uk, rope_key_BTR     value_BHTV = latent_BTL W_uv
+    key_BHTE = latent_BTL W_uk, rope_key_BTR     value_BHTV = latent_BTL W_uv + bias_HV
+
+A bias of the keys is left out: q . b is the same for every cached token, which softmax ignores. One
+of the values is added to the result, for the weights of a token sum to one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
@@ -37,7 +40,7 @@ _MOVES = SAME | {
 _PRODUCTS = {
     ATEN.linear.default, ATEN.matmul.default, ATEN.mm.default, ATEN.bmm.default,
     ATEN.einsum.default, ATEN.mul.Tensor, ATEN.mul.Scalar, ATEN.div.Tensor, ATEN.div.Scalar,
-    ATEN.neg.default,
+    ATEN.neg.default, ATEN.add.Tensor, ATEN.sub.Tensor, ATEN.addmm.default,
 }  # fmt: skip
 _LINEAR_ERROR = 1e-4
 
@@ -60,6 +63,7 @@ class Latent:
     heads: int
     nope: int
     value: int
+    value_bias_HV: torch.Tensor | None = None
 
     @property
     def rope(self) -> int:
@@ -78,9 +82,9 @@ def latent_of(graph: UserGraph, site: Site) -> Latent:
     rows = _narrowest(graph, site, [operand.node for operand in operands], region)
     width = sum(graph.elements(node) or 0 for node in rows)
     made = _made(graph, site, rows, operands)
-    heads = max(_heads(graph, site), *(tensor.shape[0] for tensor in made))
-    key_HEW = torch.cat([tensor.expand(heads, -1, -1) for tensor in made[:-1]], dim=1)
-    value_HVW = made[-1].expand(heads, -1, -1)
+    heads = max(_heads(graph, site), *(matrix.shape[0] for matrix, _ in made))
+    key_HEW = torch.cat([matrix.expand(heads, -1, -1) for matrix, _ in made[:-1]], dim=1)
+    value_HVW, bias_HV = (part.expand(heads, *part.shape[1:]) for part in made[-1])
     expanded = heads * (key_HEW.shape[1] + value_HVW.shape[1])
     if width >= expanded:
         raise InputError(
@@ -91,7 +95,8 @@ def latent_of(graph: UserGraph, site: Site) -> Latent:
             "yet",
             attention=site.index,
         )
-    return _canonical(site, rows, key_HEW, value_HVW)
+    found = _canonical(site, rows, key_HEW, value_HVW)
+    return replace(found, value_bias_HV=bias_HV.clone()) if bool(bias_HV.any()) else found
 
 
 def _seam(graph: UserGraph, site: Site) -> Latent:
@@ -129,7 +134,7 @@ def _heads(graph: UserGraph, site: Site) -> int:
 
 
 def _linear_region(graph: UserGraph, ends: Sequence[fx.Node]) -> set[fx.Node]:
-    """Nodes that are computed linearly from the tokens' values in front of them, up to `ends`."""
+    """Nodes up to `ends` that are linear, but for a bias, in the tokens' values before them."""
     found: set[fx.Node] = set()
     waiting = list(ends)
     while waiting:
@@ -152,7 +157,7 @@ def _is_linear(graph: UserGraph, node: fx.Node) -> bool:
     if node.target in _MOVES:
         return node.target is not ATEN.slice.Tensor or _keeps_tokens(graph, node)
     variable = [parent for parent in parents if parent in graph.from_tokens]
-    if node.target in (ATEN.div.Tensor, ATEN.linear.default):
+    if node.target in (ATEN.div.Tensor, ATEN.linear.default, ATEN.sub.Tensor):
         return variable == [node.args[0]]
     return node.target in _PRODUCTS and len(variable) == 1
 
@@ -202,8 +207,8 @@ def _narrowest(
 
 def _made(
     graph: UserGraph, site: Site, rows: tuple[fx.Node, ...], operands: Sequence[Operand]
-) -> list[torch.Tensor]:
-    """Each operand as a matrix [H or 1, its width, W] from a row of the cut."""
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each operand as a matrix [H or 1, its width, W] from a row of the cut, and its bias."""
     widths = [graph.elements(node) or 0 for node in rows]
     width = sum(widths)
     torch_state = torch.random.get_rng_state()
@@ -220,20 +225,18 @@ def _made(
     for operand in operands:
         last = "V" if operand is operands[-1] else "E"
         made_HTE = as_heads(values.of(operand.node).detach(), operand.axes, f"BHT{last}", 1)[0]
-        matrix_HEW = made_HTE[:, :width].transpose(1, 2)
-        constant, asked = made_HTE[:, width], made_HTE[:, width + 1 :]
-        wanted = probe_TW[width + 1 :] @ matrix_HEW.transpose(1, 2)
+        bias_HE = made_HTE[:, width]
+        matrix_HEW = (made_HTE[:, :width] - bias_HE[:, None]).transpose(1, 2)
+        asked = made_HTE[:, width + 1 :]
+        wanted = probe_TW[width + 1 :] @ matrix_HEW.transpose(1, 2) + bias_HE[:, None]
         limit = _LINEAR_ERROR * (1 + float(wanted.abs().max()))
-        if float(constant.abs().max()) != 0 or float((asked - wanted).abs().max()) > limit:
+        if not float((asked - wanted).abs().max()) <= limit:
             raise InputError(
                 "SRC-RAISE",
-                f"attention {site.index}: {operand.node.name} is not linear in the latent "
-                "(a bias of the expansion, say)",
-                hint="an absorbed expansion has no bias: leave it out, or fold it into the layers "
-                "around it",
+                f"attention {site.index}: {operand.node.name} is not linear in the latent",
                 attention=site.index,
             )
-        found.append(matrix_HEW)
+        found.append((matrix_HEW, bias_HE))
     return found
 
 

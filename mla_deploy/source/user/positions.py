@@ -93,6 +93,7 @@ def placed_table(
         )
     batch, tokens = sizes
     rank = len(wanted)
+    # A complex table comes with one more axis, of pairs, behind the others.
     shape: list[Any] = [1] * (rank - len(axes)) + list(value.shape)
     shape[wanted.index("B")] = batch
     shape[rank + place] = tokens

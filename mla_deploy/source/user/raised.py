@@ -226,6 +226,8 @@ class _Run:
             _picked(row_BSW, latent.latent),
             _picked(row_BSW, latent.rope_key),
         )
+        if latent.value_bias_HV is not None:
+            out_BHSV = out_BHSV + latent.value_bias_HV[:, None]
         if "X" in site.out_axes:
             return _from_heads(out_BHSV, site.out_axes.replace("X", "BH")).flatten(
                 site.out_axes.index("X"), site.out_axes.index("X") + 1
