@@ -26,7 +26,12 @@ from mla_deploy.cli.verb import verb
 @click.option(
     "--dtype",
     type=click.Choice(["fp32", "fp16", "bf16"]),
-    help="Storage of weights and cache.  [fp32; in place, the checkpoint's own]",
+    help="Storage of weights and cache.  [fp32; in place or kept, the checkpoint's own]",
+)
+@click.option(
+    "--weights",
+    metavar="keep",
+    help="keep: store them as the checkpoint does, FP8 and int8 too.  [converted to --dtype]",
 )
 @click.option(
     "--cache",

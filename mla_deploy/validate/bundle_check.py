@@ -51,7 +51,8 @@ def validate(
         with _torch_threads(threads):
             reference = Reference.of_checkpoint(checkpoint)
             chosen = _chosen(opened, checkpoint, cases, reference)
-            rounded = "in_place" not in opened.manifest
+            # Beside a checkpoint, or kept as there, they are its own weights.
+            rounded = "in_place" not in opened.manifest and "kept" not in opened.manifest["weights"]
             stored = reference.stored_as(dtype, chosen, weights=rounded)
             results = _run(chosen, sessions, (stored, reference), gate, progress)
         memory = measure_memory(opened, checkpoint.config, sessions)
