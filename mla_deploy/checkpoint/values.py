@@ -58,14 +58,16 @@ def read_raw(
 ) -> torch.Tensor:
     """`shape` neighbouring values from value `first` on, in the dtype on disk, not checked.
 
-    They lie in `out`, of just that many bytes, where it is given.
+    They lie in `out`, of just that many bytes, where it is given; then the file is being streamed.
     """
     itemsize = DTYPE_BITS[info.dtype] // 8
-    if out is None:
-        raw = torch.empty(prod(shape) * itemsize, dtype=torch.uint8)
-    else:
+    start = info.offset + first * itemsize
+    if out is not None:
+        shards.read_once_into(out, info.file, start, info.name)
         raw = torch.frombuffer(out, dtype=torch.uint8)
-    shards.read_into(raw.numpy().data, info.file, info.offset + first * itemsize, info.name)
+    else:
+        raw = torch.empty(prod(shape) * itemsize, dtype=torch.uint8)
+        shards.read_into(raw.numpy().data, info.file, start, info.name)
     return raw.view(_TORCH[info.dtype]).reshape(shape)
 
 

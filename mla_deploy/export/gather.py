@@ -7,7 +7,7 @@ cost more than reading does: every page of it is first cleared by the system.
 from __future__ import annotations
 
 import mmap
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Protocol
 
@@ -34,6 +34,7 @@ class Gather:
         self._current = 0
         self._filled = 0
         self._scratch: mmap.mmap | None = None
+        self._is_broken = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mla-deploy-write")
 
     def room(self, most: int) -> memoryview:
@@ -73,12 +74,21 @@ class Gather:
     def _hand_over(self) -> None:
         if self._filled:
             full = memoryview(self._chunks[self._current])[: self._filled]
-            self._written[self._current] = self._thread.submit(self._stream.write, full)
+            self._written[self._current] = self._thread.submit(self._write, full)
         self._current = (self._current + 1) % _CHUNKS
         self._filled = 0
         before = self._written[self._current]
         if before is not None:
             before.result()
+
+    def _write(self, full: memoryview) -> int:
+        """In the thread. After a write that failed there is no other: it would leave a hole."""
+        if self._is_broken:
+            return 0
+        self._is_broken = True
+        count = self._stream.write(full)
+        self._is_broken = False
+        return count
 
     def __enter__(self) -> Gather:
         return self
@@ -90,6 +100,4 @@ class Gather:
         trace: TracebackType | None,
     ) -> None:
         # Nobody may close the stream meanwhile; after an error the chunks that wait are dropped.
-        self._thread.shutdown(wait=False, cancel_futures=True)
-        wait([written for written in self._written if written is not None])
-        self._thread.shutdown()
+        self._thread.shutdown(cancel_futures=True)
