@@ -132,6 +132,8 @@ def position_embeddings(
     For a complex module: [B, S, R/2, 2], real part first. `inv_freqs` are the sets of the table,
     `lengths_B` the rows' lengths after the call.
     """
+    if positions_BS.dim() == 3:
+        positions_BS = positions_BS[0]  # [axes, B, S], and text has one position on all of them
     inv_freq = inv_freqs[0]
     if table.original_length:
         is_long_B11 = lengths_B[:, None, None] > table.original_length
