@@ -60,6 +60,7 @@ def _row(size: str, form: str, path: Path, limit: float) -> dict[str, Any]:
            "nodes": facts["nodes"] + facts["nodes_in_functions"]}  # fmt: skip
     for step, name in (("session", "ort"), ("parser", "trt")):
         found = _ran(step, path, limit)
+        row[f"{name}_processor_s"] = found.get("processor_s")
         row[f"{name}_s"], peak = found.get("seconds"), found.get("peak_bytes")
         row[f"{name}_GiB"] = None if peak is None else peak / 2**30
         if step == "parser":
