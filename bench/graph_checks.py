@@ -23,8 +23,12 @@ def main(step: str, path: Path) -> dict[str, Any]:
     work = _STEPS[step](path)  # loads what it needs
     start, processor = time.perf_counter(), time.process_time()
     found = work()
-    return {"seconds": time.perf_counter() - start,
-            "processor_s": time.process_time() - processor, "peak_bytes": resident("VmHWM"), **found}  # fmt: skip
+    return {
+        "seconds": time.perf_counter() - start,
+        "processor_s": time.process_time() - processor,
+        "peak_bytes": resident("VmHWM"),
+        **found,
+    }
 
 
 def _checker(path: Path) -> Any:
