@@ -148,13 +148,18 @@ class MlaConfig:
             )
         check_integer("n_routed_experts", self.num_experts, 0, MAX_EXPERTS)
         check_integer("zero_expert_num", self.identity_experts, 0, MAX_EXPERTS)
-        most = self.num_experts + self.identity_experts if self.num_experts else 0
+        most = self.router_rows
         check_integer("num_experts_per_tok", self.experts_per_token, min(1, most), most)
 
     @property
     def row_width(self) -> int:
         """Values cached per token and layer: L + R."""
         return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def router_rows(self) -> int:
+        """Rows of a router's weight: experts with weights, then identity ones; 0 without any."""
+        return self.num_experts + self.identity_experts if self.num_experts else 0
 
     @property
     def crossover_tokens(self) -> float:

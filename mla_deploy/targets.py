@@ -24,6 +24,7 @@ class Target:
     cache_update: str
     notes: str
     runs_now: bool = False
+    stores: tuple[str, ...] = ()  # weights beyond `dtypes` that a graph for it can widen itself
 
 
 _HALF = ("fp32", "fp16", "bf16")
@@ -34,7 +35,8 @@ _SCATTER = "TensorScatter"
 
 TARGETS: tuple[Target, ...] = (
     Target("cpu", "ONNX Runtime CPU", None, None, None, _HALF, "in place (bound buffer)",
-           "the embedded default; fp16 and bf16 are storage, arithmetic is fp32", runs_now=True),
+           "the embedded default; fp16 and bf16 are storage, arithmetic is fp32", runs_now=True,
+           stores=("fp8", "int8")),
     Target("cuda", "ONNX Runtime CUDA", None, None, None, _HALF, "in place (bound buffer)",
            "any NVIDIA GPU that onnxruntime-gpu supports"),
     Target("jetson-orin-jp6", "TensorRT 10.3", "8.7", 64, 204.8, ("fp32", "fp16", "int8", "int4"),
@@ -88,6 +90,20 @@ def buildable_target(name: str) -> Target:
         hint="export with `--target cpu`; a later release adds this target",
         target=name,
     )
+
+
+def check_stored(target: Target, dtype: str) -> None:
+    """Raises InputError TARGET-DTYPE when the target cannot keep weights in `dtype`."""
+    known = tuple(dict.fromkeys((*target.dtypes, *target.stores)))
+    if dtype not in known:
+        raise InputError(
+            "TARGET-DTYPE",
+            f"target {target.name} cannot keep weights that are {quoted(dtype)}; wanted one of "
+            f"{', '.join(known)}",
+            hint="leave --weights out: the weights are then stored in --dtype",
+            target=target.name,
+            dtype=dtype,
+        )
 
 
 def check_dtype(target: Target, dtype: str) -> None:

@@ -7,6 +7,7 @@ written as ever.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 
@@ -64,9 +65,11 @@ class Appender:
 
     def close(self) -> None:
         """Let the buffer go; what is in it is lost."""
-        if self._memory is not None:
-            self._memory.close()
-            self._memory = None
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            # After a write that failed its traceback still holds the view: it goes with that.
+            with contextlib.suppress(BufferError):
+                memory.close()
 
     def _flush(self, stop: int, start: int = 0) -> None:
         if self._memory is None:

@@ -47,13 +47,13 @@ class StagedFile:
         view = memoryview(data).cast("B")
         count = len(view)
         with as_failures(self._target):
-            self._whole = False
+            was_whole, self._whole = self._whole, False
             hashed = self._hasher.begin(view)
             try:
                 self._out.append(view)
             finally:
                 hashed()  # the caller may change its buffer as soon as we return
-            self._whole = True
+            self._whole = was_whole  # what an earlier write left out stays left out
         return count
 
     def tell(self) -> int:

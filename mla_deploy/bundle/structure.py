@@ -31,6 +31,8 @@ def check_sections(manifest: Mapping[str, Any], files: set[str]) -> None:
     _check_rules(manifest, _RULES)
     if "in_place" in manifest:
         _check_rules(manifest, _IN_PLACE_RULES)
+    if "kept" in manifest["weights"]:
+        _check_rules(manifest, _KEPT_RULES)
     _check_cache(manifest["cache"])
     _check_file("weights.file", manifest["weights"]["file"], files)
     for graph in GRAPHS:
@@ -211,6 +213,9 @@ _IN_PLACE_RULES: dict[str, _Rule] = {
     "in_place.bytes": _NATURAL,
     "in_place.verified": _TEXTS,
 }
+
+# Only where weights were copied in the form they have in the checkpoint.
+_KEPT_RULES: dict[str, _Rule] = {"weights.kept.tensors": _NATURAL, "weights.kept.bytes": _NATURAL}
 
 
 def _damaged(path: str, found: str, wanted: str) -> IntegrityError:

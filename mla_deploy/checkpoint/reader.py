@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -94,6 +95,28 @@ class Checkpoint:
         if info.dtype not in READABLE_DTYPES:
             raise unreadable_dtype(info)
         return read_values(self._shards, info, rows, index)
+
+    def read_stored(
+        self, name: str, first: int, shape: tuple[int, ...], out: memoryview | None = None
+    ) -> torch.Tensor:
+        """`shape` neighbouring values of a tensor of `stored`, from value `first` on, finite; in
+        its dtype on disk, what it is scaled by left out. They lie in `out` where it is given.
+
+        Raises: InputError CKPT-MISSING, CKPT-SLICE, CKPT-TRUNCATED, CKPT-NONFINITE;
+        IntegrityError CKPT-CHANGED.
+        """
+        from mla_deploy.checkpoint.values import check_finite, read_raw
+
+        info = self.stored.get(name)
+        if info is None:
+            raise InputError("CKPT-MISSING", f"there is no tensor {quoted(name)}", tensor=name)
+        if not 0 <= first <= first + prod(shape) <= prod(info.shape):
+            raise InputError(
+                "CKPT-SLICE", f"{shape} values of {quoted(name)} from {first} on are outside it"
+            )
+        values = read_raw(self._shards, info, first, shape, out)
+        check_finite(values, info)
+        return values
 
     def duplicate(self, file: str) -> int:
         """A descriptor of a weight file, the one whose header was checked; the caller closes it.

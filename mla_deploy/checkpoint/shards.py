@@ -11,6 +11,9 @@ from mla_deploy.errors import InputError, IntegrityError, quoted
 
 # A process may hold about a thousand descriptors; a large model has hundreds of shards.
 _MAX_OPEN = 128
+# Beyond this a file's pages are not kept: they would push everything else out of the page cache,
+# and to find a page for each takes the system longer than to copy what is in it.
+_CACHED_BYTES = 256 << 20
 
 
 class Shards:
@@ -56,6 +59,19 @@ class Shards:
                         file=file,
                     )
                 done += count
+        finally:
+            os.close(descriptor)
+
+    def read_once_into(self, buffer: memoryview, file: str, offset: int, tensor: str) -> None:
+        """As `read_into`, of bytes that nobody needs again soon: a large file's leave the cache."""
+        self.read_into(buffer, file, offset, tensor)
+        advise = getattr(os, "posix_fadvise", None)
+        if advise is None or self.size(file) <= _CACHED_BYTES:
+            return
+        descriptor = self.duplicate(file)
+        try:
+            # The page that the next bytes begin in is read again: only whole ones go.
+            advise(descriptor, offset, len(buffer), os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 from mla_deploy.errors import InputError, quoted
@@ -22,6 +23,11 @@ class TensorSlice:
     rows: tuple[int, int] | None
     shape: tuple[int, ...]
     dtype: str
+
+    def first_value(self, whole: tuple[int, ...]) -> int:
+        """How many values of the tensor, of shape `whole`, come before it."""
+        before = 0 if self.index is None else self.index * prod(whole[1:])
+        return before + (0 if self.rows is None else self.rows[0] * prod(self.shape[1:]))
 
 
 @dataclass(frozen=True)

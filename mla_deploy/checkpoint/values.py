@@ -49,11 +49,25 @@ def selection(info: TensorInfo, rows: slice | None, index: int | None) -> tuple[
     return start, stop
 
 
-def read_raw(shards: Shards, info: TensorInfo, first: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """`shape` neighbouring values from value `first` on, in the dtype on disk, not checked."""
+def read_raw(
+    shards: Shards,
+    info: TensorInfo,
+    first: int,
+    shape: tuple[int, ...],
+    out: memoryview | None = None,
+) -> torch.Tensor:
+    """`shape` neighbouring values from value `first` on, in the dtype on disk, not checked.
+
+    They lie in `out`, of just that many bytes, where it is given; then the file is being streamed.
+    """
     itemsize = DTYPE_BITS[info.dtype] // 8
-    raw = torch.empty(prod(shape) * itemsize, dtype=torch.uint8)
-    shards.read_into(raw.numpy().data, info.file, info.offset + first * itemsize, info.name)
+    start = info.offset + first * itemsize
+    if out is not None:
+        shards.read_once_into(out, info.file, start, info.name)
+        raw = torch.frombuffer(out, dtype=torch.uint8)
+    else:
+        raw = torch.empty(prod(shape) * itemsize, dtype=torch.uint8)
+        shards.read_into(raw.numpy().data, info.file, start, info.name)
     return raw.view(_TORCH[info.dtype]).reshape(shape)
 
 
@@ -77,18 +91,34 @@ def check_finite(values: torch.Tensor, info: TensorInfo) -> None:
 
     Raises: InputError CKPT-NONFINITE.
     """
+    if not values.dtype.is_floating_point:
+        return
+    if values.dtype is torch.float8_e4m3fn:
+        _check_bytes(values, info)
+        return
     for chunk in values.reshape(-1).split(_CHUNK):
         # Both ends of the range carry a NaN on and show an infinity: one pass, no mask.
         low, high = torch.aminmax(chunk)
         if not (torch.isfinite(low) and torch.isfinite(high)):
             bad = chunk[~torch.isfinite(chunk)][0].item()
-            raise InputError(
-                "CKPT-NONFINITE",
-                f"{quoted(info.name)} in {quoted(info.file)} holds {bad}, wanted finite values",
-                hint="the file is damaged or the training diverged; fetch it again",
-                tensor=info.name,
-                file=info.file,
-            )
+            raise _not_finite(info, bad)
+
+
+def _check_bytes(values: torch.Tensor, info: TensorInfo) -> None:
+    """Of float8_e4m3fn all bits but the sign are set in NaN, and there is no infinity."""
+    for chunk in values.reshape(-1).view(torch.uint8).split(_CHUNK):
+        if bool(((chunk & 0x7F) == 0x7F).any()):
+            raise _not_finite(info, float("nan"))
+
+
+def _not_finite(info: TensorInfo, found: float) -> InputError:
+    return InputError(
+        "CKPT-NONFINITE",
+        f"{quoted(info.name)} in {quoted(info.file)} holds {found}, wanted finite values",
+        hint="the file is damaged or the training diverged; fetch it again",
+        tensor=info.name,
+        file=info.file,
+    )
 
 
 def _bad_slice(info: TensorInfo, what: str) -> InputError:

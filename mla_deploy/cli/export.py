@@ -16,7 +16,6 @@ from mla_deploy.cli.verb import verb
 @click.command(short_help="Checkpoint to bundle: ONNX graphs over the latent cache.")
 @click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
 @click.option("--module", metavar="FILE:FACTORY", help="Your own torch.nn.Module instead.")
-@click.option("--weights", metavar="FILE", help="Of --module: its .safetensors file.")
 @click.option("--out", type=click.Path(path_type=Path), help="The bundle to write.")
 @click.option(
     "--in-place",
@@ -28,7 +27,13 @@ from mla_deploy.cli.verb import verb
 @click.option(
     "--dtype",
     type=click.Choice(["fp32", "fp16", "bf16"]),
-    help="Storage of weights and cache.  [fp32; in place, the checkpoint's own]",
+    help="Storage of weights and cache.  [fp32; in place or kept, the checkpoint's own]",
+)
+@click.option(
+    "--weights",
+    metavar="keep|FILE",
+    help="keep: store them as the checkpoint does, FP8 and int8 too; of --module: its "
+    ".safetensors file.  [converted to --dtype]",
 )
 @click.option(
     "--cache",

@@ -86,7 +86,7 @@ def bind_weights(model: ir.Model, layout: WeightLayout, folder: Path, file: str)
     """Point every weight initializer at its bytes in the weight file."""
     ranges = layout.ranges()
     for name, value in model.graph.initializers.items():
-        if name in ranges:
+        if name in ranges and name in layout.weights:
             offset, length = ranges[name]
             stored = layout.weights[name]
             value.type = ir.TensorType(IR_DTYPES[stored.dtype])
@@ -214,7 +214,7 @@ class GraphBuilder:
         if constant is not None:
             return self._initializer(ir.tensor(constant.numpy(), name=use.parameter))
         name = use.parameter if use.half is None else _half_name(use)
-        dtype = stored_dtype(shape, self.form.config.num_experts, self.form.dtype)
+        dtype = stored_dtype(shape, self.form.config.router_rows, self.form.dtype)
         weight = StoredWeight(name, use, shape, dtype)
         self.layout.add(weight)
         # Offsets are known once every weight is; until then the place in the file is held empty.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -27,7 +27,7 @@ from mla_deploy.export.weights import StoredWeight, WeightLayout
 
 DTYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}  # on disk -> as an option
 # What a graph can read of a weight with scales: the values themselves, and then the scales.
-_VALUES, _SCALES = ("F8_E4M3", "I8"), tuple(DTYPES)
+VALUES, SCALES = {"F8_E4M3": "fp8", "I8": "int8"}, tuple(DTYPES)
 _MAX_FILES = 500
 _OUT_HINT = "export with --out instead: it copies what it needs"
 
@@ -46,6 +46,7 @@ class OnDisk:
     shape: tuple[int, ...]
     scale: OnDisk | None = None
     blocks: Blocks | None = None
+    tensor: str = field(default="", compare=False)  # that it is, or is a part of
 
     @property
     def form(self) -> tuple[str, Blocks | None] | None:
@@ -61,11 +62,7 @@ def own_dtype(source: Checkpoint, asked: str | None) -> str:
 
     Raises: InputError EXP-IN-PLACE when another one is asked for.
     """
-    sizes: Counter[str] = Counter()
-    for info in source.stored.values():
-        if info.dtype in DTYPES:
-            sizes[DTYPES[info.dtype]] += info.nbytes
-    found = sizes.most_common(1)[0][0] if sizes else "bf16"
+    found = commonest_dtype(source)
     if asked not in (None, found):
         raise InputError(
             "EXP-IN-PLACE",
@@ -73,6 +70,15 @@ def own_dtype(source: Checkpoint, asked: str | None) -> str:
             hint=f"leave --dtype out, or {_OUT_HINT}",
         )
     return found
+
+
+def commonest_dtype(source: Checkpoint) -> str:
+    """The float dtype of most bytes of the checkpoint, as an option; bf16 where there is none."""
+    sizes: Counter[str] = Counter()
+    for info in source.stored.values():
+        if info.dtype in DTYPES:
+            sizes[DTYPES[info.dtype]] += info.nbytes
+    return sizes.most_common(1)[0][0] if sizes else "bf16"
 
 
 def require_plain_files(source: Checkpoint) -> None:
@@ -171,7 +177,7 @@ def _quantized_place(
     values, scale = parts["values"], parts.get("scale")
     if scale is None or len(parts) != 2 or len(part.shape) != 2:
         return None
-    if values.dtype not in _VALUES or scale.dtype not in _SCALES:
+    if values.dtype not in VALUES or scale.dtype not in SCALES:
         return None
     # A block as large as the matrix is all of it, however its grid of one is written.
     rows, columns = (0 if b >= s else b for b, s in zip(block, part.shape, strict=True))
@@ -208,14 +214,11 @@ def _scale_range(
 def _range(info: TensorInfo, part: TensorSlice) -> OnDisk | None:
     """The bytes of a part of a tensor; None where a processor may refuse to load a number."""
     itemsize = info.nbytes // prod(info.shape)
-    offset = info.offset
-    if part.index is not None:
-        offset += part.index * prod(info.shape[1:]) * itemsize
-    if part.rows is not None:
-        offset += part.rows[0] * prod(part.shape[1:]) * itemsize
+    offset = info.offset + part.first_value(info.shape) * itemsize
     if offset % itemsize:
         return None
-    return OnDisk(info.file, offset, prod(part.shape) * itemsize, info.dtype, part.shape)
+    nbytes = prod(part.shape) * itemsize
+    return OnDisk(info.file, offset, nbytes, info.dtype, part.shape, tensor=info.name)
 
 
 def _recorded(descriptor: int, *, whole: bool) -> CheckpointFile:

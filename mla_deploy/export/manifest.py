@@ -90,9 +90,18 @@ def manifest_of(
         "weights": {
             "file": named("weights"),
             "bytes": layout.total_bytes,
-            "tensors": len(layout.weights),
+            "tensors": len(layout.weights) + len(layout.copied),
+            **_kept(options, layout),
         },
     }
+
+
+def _kept(options: ExportOptions, layout: WeightLayout) -> dict[str, Any]:
+    """What was copied as it is, scales counted too; only where that was asked for."""
+    if options.weights != "keep" or options.in_place:
+        return {}
+    copied = layout.copied.values()
+    return {"kept": {"tensors": len(copied), "bytes": sum(tensor.nbytes for tensor in copied)}}
 
 
 def _model(config: MlaConfig) -> dict[str, Any]:

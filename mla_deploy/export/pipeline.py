@@ -20,7 +20,9 @@ from mla_deploy.config import MlaConfig
 from mla_deploy.door import open_folder
 from mla_deploy.errors import InputError
 from mla_deploy.export.assemble import Assembled, GraphForm, assemble, bind_weights
+from mla_deploy.export.copied import copy_kept
 from mla_deploy.export.in_place import Kept, files_section, keep, own_dtype, require_plain_files
+from mla_deploy.export.keep import WAYS, kept_dtype, require_keepable
 from mla_deploy.export.manifest import manifest_of
 from mla_deploy.export.trace import Trace, trace_model
 from mla_deploy.export.trace_layer import CacheForm
@@ -29,7 +31,7 @@ from mla_deploy.export.widen import point_in_place
 from mla_deploy.rewrite import order
 from mla_deploy.rewrite.ensures import require_latent_only
 from mla_deploy.source.model import source_weights
-from mla_deploy.targets import buildable_target, check_dtype
+from mla_deploy.targets import buildable_target, check_dtype, find_target
 
 DEFAULT_CAPACITY = 4096
 CACHE_KINDS = ("in-place", "growing")
@@ -58,6 +60,7 @@ class ExportOptions:
     capacity: int
     all_logits: bool
     in_place: bool
+    weights: str | None
 
 
 def export(
@@ -79,6 +82,8 @@ def export(
     """Export an MLA checkpoint as a bundle: prefill and decode graphs over one weight file.
 
     `dtype` (fp32 by default) is the storage of weights and cache; arithmetic on a CPU is fp32.
+    `weights` "keep": they are stored as in the checkpoint instead, FP8 and int8 with their scales,
+    and the cache in the dtype of most of them; what must be made (halves of kv_b_proj) in float.
     `capacity` is the tokens a runner reserves per row unless told otherwise.
     Nothing is left under `out` unless everything succeeded; `replace` swaps whole bundles.
     `module`, `package.file:factory`, in place of a checkpoint: the user's own torch.nn.Module, with
@@ -102,10 +107,13 @@ def export(
     if module is not None and out is not None:
         from mla_deploy.export.module_export import export_module
 
-        chosen = partial(options_of, dtype=dtype)
+        chosen = partial(options_of, dtype=dtype, weights=None)
         return export_module((module, weights), out, chosen, replace=replace, report=report)
     with open_checkpoint(Path(checkpoint or "")) as source:
-        options = options_of(source.config, dtype=own_dtype(source, dtype) if in_place else dtype)
+        found = _dtype(source, dtype, in_place, weights)
+        options = options_of(
+            source.config, dtype=found, weights=None if weights is None else str(weights)
+        )
         with _staged(source, out, options, replace) as stage:
             return _build(source, stage, options, report)
 
@@ -118,10 +126,17 @@ def _require_one_source(
         (in_place == (out is not None), "goes to an output or in place; wanted one of the two"),
         ((module is None) == (checkpoint is None), "takes a checkpoint or a module; wanted one"),
         (module is not None and in_place, "of a module goes to an output, not in place"),
-        (module is None and weights is not None, "takes weights for a module only"),
     ):
         if is_wrong:
             raise InputError("EXP-OPTION", f"an export {told}")
+
+
+def _dtype(source: Checkpoint, asked: str | None, in_place: bool, weights: object) -> str | None:
+    if weights is not None and weights not in WAYS:
+        raise InputError("EXP-OPTION", f"weights is {weights!r}; wanted {' or '.join(WAYS)}")
+    if in_place:
+        return own_dtype(source, asked)
+    return asked if weights is None else kept_dtype(source, asked)
 
 
 def _options(
@@ -129,6 +144,7 @@ def _options(
     *,
     target: str | None,
     dtype: str | None,
+    weights: str | None,
     cache: str | None,
     cache_layout: str | None,
     capacity: int | None,
@@ -144,6 +160,7 @@ def _options(
         capacity=default if capacity is None else capacity,
         all_logits=all_logits,
         in_place=in_place,
+        weights=weights,
     )
     check_dtype(buildable_target(chosen.target), chosen.dtype)
     for name, found, known in (
@@ -167,6 +184,8 @@ def _staged(
     refuse_overlap(out, source.folder)
     elements = sum(prod(info.shape) for info in source.tensors.values())
     needed = elements * DTYPES[options.dtype].itemsize
+    if options.weights == "keep":
+        needed = source.total_bytes
     return stage_bundle(out, replace=replace, needed_bytes=needed)
 
 
@@ -180,6 +199,8 @@ def _build(source: Checkpoint, stage: Stage, options: ExportOptions, report: Pro
     # All that headers and small files can get refused comes before the trace, which takes seconds.
     weights = source_weights(source)
     check_tied(weights)
+    if options.weights == "keep":
+        require_keepable(weights, find_target(options.target))
     if not options.in_place:
         copy_texts(source.folder, stage, _TEXTS)
     report("trace", 0, 1)
@@ -194,13 +215,16 @@ def _build(source: Checkpoint, stage: Stage, options: ExportOptions, report: Pro
     _require_fired(graphs, trace)
     report("rewrite", 1, 1)
     kept: Kept = {}
-    if options.in_place:
+    place = source.folder if options.in_place else stage.path
+    if options.in_place or options.weights == "keep":
         kept = keep(layout, weights, [graph.model for graph in graphs.values()])
+        if not options.in_place:
+            kept = copy_kept(layout, kept, source, stage.named("weights"))
         stage.require_space(layout.total_bytes)
     _write_weights(source, weights, layout, stage, report)
     for name, graph in graphs.items():
         bind_weights(graph.model, layout, stage.path, stage.named("weights"))
-        point_in_place(graph.model, kept, source.folder)
+        point_in_place(graph.model, kept, place)
         proto = ir.to_proto(graph.model)
         if name == "decode":
             require_latent_only(proto, _most_heads(config), _widest_row(trace))

@@ -1,8 +1,8 @@
 """The weight file: one `.safetensors`, laid out before a byte is read, then streamed.
 
 Offsets follow from names, shapes and dtypes alone, so the graphs can point at their bytes first.
-Tensors are read in blocks of rows, converted and written; memory holds one block, whatever the
-size of the model. The absorbed halves w_uk_HNL and w_uv_HLV are cut from kv_b_proj on the way.
+Tensors are read in blocks, converted and written; memory holds a few blocks, whatever the size of
+the model. The absorbed halves w_uk_HNL and w_uv_HLV are cut from kv_b_proj on the way.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from math import prod
 from typing import Protocol
 
 import torch
 
+from mla_deploy.checkpoint import Checkpoint, TensorSlice, WeightMap
 from mla_deploy.errors import InputError, MlaDeployError
+from mla_deploy.export.copied import CopiedTensor
+from mla_deploy.export.gather import CHUNK_BYTES, Gather, Writable
 from mla_deploy.rewrite.weights import WeightUse
 
 WEIGHT_FILE = "weights.safetensors"
@@ -26,12 +28,6 @@ _SAFETENSORS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 _BLOCK_BYTES = 64 * 1024 * 1024
 _ALIGNMENT = 64
 _FP16_MAX = 65504.0
-
-
-class Writable(Protocol):
-    """Where the weight file goes."""
-
-    def write(self, data: bytes | memoryview, /) -> int: ...
 
 
 class WeightSource(Protocol):
@@ -62,15 +58,25 @@ class StoredWeight:
     dtype: str  # fp32 | fp16 | bf16
 
     @property
+    def item_bytes(self) -> int:
+        return DTYPES[self.dtype].itemsize
+
+    @property
     def nbytes(self) -> int:
-        return prod(self.shape) * DTYPES[self.dtype].itemsize
+        return prod(self.shape) * self.item_bytes
+
+    @property
+    def file_dtype(self) -> str:
+        """As safetensors calls it."""
+        return _SAFETENSORS[self.dtype]
 
 
 @dataclass
 class WeightLayout:
-    """Every stored tensor and where its bytes will lie."""
+    """Every stored tensor and where its bytes will lie; `copied` are taken over bit by bit."""
 
     weights: dict[str, StoredWeight] = field(default_factory=dict)
+    copied: dict[str, CopiedTensor] = field(default_factory=dict)
 
     def add(self, weight: StoredWeight) -> None:
         """Both graphs name the weights they read; one that both read is stored once."""
@@ -84,7 +90,7 @@ class WeightLayout:
         offset = 0
         for weight in self._ordered():
             entries[weight.name] = {
-                "dtype": _SAFETENSORS[weight.dtype],
+                "dtype": weight.file_dtype,
                 "shape": list(weight.shape),
                 "data_offsets": [offset, offset + weight.nbytes],
             }
@@ -104,17 +110,16 @@ class WeightLayout:
 
     @property
     def total_bytes(self) -> int:
-        return sum(weight.nbytes for weight in self.weights.values())
+        return sum(weight.nbytes for weight in self._ordered())
 
-    def _ordered(self) -> list[StoredWeight]:
-        # Four-byte elements first: the others then never leave them unaligned. Halves of a weight
+    def _ordered(self) -> list[StoredWeight | CopiedTensor]:
+        # Wide elements first: the others then never leave them unaligned. Halves of a weight
         # stand together, for they are cut from one reading.
         first: dict[str, int] = {}
         for place, weight in enumerate(self.weights.values()):
             first.setdefault(weight.use.parameter, place)
-        return sorted(
-            self.weights.values(), key=lambda w: (w.dtype != "fp32", first[w.use.parameter])
-        )
+        made = sorted(self.weights.values(), key=lambda w: first[w.use.parameter])
+        return sorted([*made, *self.copied.values()], key=lambda w: -w.item_bytes)
 
     def write(
         self,
@@ -122,30 +127,74 @@ class WeightLayout:
         source: WeightSource,
         done: Callable[[int], None],
     ) -> None:
-        """Stream every tensor; `done(bytes)` after each block.
+        """Stream every tensor; `done(bytes)` after each block that was read.
 
         Raises: CKPT-NONFINITE, CKPT-RANGE (a value does not fit fp16).
         """
         stream.write(self.header())
-        blocks = self._converted(source)
-        # One block is written (and hashed) while the next is read: memory holds two.
-        with _one_thread(), ThreadPoolExecutor(1, thread_name_prefix="mla-deploy-write") as writer:
-            block = next(blocks, None)
-            while block is not None:
-                data = block.view(torch.uint8).numpy().data
-                written = writer.submit(stream.write, data)
-                try:
-                    block = next(blocks, None)
-                finally:
-                    wait([written])  # nobody may close the stream meanwhile
-                written.result()
-                done(len(data))
-
-    def _converted(self, source: WeightSource) -> Iterator[torch.Tensor]:
         last = _LastRead(source)
-        for weight in self._ordered():
-            for block in _blocks(weight, source, last):
-                yield _converted(block, weight)
+        with _one_thread(), Gather(stream) as gather:
+            for weight in self._ordered():
+                for count in _gathered(weight, source, last, gather):
+                    done(count)
+            gather.finish()
+
+
+def _gathered(
+    weight: StoredWeight | CopiedTensor, source: WeightSource, last: _LastRead, gather: Gather
+) -> Iterator[int]:
+    """Gather one tensor; the bytes of each block."""
+    if isinstance(weight, CopiedTensor):
+        yield from weight.gather(_checkpoint_of(source), gather, _BLOCK_BYTES)
+        return
+    plain = _plain(weight, source) if isinstance(source, WeightMap) else None
+    if plain is not None and isinstance(source, WeightMap):
+        yield from _converted_rooms(plain, weight, source, gather)
+        return
+    for block in _blocks(weight, source, last):
+        _require_range(block, weight)
+        data = block.to(DTYPES[weight.dtype]).contiguous().flatten()
+        gather.put(data.view(torch.uint8).numpy().data)
+        yield data.nbytes
+
+
+def _checkpoint_of(source: WeightSource) -> Checkpoint:
+    if not isinstance(source, WeightMap):
+        raise MlaDeployError("EXP-WEIGHT", "only a checkpoint's weights are copied as they are")
+    return source.checkpoint
+
+
+def _plain(weight: StoredWeight, source: WeightMap) -> CopiedTensor | None:
+    """Where a weight lies whole and in float, None where it has to be made."""
+    part = source.slices.get(weight.use.parameter)
+    if weight.use.half is not None or not isinstance(part, TensorSlice):
+        return None
+    if source.checkpoint.scheme(part.tensor) is not None or part.dtype not in _SAFETENSORS.values():
+        return None
+    first = part.first_value(source.checkpoint.tensors[part.tensor].shape)
+    return CopiedTensor(weight.name, part.tensor, first, part.shape, part.dtype)
+
+
+def _converted_rooms(
+    plain: CopiedTensor, weight: StoredWeight, source: WeightMap, gather: Gather
+) -> Iterator[int]:
+    """Read straight into the chunk that is written, or convert from the scratch memory into it."""
+    if plain.file_dtype == weight.file_dtype:
+        yield from plain.gather(source.checkpoint, gather, _BLOCK_BYTES)
+        return
+    start, count = 0, prod(plain.shape)
+    widest = max(plain.item_bytes, weight.item_bytes)
+    while start < count:
+        most = min(count - start, max(1, min(_BLOCK_BYTES, CHUNK_BYTES) // widest))
+        room = gather.room(most * weight.item_bytes)
+        size = len(room) // weight.item_bytes
+        raw = gather.scratch(size * plain.item_bytes)
+        block = source.checkpoint.read_stored(plain.tensor, plain.first + start, (size,), raw)
+        _require_range(block, weight)
+        torch.frombuffer(room, dtype=DTYPES[weight.dtype]).copy_(block)
+        gather.take(len(room))
+        yield len(room)
+        start += size
 
 
 @contextlib.contextmanager
@@ -199,23 +248,27 @@ def _half(w_kv_b: torch.Tensor, use: WeightUse) -> torch.Tensor:
     return w_HKL[:, use.nope :].transpose(1, 2).contiguous()
 
 
-def _converted(block: torch.Tensor, weight: StoredWeight) -> torch.Tensor:
-    if weight.dtype == "fp16" and block.dtype != torch.float16:
-        peak = float(block.abs().max()) if block.numel() else 0.0
-        if peak > _FP16_MAX:
-            raise InputError(
-                "CKPT-RANGE",
-                f"{weight.use.parameter} holds a value of magnitude {peak:.6g}; fp16 ends at "
-                f"{_FP16_MAX:.0f}",
-                hint="export with --dtype bf16 or fp32",
-                tensor=weight.use.parameter,
-            )
-    return block.to(DTYPES[weight.dtype]).contiguous().flatten()
+def _require_range(block: torch.Tensor, weight: StoredWeight) -> None:
+    if weight.dtype != "fp16" or block.dtype == torch.float16 or not block.numel():
+        return
+    low, high = torch.aminmax(block)
+    peak = max(-float(low), float(high))
+    if peak > _FP16_MAX:
+        raise InputError(
+            "CKPT-RANGE",
+            f"{weight.use.parameter} holds a value of magnitude {peak:.6g}; fp16 ends at "
+            f"{_FP16_MAX:.0f}",
+            hint="export with --dtype bf16 or fp32",
+            tensor=weight.use.parameter,
+        )
 
 
-def stored_dtype(shape: tuple[int, ...], num_experts: int, dtype: str) -> str:
-    """Vectors and routers stay fp32: they are small, and a rounded router flips experts."""
-    is_router = len(shape) == 2 and shape[0] == num_experts
+def stored_dtype(shape: tuple[int, ...], router_rows: int, dtype: str) -> str:
+    """Vectors and routers stay fp32: they are small, and a rounded router flips experts.
+
+    `router_rows`: `MlaConfig.router_rows`.
+    """
+    is_router = len(shape) == 2 and shape[0] == router_rows
     return "fp32" if len(shape) < 2 or is_router else dtype
 
 

@@ -39,7 +39,7 @@ class TorchRunner:
         self._module = module_from_checkpoint(checkpoint) if module is None else module
         self._cache_keyword = cache_keyword(self._module)
         self._vocab_size = checkpoint.config.vocab_size
-        self._num_experts = checkpoint.config.num_experts
+        self._router_rows = checkpoint.config.router_rows
         self._batch = batch
         self._dtype = "fp32"
         self.reset()
@@ -89,7 +89,7 @@ class TorchRunner:
         if dtype != "fp32":
             self._dtype = dtype
         if dtype != "fp32" and weights:
-            round_weights(self._module, lambda shape: stored_dtype(shape, self._num_experts, dtype))
+            round_weights(self._module, lambda shape: stored_dtype(shape, self._router_rows, dtype))
         self.reset()
 
     @property

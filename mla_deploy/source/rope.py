@@ -58,15 +58,12 @@ def rope_tables(rotary: nn.Module | None) -> RopeTables:
         )
     build: Any = type(rotary)
     real: Any = build(config=rotary.config)
-    if real.config.rope_parameters.get("mrope_section") is not None:
-        raise InputError(
-            "SRC-ROPE",
-            f"{type(rotary).__name__} turns by positions on several axes (mrope_section)",
-            hint="only text positions on one axis are known; export the text model alone",
-        )
     if not hasattr(real, "original_inv_freq"):
         return {kind: _typed_table(real, kind) for kind in real.rope_type}
-    return {"": _table(real)}
+    table = _table(real)
+    if real.config.rope_parameters.get("mrope_section") is not None:
+        _require_one_axis(real, table)
+    return {"": table}
 
 
 def _table(real: Any) -> RopeTable:
@@ -85,6 +82,30 @@ def _table(real: Any) -> RopeTable:
         scaling=float(real.attention_scaling),
         is_complex=torch.is_tensor(probe) and probe.is_complex(),
     )
+
+
+def _require_one_axis(real: Any, table: RopeTable) -> None:
+    """Text has the same position on every axis of `mrope_section`, and then all sections are one
+    plain rope. That is asked of the module itself, not taken for granted.
+
+    Raises: SRC-ROPE.
+    """
+    positions_BS = torch.arange(64)[None]
+    with torch.no_grad():
+        given = real(torch.zeros(1, 1, 1), positions_BS)
+    found = position_embeddings(real, table, table.sets, positions_BS, torch.tensor([64]))
+    alike = [
+        one.squeeze().shape == other.squeeze().shape
+        and bool(torch.allclose(one.squeeze(), other.squeeze(), atol=1e-5))
+        for one, other in zip(given, found, strict=True)
+    ]
+    if not all(alike):
+        raise InputError(
+            "SRC-ROPE",
+            f"{type(real).__name__} turns by positions on several axes (mrope_section), and text "
+            "positions do not make them one",
+            hint="only text positions on one axis are known; export the text model alone",
+        )
 
 
 def _typed_table(real: Any, kind: str) -> RopeTable:
@@ -111,6 +132,8 @@ def position_embeddings(
     For a complex module: [B, S, R/2, 2], real part first. `inv_freqs` are the sets of the table,
     `lengths_B` the rows' lengths after the call.
     """
+    if positions_BS.dim() == 3:
+        positions_BS = positions_BS[0]  # [axes, B, S], and text has one position on all of them
     inv_freq = inv_freqs[0]
     if table.original_length:
         is_long_B11 = lengths_B[:, None, None] > table.original_length

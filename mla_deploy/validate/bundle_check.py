@@ -55,7 +55,8 @@ def validate(
         with _torch_threads(threads):
             reference = _reference(found)
             chosen = _chosen(opened, found, cases, reference)
-            rounded = "in_place" not in opened.manifest
+            # Beside a checkpoint, or kept as there, they are its own weights.
+            rounded = "in_place" not in opened.manifest and "kept" not in opened.manifest["weights"]
             stored = reference.stored_as(dtype, chosen, weights=rounded)
             results = _run(chosen, sessions, (stored, reference), gate, progress)
         memory = measure_memory(opened, found.config, sessions)

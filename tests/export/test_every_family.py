@@ -86,6 +86,46 @@ def test_pools_that_may_choose_nothing_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "bundle").exists()
 
 
+# What no family's own preset has: a cache that grows beside states and pools, a router without
+# identity experts, routing by groups over layers of two widths, a clamp of another size and none.
+@pytest.mark.parametrize(
+    ("name", "overrides", "options"),
+    [
+        ("glm5_next", {}, {"cache": "growing"}),
+        ("longcat_flash", {"zero_expert_num": 0}, {}),
+        ("dots3_note_text", {"n_group": 4, "topk_group": 2}, {}),
+        ("hy_v4", {"swiglu_limit": 0.0}, {}),
+        ("hy_v4", {"swiglu_limit": 2.0}, {}),
+    ],
+    ids=["growing", "no-identity-experts", "groups", "no-clamp", "wide-clamp"],
+)
+def test_variations(
+    tmp_path: Path, name: str, overrides: dict[str, object], options: dict[str, object]
+) -> None:
+    bundle = made(tmp_path, name, overrides, **options)
+    report = validate(bundle, source=tmp_path / "checkpoint")
+    assert {case.name: case.failures for case in report.cases if case.failures} == {}
+    assert report.passed
+
+
+@pytest.mark.skipif("hy_v4_vl" not in FAMILIES, reason="transformers has no hy_v4_vl before 5.24")
+def test_text_of_a_model_that_sees(tmp_path: Path) -> None:
+    """Its rope turns by positions on three axes, which are one and the same for text."""
+    check(tmp_path, "hy_v4_vl")
+
+
+def test_routers_with_identity_experts_are_not_rounded(tmp_path: Path) -> None:
+    """Their rows are more than the experts that have weights."""
+    from safetensors.torch import load_file
+
+    bundle = made(tmp_path, "longcat_flash", dtype="bf16")
+    stored = load_file(bundle.path / "weights.safetensors")
+    routers = {name: tensor for name, tensor in stored.items() if "router.classifier" in name}
+    assert {tuple(tensor.shape) for tensor in routers.values()} == {(8 + 4, 48)}
+    assert {str(tensor.dtype) for tensor in routers.values()} == {"torch.float32"}
+    assert validate(bundle, source=tmp_path / "checkpoint").passed
+
+
 def test_each_of_these_is_a_known_family() -> None:
     assert {*SPARSE, *HYBRID, *OTHERS, *VARIANTS} <= set(FAMILIES)
 

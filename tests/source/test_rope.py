@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,3 +133,42 @@ def test_a_learned_part_that_is_not_known_is_refused() -> None:
 
 def test_a_model_without_rope_has_no_table() -> None:
     assert rope_tables(None) == {}
+
+
+class SeveralAxes(torch.nn.Module):
+    """Half the frequencies of each pair turn by a second position, as a picture's would.
+
+    `text_is_one` false: text too has another position on the second axis.
+    """
+
+    def __init__(self, config: Any, text_is_one: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.original_inv_freq = torch.tensor([1.0, 0.1, 0.01, 0.001])
+        self.attention_scaling = 1.0
+        self.text_is_one = text_is_one
+
+    def forward(self, x: torch.Tensor, positions_BS: torch.Tensor) -> Any:
+        other_BS = positions_BS if self.text_is_one else positions_BS + 1
+        axes = torch.stack((positions_BS, other_BS))[..., None].float() * self.original_inv_freq
+        angles = torch.cat((axes[0, ..., :2], axes[1, ..., 2:]), dim=-1)
+        return angles.cos().repeat(1, 1, 2), angles.sin().repeat(1, 1, 2)
+
+
+def several_axes() -> Any:
+    return SimpleNamespace(rope_parameters={"rope_type": "default", "mrope_section": [2, 2]})
+
+
+def test_several_axes_are_one_for_text() -> None:
+    rotary = SeveralAxes(several_axes())
+    assert torch.equal(rope_table(rotary).inv_freq_F, rotary.original_inv_freq)
+
+
+def test_several_axes_that_are_not_one_are_refused() -> None:
+    class Shifted(SeveralAxes):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config, text_is_one=False)
+
+    with pytest.raises(InputError, match="mrope_section") as caught:
+        rope_tables(Shifted(several_axes()))
+    assert caught.value.code == "SRC-ROPE"

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 
-from mla_deploy import open_bundle, validate
-from mla_deploy.checkpoint import Checkpoint
+from mla_deploy import export, open_bundle, validate
+from mla_deploy.checkpoint import Checkpoint, open_checkpoint
 from mla_deploy.errors import InputError
 from mla_deploy.runtime.sessions import GraphSessions
 from mla_deploy.validate import default_cases
@@ -19,6 +21,8 @@ from mla_deploy.validate.mutants import MUTANTS, Mutant, write_mutant
 from mla_deploy.validate.parity import CaseResult, run_case
 from mla_deploy.validate.reference import Reference
 from tests.exported import Exported
+from tests.families import write_family
+from tests.family_presets import YARN
 
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
 
@@ -75,3 +79,21 @@ def test_a_fault_without_a_place_is_refused(made: Exported, tmp_path: Path) -> N
     with pytest.raises(InputError, match="VAL-MUTANT"):
         write_mutant(made.bundle, Mutant("nowhere", lambda *_: 0), tmp_path / "wrong")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_frequencies_of_each_layer_type(tmp_path: Path) -> None:
+    """A model with a rope for each type of layer loses the scaling of all that have one."""
+    yarn = {**YARN, "rope_theta": 500.0}
+    rope = {"indexed_attention": YARN, "sliding_attention": yarn}
+    checkpoint = write_family(tmp_path / "c", "dots3_note_text", rope_parameters=rope)
+    bundle = export(checkpoint, tmp_path / "bundle")
+    with open_checkpoint(checkpoint) as source:
+        model = ir.load(bundle.path / "decode.onnx")
+        assert BY_NAME["rope-frequencies-without-yarn"].edit(model, source.config) == 2
+        found = {
+            kind: model.graph.initializers[f"{kind}.inv_freq_F"].const_value.numpy()
+            for kind in rope
+        }
+    # 10000^(-2i/8) and 500^(-2i/4), by hand.
+    np.testing.assert_allclose(found["indexed_attention"], [1, 0.1, 0.01, 0.001], rtol=1e-5)
+    np.testing.assert_allclose(found["sliding_attention"], [1, 500**-0.5], rtol=1e-5)

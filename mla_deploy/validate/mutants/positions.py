@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mla_deploy.config import MlaConfig
+from mla_deploy.rope import rope_facts
 from mla_deploy.validate.mutants.attention import layer_calls
 from mla_deploy.validate.mutants.mutant import Mutant
 from mla_deploy.validate.mutants.surgery import (
@@ -51,18 +52,27 @@ def rotated_backwards(model: ir.Model, config: MlaConfig) -> int:
 
 
 def plain_frequencies(model: ir.Model, config: MlaConfig) -> int:
-    """theta^(-2i/R) in the place of YaRN's (or another type's) frequencies."""
-    value = model.graph.initializers.get("inv_freq_F")
-    rope = config.raw.get("rope_parameters") or {}
-    theta = float(rope.get("rope_theta") or config.raw.get("rope_theta") or 0)
+    """theta^(-2i/R) in the place of YaRN's (or another type's) frequencies, in every table."""
+    rope = rope_facts(config.raw)
+    if not rope.by_layer_type:
+        return _plain_table(model, "inv_freq_F", rope.theta, config.qk_rope_head_dim)
+    widths = {layer.kind: layer.rope for layer in config.layers}
+    return sum(
+        _plain_table(model, f"{kind}.inv_freq_F", settings.theta, widths.get(kind, 0))
+        for kind, settings in rope.by_layer_type.items()
+    )
+
+
+def _plain_table(model: ir.Model, name: str, theta: float, width: int) -> int:
+    value = model.graph.initializers.get(name)
     found = known(value)
-    if value is None or found is None or not theta:
+    if value is None or found is None:
         return 0
-    pairs = np.arange(0, config.qk_rope_head_dim, 2) / config.qk_rope_head_dim
+    pairs = np.arange(0, width, 2) / width
     plain = (1.0 / theta**pairs).astype(np.float32)
     if np.allclose(plain, found, rtol=1e-6):
         return 0
-    value.const_value = ir.tensor(plain, name="inv_freq_F")
+    value.const_value = ir.tensor(plain, name=name)
     return 1
 
 
