@@ -14,6 +14,9 @@ from onnx_ir.passes import common as common_passes
 from onnxscript import optimizer
 from torch import nn
 
+from mla_deploy.export.direct.program import direct_program
+from mla_deploy.export.direct.record import NotDirect
+
 TRACE_OPSET = 20
 
 
@@ -24,6 +27,16 @@ def onnx_program(
 
     `dynamic` is what torch.export takes as dynamic_shapes. The second result names the weights.
     """
+    try:
+        return direct_program(module, args, dynamic, names, TRACE_OPSET)
+    except NotDirect:
+        return _exported(module, args, dynamic, names)
+
+
+def _exported(
+    module: nn.Module, args: Sequence[Any], dynamic: Any, names: Sequence[str]
+) -> tuple[ir.Model, list[str]]:
+    """The long way, through torch.export, which takes whatever PyTorch does."""
     program = torch.export.export(module, tuple(args), dynamic_shapes=dynamic, strict=False)
     exported: Any = torch.onnx.export(
         program, dynamo=True, opset_version=TRACE_OPSET, optimize=False, verbose=False
