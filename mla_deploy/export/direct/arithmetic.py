@@ -139,6 +139,20 @@ def _reduced(op_type: str, g: Builder, a: Any, out: Sequence[Spec]) -> ir.Value:
     return g.op(op_type, value, g.ints(given), keepdims=keep)
 
 
+def _extreme(op_type: str, index: str, g: Builder, a: Any, out: Sequence[Spec]) -> Results:
+    """Along one axis, and where; of equal ones the first, which PyTorch leaves open."""
+    keep = int(a.keepdim)
+    values = g.op(op_type, a.self, g.ints([a.dim]), keepdims=keep)
+    return [values, g.op(index, a.self, axis=a.dim, keepdims=keep)]
+
+
+def _subtracted(g: Builder, a: Any, out: Sequence[Spec]) -> ir.Value:
+    dtype = out[0].dtype
+    if a.alpha != 1:
+        raise NotDirect("rsub with a factor")
+    return g.op("Sub", g.operand(a.other, dtype), g.cast(a.self, dtype))
+
+
 def _softmax(g: Builder, a: Any, out: Sequence[Spec]) -> ir.Value:
     return g.op("Softmax", g.cast(a.self, out[0].dtype), axis=a.dim)
 
@@ -202,7 +216,7 @@ _REDUCED = {
 
 ARITHMETIC: Mapping[str, Operator] = {
     **{f"aten.{name}.default": partial(_unary, op) for name, op in _UNARY.items()},
-    **_both(_BINARY, _binary),
+    **{f"aten.{name}.Tensor": partial(_binary, op) for name, op in _BINARY.items()},
     **_both(_COMPARED, _compared),
     **_both({"ne": "Equal"}, _unequal),
     **_both({"remainder": "Mod"}, _remainder),
@@ -228,6 +242,9 @@ ARITHMETIC: Mapping[str, Operator] = {
     "aten.where.self": _where,
     "aten.masked_fill.Scalar": _masked_fill,
     "aten.masked_fill.Tensor": _masked_fill,
+    "aten.rsub.Scalar": _subtracted,
+    "aten.max.dim": partial(_extreme, "ReduceMax", "ArgMax"),
+    "aten.min.dim": partial(_extreme, "ReduceMin", "ArgMin"),
     "aten._softmax.default": _softmax,
     "aten.cumsum.default": _cumulated,
     "aten.native_layer_norm.default": _layer_norm,

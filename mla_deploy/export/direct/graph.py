@@ -136,13 +136,13 @@ class Builder:
 
     def _size(self, size: Size) -> ir.Value:
         """A size as a vector of one."""
-        values = []
+        lengths = []
         for name in size.names:
             source, axis = self._sources[name]
-            values.append(self.op("Shape", source, start=axis, end=axis + 1))
-        total = values[0]
-        for value in values[1:]:
-            total = self.op("Add" if size.is_sum else "Mul", total, value)
+            lengths.append(self.op("Shape", source, start=axis, end=axis + 1))
+        total = lengths[0]
+        for length in lengths[1:]:
+            total = self.op({"*": "Mul", "+": "Add", "-": "Sub"}[size.form], total, length)
         if size.factor != 1:
             total = self.op("Mul", total, self.ints([size.factor]))
         return self.op("Add", total, self.ints([size.offset])) if size.offset else total

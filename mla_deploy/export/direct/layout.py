@@ -140,7 +140,7 @@ def _index(g: Builder, a: Any, out: Sequence[Spec]) -> ir.Value:
 def _scatter(g: Builder, a: Any, out: Sequence[Spec], *, reduction: str = "none") -> ir.Value:
     dtype = out[0].dtype
     if hasattr(a, "src"):
-        if dims(a.src) != dims(a.index):
+        if dims(a.src) != dims(a.index) or None in dims(a.src):
             raise NotDirect("a scatter from a source that is wider than its index")
         values = g.cast(a.src, dtype)
     else:
@@ -190,17 +190,17 @@ def _shape_of(g: Builder, value: ir.Value) -> ir.Value:
 LAYOUT: Mapping[str, Operator] = {
     **dict.fromkeys(
         ("aten.alias.default", "aten.clone.default", "aten.detach.default",
-         "aten.lift_fresh.default", "aten.lift_fresh_copy.default"),
+         "aten.lift_fresh.default", ),
         _same,
     ),
     **dict.fromkeys(
-        ("aten.view.default", "aten._unsafe_view.default", "aten.reshape.default"), _view
+        ("aten.view.default", "aten._unsafe_view.default"), _view
     ),
     **dict.fromkeys(
         ("aten.squeeze.dim", "aten.squeeze.dims", "aten.squeeze.default"), _squeeze
     ),
     **dict.fromkeys(("aten.split.Tensor", "aten.split_with_sizes.default"), _split),
-    **dict.fromkeys(("aten.arange.default", "aten.arange.start", "aten.arange.start_step"), _range),
+    **dict.fromkeys(("aten.arange.default",  "aten.arange.start_step"), _range),
     **dict.fromkeys(
         ("aten.zeros.default", "aten.zeros_like.default", "aten.new_zeros.default"),
         partial(_fill, 0),

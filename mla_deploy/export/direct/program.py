@@ -7,6 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import nn
 
 from mla_deploy.errors import MlaDeployError
@@ -40,6 +41,7 @@ def direct_program(
             raise NotDirect(f"{type(error).__name__} at sizes {SAMPLES[sample]}") from error
     whole = merged(recordings, Sizes(sizes))
     model = graph_of(whole, [*names, *weights], sources, opset)
+    RemoveUnusedNodesPass()(model)  # results that nobody asked for
     unused = [v for v in model.graph.inputs[len(names) :] if not v.uses()]
     for value in unused:
         if value not in model.graph.outputs:

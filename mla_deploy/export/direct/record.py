@@ -118,7 +118,7 @@ class _Recorder(TorchDispatchMode):
             if isinstance(tensor, FakeTensor) or tensor.numel() > _MAX_CONSTANT:
                 raise NotDirect("it reads a tensor that is neither an input nor a weight")
             found = self._keep(tensor)
-            self.recording.constants[found] = tensor.detach()
+            self.recording.constants[found] = tensor
         return found
 
     def _keep(self, tensor: torch.Tensor) -> int:

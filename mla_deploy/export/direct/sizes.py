@@ -1,9 +1,10 @@
 """What each number of a forward is, told from recordings of it at three choices of sizes.
 
 A number that is the same in all three is a constant. Any other must be factor * base + offset,
-where the base is a size, a product of up to three, or a sum of two: two recordings give factor and
-offset, the third must agree. The sizes lie far apart, so that a branch that asks for a size takes
-two ways; then the recordings differ, and that is refused like a number that fits nothing.
+where the base is a size, a product of up to three, a sum or a difference of two: two recordings
+give factor and offset, the third must agree. The sizes lie far apart, so that a branch that asks
+for a size takes two ways; then the recordings differ, and that is refused like a number that fits
+nothing.
 """
 
 from __future__ import annotations
@@ -18,24 +19,24 @@ import torch
 
 from mla_deploy.export.direct.record import Call, NotDirect, Recording, Ref, Spec
 
-# By recording: values of the first, second ... size. All primes, none near a width of a model
-# where it counts: widths are the same in every recording.
-SAMPLES = ((3, 5, 23, 37), (103, 10007, 1000003, 1500007), (17, 211, 4099, 7001))
+# By recording: values of the first, second ... size, above the least that each may be. As small as
+# torch.export takes sizes to be, and larger than what a model of this world asks for.
+SAMPLES = ((2, 2, 3, 5), (103, 10007, 1000003, 1500007), (17, 211, 4099, 7001))
 
 
 @dataclass(frozen=True)
 class Size:
-    """factor * base + offset, where base is the product (or the sum) of sizes by name."""
+    """factor * base + offset, where base is sizes by name with `form` between: one of * + -."""
 
     names: tuple[str, ...]
-    is_sum: bool = False
+    form: str = "*"
     factor: int = 1
     offset: int = 0
 
     def __str__(self) -> str:
-        base = (" + " if self.is_sum else "*").join(self.names)
+        base = ("*" if self.form == "*" else f" {self.form} ").join(self.names)
         if self.factor != 1:
-            base = f"{self.factor}*({base})" if self.is_sum else f"{self.factor}*{base}"
+            base = f"{self.factor}*{base}" if self.form == "*" else f"{self.factor}*({base})"
         return base if not self.offset else f"{base} {'-+'[self.offset > 0]} {abs(self.offset)}"
 
 
@@ -50,9 +51,10 @@ class Sizes:
             for group in itertools.combinations_with_replacement(names, count):
                 totals = tuple(map(prod, zip(*(values[n] for n in group), strict=True)))
                 self._bases.append((Size(group), totals))
-        for group in itertools.combinations(names, 2):
-            totals = tuple(map(sum, zip(*(values[n] for n in group), strict=True)))
-            self._bases.append((Size(group, is_sum=True), totals))
+        for one, other in itertools.combinations(names, 2):
+            pairs = list(zip(values[one], values[other], strict=True))
+            self._bases.append((Size((one, other), "+"), tuple(a + b for a, b in pairs)))
+            self._bases.append((Size((one, other), "-"), tuple(a - b for a, b in pairs)))
 
     def of(self, numbers: tuple[int, ...]) -> int | Size | None:
         """The constant or size that these are; None when they fit nothing, or two things."""
@@ -69,7 +71,7 @@ def _fit(base: Size, totals: Sequence[int], numbers: Sequence[int]) -> Size | No
     offset = numbers[0] - factor * totals[0]
     if rest or not factor or numbers[2] != factor * totals[2] + offset:
         return None
-    return Size(base.names, base.is_sum, factor, offset)
+    return Size(base.names, base.form, factor, offset)
 
 
 def merged(recordings: Sequence[Recording], sizes: Sizes) -> Recording:
