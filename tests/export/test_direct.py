@@ -143,7 +143,7 @@ CASES: dict[str, Function] = {
         n < n * 2, n <= 3, n >= n[:1], n > n[:, :1], n == n[0], x < n[..., None], n <= n[0],
     ),
     "mm": lambda m, x, y, n: torch.mm(m.weight, x[0].T),
-    "casts": lambda m, x, y, n: (x.long(), (x > 0).float(), n.bool(), n.to(torch.int32), x[...] + 1),
+    "casts": lambda m, x, y, n: (x.long(), (x > 0).float(), n.bool(), n.to(torch.int32), +x[...]),
     "clamps": lambda m, x, y, n: (x.clamp_min(0.1), x.clamp_max(0.1), n.clamp(min=2)),
     "all": lambda m, x, y, n: (x.max(), x.amax((0, 1)), x.sum((0, 2)), x.mean((1, 2), True)),
     "divided": lambda m, x, y, n: (n.div(3, rounding_mode="floor"), torch.floor_divide(n, 2 + n)),
