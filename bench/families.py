@@ -32,11 +32,19 @@ def measure_families(report: Report, names: list[str], work: Path, options: Any)
     """A row for each family, and the two goals. `options.limit` is where the others are given up;
     0 leaves them out.
     """
+    rows, failures = [], []
     for name in names or FAMILIES:
-        report.rows.append(_row(name, work, options))
-        print(report.rows[-1], file=sys.stderr, flush=True)
-    slowest = max(row["call_s"] for row in report.rows)
-    ratios = [row["ratio"] for row in report.rows if isinstance(row["ratio"], float)]
+        found = _exports(name, work, options)
+        rows.append(_row(name, found))
+        failures += [
+            {"table": "what fails", "family": name, "exporter": way, "error": result["error"]}
+            for way, result in found.items()
+            if "error" in result
+        ]
+        print(rows[-1], file=sys.stderr, flush=True)
+    report.rows += [*rows, *failures]
+    slowest = max(row["call_s"] for row in rows)
+    ratios = [row["ratio"] for row in rows if isinstance(row["ratio"], float)]
     report.goals += [
         Goal("slowest export", slowest, _MOST_SECONDS, "s", at_least=False),
         Goal(
@@ -46,23 +54,21 @@ def measure_families(report: Report, names: list[str], work: Path, options: Any)
     ]  # fmt: skip
 
 
-def _row(name: str, work: Path, options: Any) -> dict[str, Any]:
+def _exports(name: str, work: Path, options: Any) -> dict[str, dict[str, Any]]:
     from tests.families import write_family
 
     checkpoint = write_family(work / name, name)
-    found = {
-        way: _export(way, checkpoint, work / "out", options)
-        for way in WAYS
-        if way == WAYS[0] or options.limit
-    }
+    ways = WAYS if options.limit else WAYS[:1]
+    return {way: _export(way, checkpoint, work / "out", options) for way in ways}
+
+
+def _row(name: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     row: dict[str, Any] = {"table": "4 layers", "family": name}
     for way, result in found.items():
         words = ("call_s", "process_s") if way == WAYS[0] else (f"{way}_s", f"{way}_process_s")
         row |= dict(zip(words, (result.get("seconds", "fails"), result["process_s"]), strict=True))
-    row["ratio"], row["processor_ratio"] = (
-        _ratio(found, key) for key in ("seconds", "processor_seconds")
-    )
-    row["error"] = "; ".join(f"{way}: {r['error']}" for way, r in found.items() if "error" in r)
+    for word, key in (("ratio", "seconds"), ("processor_ratio", "processor_seconds")):
+        row[word] = _ratio(found, key)
     return row
 
 

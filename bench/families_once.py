@@ -28,7 +28,9 @@ def main(way: str, checkpoint: Path, out: Path, threads: int) -> dict[str, Any]:
     try:
         call()
     except Exception as error:  # whatever a peer raises is its result
-        return {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"}
+        while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+            error = error.__cause__
+        return {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"}
     return {
         "seconds": time.perf_counter() - start,
         "processor_seconds": time.process_time() - processor,
@@ -59,7 +61,8 @@ def _plain(checkpoint: Path, _: Path) -> Callable[[], Any]:
         register_cache_pytrees_for_model,
     )
 
-    module, inputs = _decode_step(*_source(checkpoint))
+    module, given = _decode_step(*_source(checkpoint))
+    inputs = {k: v for k, v in given.items() if v is not None and not isinstance(v, bool)}
     register_cache_pytrees_for_model(module)
     shapes = get_auto_dynamic_shapes(inputs)
     return lambda: torch.onnx.export(
