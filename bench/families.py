@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from families_once import WAYS
 from scripts import run_script
 from table import Goal, Report
 
@@ -25,6 +24,7 @@ FAMILIES = (
     "longcat_flash", "minicpm3", "youtu", "mistral4", "mistral_large4", "axk1", "axk2",
     "kimi_linear", "bailing_hybrid", "hy_v4", "dots3_note_text", "kimi_k25", "mistral3",
 )  # fmt: skip
+WAYS = ("ours", "OnnxExporter", "torch.onnx")  # of families_once.py
 _MOST_SECONDS, _LEAST_RATIO = 20.0, 5.0
 
 

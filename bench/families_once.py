@@ -17,8 +17,6 @@ from typing import Any
 import torch
 import transformers
 
-WAYS = ("ours", "OnnxExporter", "torch.onnx")
-
 
 def main(way: str, checkpoint: Path, out: Path, threads: int) -> dict[str, Any]:
     """Seconds and processor seconds of the call, or the error that it ends with."""

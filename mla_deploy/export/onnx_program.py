@@ -26,6 +26,7 @@ def onnx_program(
     """Trace `module`; the graph's inputs are called `names`, the weights follow under their own.
 
     `dynamic` is what torch.export takes as dynamic_shapes. The second result names the weights.
+    Seconds are saved by the direct way; what it does not know takes torch.export's.
     """
     try:
         return direct_program(module, args, dynamic, names, TRACE_OPSET)
