@@ -3,7 +3,7 @@
 A DeepSeek-V2-Lite-shaped model of small width (27 layers, 64 experts, top 6) against the same with
 4 layers: a graph is traced once per layer kind, so depth should cost little. A checkpoint of large
 tensors: memory should follow one tensor, not the model. And transformers' own OnnxExporter on the
-4-layer one, within a time limit.
+4-layer one, within a time limit. With `--families`, every family's seconds instead (families.py).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import stack
 from export_rows import export_once, export_row, peer_row
+from families import measure_families
 from provenance import provenance
 from scripts import run_script
 from table import Goal, Report, bench_arguments, show
@@ -31,17 +32,22 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=27, help="of the deep model")
     parser.add_argument("--big-vocab", type=int, default=1 << 16, help="rows of the largest tensor")
     parser.add_argument(
-        "--limit", type=float, default=300, help="seconds for OnnxExporter; 0 skips it"
+        "--limit", type=float, default=300, help="seconds for other exporters; 0 skips them"
     )
+    parser.add_argument("--families", nargs="*", metavar="NAME", help="seconds of each family")
     options = parser.parse_args()
     with ExitStack() as cleanup:
         work = Path(tempfile.mkdtemp(prefix="bench-export-", dir=options.work))
         cleanup.callback(shutil.rmtree, work, ignore_errors=True)
-        report = Report("export", provenance(
-            options.threads, rounds=options.rounds, dtype="bf16 checkpoint, fp32 bundle",
-            realtime=options.realtime, limit_seconds=options.limit,
-        ))  # fmt: skip
-        _measure(work, options, report)
+        if options.families is not None:
+            report = Report("families", provenance(options.threads, limit_seconds=options.limit))
+            measure_families(report, options.families, work, options)
+        else:
+            report = Report("export", provenance(
+                options.threads, rounds=options.rounds, dtype="bf16 checkpoint, fp32 bundle",
+                realtime=options.realtime, limit_seconds=options.limit,
+            ))  # fmt: skip
+            _measure(work, options, report)
     show(report, options.json)
 
 

@@ -14,6 +14,9 @@ from onnx_ir.passes import common as common_passes
 from onnxscript import optimizer
 from torch import nn
 
+from mla_deploy.export.direct.program import direct_program
+from mla_deploy.export.direct.record import NotDirect
+
 TRACE_OPSET = 20
 
 
@@ -23,7 +26,18 @@ def onnx_program(
     """Trace `module`; the graph's inputs are called `names`, the weights follow under their own.
 
     `dynamic` is what torch.export takes as dynamic_shapes. The second result names the weights.
+    Seconds are saved by the direct way; what it does not know takes torch.export's.
     """
+    try:
+        return direct_program(module, args, dynamic, names, TRACE_OPSET)
+    except NotDirect:
+        return _exported(module, args, dynamic, names)
+
+
+def _exported(
+    module: nn.Module, args: Sequence[Any], dynamic: Any, names: Sequence[str]
+) -> tuple[ir.Model, list[str]]:
+    """The long way, through torch.export, which takes whatever PyTorch does."""
     program = torch.export.export(module, tuple(args), dynamic_shapes=dynamic, strict=False)
     exported: Any = torch.onnx.export(
         program, dynamo=True, opset_version=TRACE_OPSET, optimize=False, verbose=False
@@ -58,12 +72,14 @@ def tidied(model: ir.Model) -> None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Tracing writes advice for its own developers; ours is in the report."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch._subclasses.fake_tensor")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -100,11 +100,11 @@ def _pooled(
     )
     visible_BST = plan.visible_B1ST[:, 0]
     tokens = packed_BTX.shape[1]
-    pools = (tokens + pool - 1) // pool
+    first_P = torch.arange(tokens)[::pool]
     key_BPGK, gate_BPGK = (
-        _grouped(packed_BTX[..., start : start + width], pools, pool) for start in (0, width)
+        _grouped(packed_BTX[..., start : start + width], first_P, pool) for start in (0, width)
     )
-    last_P = torch.arange(pools) * pool + (pool - 1)
+    last_P = first_P + (pool - 1)
     whole_P = last_P < tokens
     weights_BPGK = torch.softmax(gate_BPGK + module.index_kpool_compress_ape, dim=2)
     pooled_BPK = (weights_BPGK * key_BPGK).sum(dim=2)
@@ -127,10 +127,13 @@ def _pooled(
     return torch.where(attention_mask[..., None], token_BSX, -1).to(torch.int32)
 
 
-def _grouped(values_BTK: torch.Tensor, pools: Any, pool: int) -> torch.Tensor:
-    """[B, P, G, K]: each pool's tokens; the last one repeats the last token where it is cut."""
-    places_X = torch.arange(pools * pool).clamp(max=values_BTK.shape[1] - 1)
-    return values_BTK[:, places_X].unflatten(1, (-1, pool))
+def _grouped(values_BTK: torch.Tensor, first_P: torch.Tensor, pool: int) -> torch.Tensor:
+    """[B, P, G, K]: each pool's tokens; the last one repeats the last token where it is cut.
+
+    Pools are counted by their tensors alone, so that no size is ever divided.
+    """
+    places_PG = first_P[:, None] + torch.arange(pool)
+    return values_BTK[:, places_PG.clamp(max=values_BTK.shape[1] - 1)]
 
 
 def _tail(visible_BST: torch.Tensor, pool: int) -> torch.Tensor:

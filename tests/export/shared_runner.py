@@ -126,9 +126,8 @@ def check_counts(made: Exported) -> None:
         matrices = {name for name in names if len(file.get_slice(name).get_shape()) == 2}
     norms = sum("norm" in name for name in names)
     layers = sum(name.endswith("kv_b_proj.weight") for name in names)
-    # Routers come out of the trace as Gemm already; embeddings are gathered; the head is a matrix
-    # of its own, or the embedding again.
-    apart = ("kv_b_proj.weight", "mlp.gate.weight", "embed_tokens.weight", "lm_head.weight")
+    # Embeddings are gathered; the head is a matrix of its own, or the embedding again.
+    apart = ("kv_b_proj.weight", "embed_tokens.weight", "lm_head.weight")
     linear = sum(".experts." not in name and not name.endswith(apart) for name in matrices) + 1
     sparse = sum(name.endswith("mlp.gate.weight") for name in names)
     shared = {
