@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mla_deploy.export.onnx_program import onnx_program, quiet
 from mla_deploy.export.trace import Trace
@@ -33,17 +34,22 @@ def trace_raised(raised: RaisedModule, form: CacheForm, all_logits: bool) -> Tra
         for buffer in _buffers(index, latent, form)
     )
     held_rows = ROWS - NEW if form.growing else ROWS
-    ids = torch.ones(BATCH, NEW, dtype=torch.int64)
-    cached, fresh = (torch.ones(BATCH, dtype=torch.int64) for _ in range(2))
-    held = [torch.zeros(BATCH, 1, held_rows, *buffer.shape) for buffer in buffers]
+    mode = FakeTensorMode()
+    with mode:
+        ids = torch.ones(BATCH, NEW, dtype=torch.int64)
+        cached, fresh = (torch.ones(BATCH, dtype=torch.int64) for _ in range(2))
+        held = [torch.zeros(BATCH, 1, held_rows, *buffer.shape) for buffer in buffers]
     batch, new, rows = form.dims()
     dynamic = ({0: batch, 1: new}, {0: batch}, {0: batch}, [{0: batch, 2: rows[0]} for _ in held])
     names = [*INPUTS, *(buffer.name() for buffer in buffers)]
-    module = _Raised(raised, buffers, form.growing, all_logits)
+    module = _Raised(raised, buffers, (form.growing, all_logits), mode)
     with quiet():
         model, weights = onnx_program(module, (ids, cached, fresh, held), dynamic, names)
     constants = {f"constant_{i}": value for i, value in enumerate(_constants(raised).values())}
     constants |= _unsaved(raised.source.module)
+    for index, latent in enumerate(raised.latents):
+        if latent.value_bias_HV is not None:
+            constants[f"{EXPANSION}.{index}.value_bias_HV"] = latent.value_bias_HV
     return Trace(
         trunk=model,
         trunk_weights=tuple(name.removeprefix(f"{SOURCE}.") for name in weights),
@@ -91,19 +97,20 @@ class _Raised(nn.Module):
         self,
         raised: RaisedModule,
         buffers: Sequence[CacheBuffer],
-        growing: bool,
-        all_logits: bool,
+        wanted: tuple[bool, bool],
+        mode: FakeTensorMode,
     ) -> None:
         super().__init__()
         self.raised = raised
         self.buffers_held = tuple(buffers)
-        self.growing, self.all_logits = growing, all_logits
-        self.add_module(SOURCE, raised.source.module)
-        self.add_module(EXPANSION, nn.ModuleList(_Expansion(each) for each in raised.latents))
+        self.growing, self.all_logits = wanted
+        self.add_module(SOURCE, _shapes_of(raised.source.module, mode))
+        expansions = (_Expansion(latent, mode) for latent in raised.latents)
+        self.add_module(EXPANSION, nn.ModuleList(expansions))
         self._constants: dict[fx.Node, str] = {}
         for place, (node, value) in enumerate(_constants(raised).items()):
             self._constants[node] = f"constant_{place}"
-            self.register_buffer(f"constant_{place}", value)
+            self.register_buffer(f"constant_{place}", mode.from_tensor(value))
 
     def forward(
         self,
@@ -124,7 +131,9 @@ class _Raised(nn.Module):
             rows = cache.update(latent_BSL[:, None], rope_key_BSR[:, None], index)
             key, value = expansions[index](*rows)
             scale = self.raised.scale(index)
-            return attention_composite((query, key, value, plan.visible_B1ST), scale)
+            out_BHSV = attention_composite((query, key, value, plan.visible_B1ST), scale)
+            bias_HV = expansions[index].value_bias_HV
+            return out_BHSV if bias_HV is None else out_BHSV + bias_HV[:, None]
 
         last_B = None if self.all_logits else torch.clamp(new_lengths - 1, min=0)
         positions_BS = cache_lengths[:, None] + steps_S
@@ -144,14 +153,42 @@ class _Raised(nn.Module):
 
 
 class _Expansion(nn.Module):
-    """One attention's expansion [H*(N+V), L]."""
+    """One attention's expansion [H*(N+V), L], and the bias of its values if they have one."""
 
-    def __init__(self, latent: Latent) -> None:
+    def __init__(self, latent: Latent, mode: FakeTensorMode) -> None:
         super().__init__()
-        self.w_kv_b = nn.Parameter(latent.w_kv_b, requires_grad=False)
+        self.w_kv_b = nn.Parameter(mode.from_tensor(latent.w_kv_b), requires_grad=False)
+        bias = latent.value_bias_HV
+        self.register_buffer("value_bias_HV", None if bias is None else mode.from_tensor(bias))
         self.sizes = (latent.heads, latent.nope, latent.value)
 
     def forward(
         self, latent_B1TL: torch.Tensor, rope_key_B1TR: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return expansion(latent_B1TL, rope_key_B1TR, self.w_kv_b, self.sizes)
+
+
+def _shapes_of(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """The module's parameters and buffers under their names, without their values."""
+    root = nn.Module()
+    fakes: dict[int, nn.Parameter] = {}  # one for weights that are tied
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if id(parameter) not in fakes:
+            fake = nn.Parameter(mode.from_tensor(parameter), requires_grad=False)
+            fakes[id(parameter)] = fake
+        owner, last = _owner(root, name)
+        owner.register_parameter(last, fakes[id(parameter)])
+    for name, buffer in module.named_buffers():
+        if not buffer.is_complex():
+            owner, last = _owner(root, name)
+            owner.register_buffer(last, mode.from_tensor(buffer))
+    return root
+
+
+def _owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+    *path, last = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    return root, last

@@ -87,6 +87,10 @@ CASES: dict[str, Function] = {
     "softplus": lambda m, x, y, n: F.softplus(x * 30),
     "waves": lambda m, x, y, n: x.cos() * x.sin() + x.exp() - x.abs().log() + x.floor() - (-x),
     "numbers": lambda m, x, y, n: (x + 2) * 1 / 3 - torch.add(x, x, alpha=3) + (1 - x),
+    "scalars": lambda m, x, y, n: tuple(
+        getattr(torch.ops.aten, name).Scalar(x, 3) for name in ("add", "sub", "mul", "div")
+    ),
+    "powers": lambda m, x, y, n: (3.0 ** x, x.abs() ** n[..., None], x ** 3),
     "integers": lambda m, x, y, n: (n - 2) // 4 + (n - 3) % 4 + torch.clamp(n, 1, 3),
     "mixed": lambda m, x, y, n: n[..., None] * x + n[..., None] / 2,
     "remainders": lambda m, x, y, n: (torch.remainder(x, -0.75), torch.remainder(n, n - 7)),

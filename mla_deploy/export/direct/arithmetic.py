@@ -70,7 +70,7 @@ def _negated(g: Builder, a: Any, out: Sequence[Spec]) -> ir.Value:
 
 def _power(g: Builder, a: Any, out: Sequence[Spec]) -> ir.Value:
     dtype = out[0].dtype
-    return g.op("Pow", g.cast(a.self, dtype), g.operand(a.exponent, dtype))
+    return g.op("Pow", g.operand(a.self, dtype), g.operand(a.exponent, dtype))
 
 
 def _rsqrt(g: Builder, a: Any, out: Sequence[Spec]) -> ir.Value:
@@ -216,7 +216,7 @@ _REDUCED = {
 
 ARITHMETIC: Mapping[str, Operator] = {
     **{f"aten.{name}.default": partial(_unary, op) for name, op in _UNARY.items()},
-    **{f"aten.{name}.Tensor": partial(_binary, op) for name, op in _BINARY.items()},
+    **_both(_BINARY, _binary),
     **_both(_COMPARED, _compared),
     **_both({"ne": "Equal"}, _unequal),
     **_both({"remainder": "Mod"}, _remainder),
@@ -230,6 +230,7 @@ ARITHMETIC: Mapping[str, Operator] = {
     "aten.maximum.default": partial(_binary, "Max"),
     "aten.pow.Tensor_Scalar": _power,
     "aten.pow.Tensor_Tensor": _power,
+    "aten.pow.Scalar": _power,
     "aten.rsqrt.default": _rsqrt,
     "aten.silu.default": _silu,
     "aten.gelu.default": _gelu,

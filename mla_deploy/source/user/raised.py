@@ -24,7 +24,7 @@ from mla_deploy.source.user.latent import Latent, as_heads, latent_of, taken_row
 from mla_deploy.source.user.positions import placed_table, require_causal
 
 # Where attention happens: (attention's index, query [B, H, S, E], latent [B, S, L], rope key
-# [B, S, R]) -> out [B, H, S, V].
+# [B, S, R]) -> out [B, H, S, V], the values' bias included.
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 # How far the raised model may be from the module: relative, on the logits.
 _PROOF_ERROR = 1e-3
@@ -87,7 +87,9 @@ class RaisedModule:
             new, total = scores_BHST.shape[-2:]
             future_ST = torch.ones(new, total, dtype=torch.bool).triu(1 + total - new)
             weights_BHST = scores_BHST.masked_fill(future_ST, -torch.inf).softmax(dim=-1)
-            return weights_BHST @ made_BHTK[..., found.nope :]
+            out_BHSV = weights_BHST @ made_BHTK[..., found.nope :]
+            bias_HV = found.value_bias_HV
+            return out_BHSV if bias_HV is None else out_BHSV + bias_HV[:, None]
 
         return attend
 
@@ -226,8 +228,6 @@ class _Run:
             _picked(row_BSW, latent.latent),
             _picked(row_BSW, latent.rope_key),
         )
-        if latent.value_bias_HV is not None:
-            out_BHSV = out_BHSV + latent.value_bias_HV[:, None]
         if "X" in site.out_axes:
             return _from_heads(out_BHSV, site.out_axes.replace("X", "BH")).flatten(
                 site.out_axes.index("X"), site.out_axes.index("X") + 1
@@ -257,13 +257,17 @@ class _Run:
 
 
 def _picked(value: torch.Tensor, places: tuple[int, ...]) -> torch.Tensor:
-    """Places of the last axis; a slice where they follow each other."""
+    """Places of the last axis, as slices: as many as there are runs of neighbours."""
     if places == tuple(range(value.shape[-1])):
         return value
-    first = places[0] if places else 0
-    if places == tuple(range(first, first + len(places))):
-        return value[..., first : first + len(places)]
-    return value.index_select(-1, torch.tensor(places))
+    runs: list[list[int]] = []
+    for place in places:
+        if runs and place == runs[-1][1]:
+            runs[-1][1] += 1
+        else:
+            runs.append([place, place + 1])
+    parts = [value[..., first:last] for first, last in runs] or [value[..., :0]]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 def _from_heads(out_BHSV: torch.Tensor, axes: str) -> torch.Tensor:
