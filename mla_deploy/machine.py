@@ -172,15 +172,40 @@ def _disk() -> Finding:
     return Finding("disk", "ok", found, "", {"free_bytes": usage.free})
 
 
+def peak_bytes() -> int:
+    """The most memory this process has held, in bytes; 0 where the system does not say."""
+    fields = dict(_field(line) for line in _proc("self/status").splitlines() if ":" in line)
+    return int(fields.get("VmHWM", "0 kB").split()[0]) * 1024
+
+
+def available_bytes() -> int | None:
+    """Bytes that can still be allocated, the container's limit included; None if unknown."""
+    fields = dict(_field(line) for line in _proc("meminfo").splitlines() if ":" in line)
+    if "MemAvailable" not in fields:
+        return None
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = (_file(f"/sys/fs/cgroup/memory.{part}").strip() for part in ("max", "current"))
+    if limit.isdigit() and used.isdigit():
+        free = min(free, max(int(limit) - int(used), 0))
+    return free
+
+
 def _field(line: str) -> tuple[str, str]:
     name, _, value = line.partition(":")
     return name.strip(), value.strip()
 
 
 def _proc(name: str) -> str:
-    """A file of /proc: the kernel's own words, not untrusted input, so not through the door."""
+    return _file(f"/proc/{name}")
+
+
+def _file(path: str) -> str:
+    """A file of the system: the kernel's own words, not untrusted input, so not through the door.
+
+    "" where there is none.
+    """
     try:
-        with open(f"/proc/{name}", encoding="utf-8", errors="replace") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             return file.read(1 << 20)
     except OSError:
         return ""

@@ -101,7 +101,7 @@ def parse_profile(text: str) -> BuildProfile:
         low = int(match[1])
         high = int(match[2] or low)
         axes[axis] = AxisRange(low, int(match[3] or high), high)
-    return BuildProfile(cast(Graph, graph), axes)
+    return BuildProfile(graph, axes)
 
 
 def bundle_profiles(
