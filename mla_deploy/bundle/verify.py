@@ -269,7 +269,12 @@ def _engine_folder(folder: Folder) -> Folder:
     try:
         return folder.folder(ENGINE_FOLDER)
     except InputError as error:
-        raise _as_integrity(error, ENGINE_FOLDER) from None
+        raise IntegrityError(
+            "BUN-EXTRA",
+            error.message,
+            hint="move what you added to another folder; a bundle holds only what was exported",
+            files=[ENGINE_FOLDER],
+        ) from None
 
 
 def _opened(path: str | os.PathLike[str]) -> Folder:

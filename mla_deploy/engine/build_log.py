@@ -25,7 +25,7 @@ _CUDA_LINE = re.compile(r"catchCudaError|cudaError \d+|CUDA initialization failu
 _PARSER_LINE = re.compile(
     r"ModelImporter\.cpp:\d+: (?:While parsing node|--- (?:Begin|End) node|ERROR: )"
 )
-_LOCATION = re.compile(r"\.?\s*In \w+ at /_src/\S*")
+_LOCATION = re.compile(r"\.?\s*In \w+ at /_src/[\w/.]+:\d+")
 _PREFIX = re.compile(r"^(?:\w+::\w+: )?Error Code \d+: [\w ]+\((.*)\)$", re.DOTALL)
 _NODE_LINE = re.compile(r"^Invalid Node - .*$")
 _BINDING_NOTE = re.compile(r"Make sure (?:input|output) \S+ has Int64 binding")

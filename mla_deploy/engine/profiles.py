@@ -124,9 +124,13 @@ def bundle_profiles(
 
 
 def default_profile(bundle: Bundle, graph: Graph) -> BuildProfile:
-    """One row; one new token in decode, chunks of up to 512 in prefill."""
+    """What the manifest proposes; else one row, and in prefill chunks of up to 512 tokens."""
     tokens = min(_PREFILL_TOKENS, _capacity(bundle)) if graph == "prefill" else 1
     ranges = {"batch": AxisRange(1, 1, 1), "new_tokens": AxisRange(1, tokens, tokens)}
+    proposed = bundle.manifest.get("engine", {}).get("profiles", {}).get(graph, {})
+    for axis, (low, best, high) in proposed.items():
+        most = min(high, _capacity(bundle)) if axis == "new_tokens" else high
+        ranges[axis] = AxisRange(min(low, most), min(best, most), most)
     words = _axis_words(bundle, graph)
     return BuildProfile(graph, {axis: size for axis, size in ranges.items() if axis in words})
 

@@ -16,10 +16,12 @@ PACKAGES = ("tensorrt_rtx", "tensorrt")
 class BuildRequest:
     """`onnx` is parsed where it stands (its weight files beside it), `plan` must not exist.
 
-    `sms` ("8.9") is what TensorRT-RTX compiles for; `tensorrt` builds for the GPU it runs on.
+    `release` ("10.16", "rtx-1.7") is the line whose graphs these are. `sms` ("8.9") is what
+    TensorRT-RTX compiles for; `tensorrt` builds for the GPU it runs on.
     """
 
     package: str
+    release: str
     onnx: str
     plan: str
     sms: tuple[str, ...]

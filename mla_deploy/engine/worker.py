@@ -53,6 +53,8 @@ def main() -> int:
 def _built(request: BuildRequest, log: BuildLog, send: Send) -> dict[str, Any]:
     library = TensorRt(request.package, log)
     send("progress", stage="parsing", done=0, total=1, version=library.version)
+    if not f"{library.version}.".startswith(f"{request.release.removeprefix('rtx-')}."):
+        return _refused("version", library.version)
     if request.plugin_library is not None and not library.load_plugin(request.plugin_library):
         return _refused("plugin", *log.errors)
     started = time.perf_counter()

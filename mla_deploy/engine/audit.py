@@ -1,0 +1,137 @@
+"""Is the engine what the graph was written for? Numbers with limits, from the build's own report.
+
+The builder says nothing when a fusion is missed or a cache is copied; its list of kernels and its
+memory figures do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+from mla_deploy.bundle import Bundle
+from mla_deploy.engine.estimate import Estimate, host_limit
+from mla_deploy.engine.report import BuildReport, GraphReport, Kernel, ProfileReport
+
+_MIB = 1 << 20
+# Kernels that only move data: every word of the name is a kind of movement.
+_MOVEMENT = re.compile(r"^__myl_(?:Resh|Tran|Move|Repl|Conc|Slic|Copy|Cast)+_")
+_FUSED = re.compile(r"_ge[mm|mv]+_mha|fmha|mha_v\d", re.IGNORECASE)
+_SLACK = 1.25
+
+
+@dataclass(frozen=True)
+class AuditLine:
+    """One number and the most it may be. `profile` is "" where the whole engine is meant."""
+
+    rule: str
+    graph: str
+    profile: str
+    value: int
+    limit: int
+    told: str
+
+    @property
+    def passed(self) -> bool:
+        """At the limit is passed."""
+        return self.value <= self.limit
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields and `passed`."""
+        return {**asdict(self), "passed": self.passed}
+
+
+def audit(
+    report: BuildReport,
+    bundle: Bundle,
+    predicted: Estimate,
+    limits: Mapping[str, int] | None = None,
+) -> tuple[AuditLine, ...]:
+    """Every rule on every engine.
+
+    `limits` replaces limits: `{"decode.activation_bytes": 20_000_000}`, or without the graph.
+    """
+    lines = [line for graph in report.graphs for line in _graph_lines(graph, bundle, predicted)]
+    return tuple(_limited(line, limits or {}) for line in lines)
+
+
+def _limited(line: AuditLine, limits: Mapping[str, int]) -> AuditLine:
+    limit = limits.get(f"{line.graph}.{line.rule}", limits.get(line.rule, line.limit))
+    return AuditLine(line.rule, line.graph, line.profile, line.value, limit, line.told)
+
+
+def _graph_lines(graph: GraphReport, bundle: Bundle, predicted: Estimate) -> Iterator[AuditLine]:
+    weights, count = predicted.weights_bytes, max(len(graph.profiles), 1)
+    yield AuditLine(
+        "peak_host_bytes", graph.graph, "", graph.peak_host_bytes, host_limit(weights, count),
+        "host memory of the build: 3x the weights + 1 GiB, 2x more for each further profile",
+    )  # fmt: skip
+    yield AuditLine(
+        "plan_bytes", graph.graph, "", graph.plan_bytes,
+        count * (weights * 11 // 10 + 16 * _MIB),
+        "size of the plan: the weights once for each profile, and kernels",
+    )  # fmt: skip
+    for profile in graph.profiles:
+        yield from _profile_lines(graph, profile, bundle, predicted)
+
+
+def _profile_lines(
+    graph: GraphReport, profile: ProfileReport, bundle: Bundle, predicted: Estimate
+) -> Iterator[AuditLine]:
+    model, cache = bundle.manifest["model"], bundle.manifest["cache"]
+    layers = int(model["num_layers"])
+    if profile.activation_bytes is not None:
+        wanted = predicted.activation_bytes[profile.profile]
+        yield AuditLine(
+            "activation_bytes", graph.graph, profile.profile, profile.activation_bytes,
+            int(wanted * _SLACK) + 4 * _MIB, f"activations; {wanted:,} predicted",
+        )  # fmt: skip
+    operators = graph.layers.get("ATTENTION_INPUT", 0)
+    yield AuditLine(
+        "attention_unfused", graph.graph, profile.profile,
+        max(operators - _count(profile.kernels, _FUSED), 0), 0,
+        f"attention operators without a fused kernel, of {operators}",
+    )  # fmt: skip
+    row_elements = int(cache["capacity"]) * int(cache["row_width"])
+    copies = sum(
+        1 for kernel in profile.kernels
+        if _MOVEMENT.match(kernel.name) and _largest(kernel.outputs) >= row_elements
+        and any(row_elements <= _elements(dims) for dims in kernel.inputs)
+    )  # fmt: skip
+    yield AuditLine(
+        "cache_copies",
+        graph.graph,
+        profile.profile,
+        copies,
+        layers,
+        "kernels that copy a whole cache; TensorRT-RTX transposes each once, the plugin none",
+    )
+    up_elements = (
+        int(model["num_heads"]) * int(model["kv_lora_rank"])
+        * min(int(model["qk_nope_head_dim"]), int(model["v_head_dim"]))
+    )  # fmt: skip
+    replicas = sum(
+        1 for kernel in profile.kernels
+        if kernel.name.startswith("__myl_Repl") and _MOVEMENT.match(kernel.name)
+        and _largest(kernel.outputs) >= up_elements
+    )  # fmt: skip
+    yield AuditLine(
+        "weights_replicated", graph.graph, profile.profile, replicas, 0,
+        "kernels that repeat W_uk or W_uv for each row of a batch",
+    )  # fmt: skip
+
+
+def _count(kernels: Iterable[Kernel], pattern: re.Pattern[str]) -> int:
+    return sum(1 for kernel in kernels if pattern.search(kernel.name))
+
+
+def _largest(dims: Iterable[tuple[int, ...]]) -> int:
+    return max((_elements(sizes) for sizes in dims), default=0)
+
+
+def _elements(dims: tuple[int, ...]) -> int:
+    """At least so many: a dynamic size counts as one."""
+    return prod(max(size, 1) for size in dims) if dims else 0
