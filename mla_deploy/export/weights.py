@@ -164,6 +164,9 @@ def _blocks(weight: StoredWeight, source: WeightMap, last: _LastRead) -> Iterato
     if use.half is not None:
         yield _half(last.read(use.parameter), use)
         return
+    if use.parameter not in source.slices:
+        yield from map(source.read, source.stacked_parts(use.parameter))
+        return
     part = source.slices[use.parameter]
     rows = part.shape[0] if part.shape else 1
     step = max(1, _BLOCK_BYTES // max(1, prod(part.shape[1:]) * 4))
