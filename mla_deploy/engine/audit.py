@@ -14,12 +14,12 @@ from typing import Any
 
 from mla_deploy.bundle import Bundle
 from mla_deploy.engine.estimate import Estimate, host_limit
-from mla_deploy.engine.report import BuildReport, GraphReport, Kernel, ProfileReport
+from mla_deploy.engine.report import BuildReport, GraphReport, ProfileReport
 
 _MIB = 1 << 20
 # Kernels that only move data: every word of the name is a kind of movement.
-_MOVEMENT = re.compile(r"^__myl_(?:Resh|Tran|Move|Repl|Conc|Slic|Copy|Cast)+_")
-_FUSED = re.compile(r"_ge[mm|mv]+_mha|fmha|mha_v\d", re.IGNORECASE)
+_MOVEMENT = re.compile(r"^__myl_(?:Resh|Tran|Move|Repl|Conc|Slic|Copy|Cast)+_myl")
+_FUSED = re.compile(r"_ge(?:mm|mv)_mha|fmha|mha_v\d", re.IGNORECASE)
 _SLACK = 1.25
 
 
@@ -81,51 +81,49 @@ def _graph_lines(graph: GraphReport, bundle: Bundle, predicted: Estimate) -> Ite
 def _profile_lines(
     graph: GraphReport, profile: ProfileReport, bundle: Bundle, predicted: Estimate
 ) -> Iterator[AuditLine]:
-    model, cache = bundle.manifest["model"], bundle.manifest["cache"]
-    layers = int(model["num_layers"])
     if profile.activation_bytes is not None:
         wanted = predicted.activation_bytes[profile.profile]
         yield AuditLine(
             "activation_bytes", graph.graph, profile.profile, profile.activation_bytes,
             int(wanted * _SLACK) + 4 * _MIB, f"activations; {wanted:,} predicted",
         )  # fmt: skip
+    for rule, value, limit, told in _kernel_counts(graph, profile, bundle):
+        yield AuditLine(rule, graph.graph, profile.profile, value, limit, told)
+
+
+def _kernel_counts(
+    graph: GraphReport, profile: ProfileReport, bundle: Bundle
+) -> Iterator[tuple[str, int, int, str]]:
+    """(rule, value, limit, what it is) of what the list of kernels shows."""
+    model, cache = bundle.manifest["model"], bundle.manifest["cache"]
+    layers, heads = int(model["num_layers"]), int(model["num_heads"])
+    rows, width, latent = (
+        int(cache["capacity"]), int(cache["row_width"]), int(model["kv_lora_rank"])
+    )  # fmt: skip
     operators = graph.layers.get("ATTENTION_INPUT", 0)
-    yield AuditLine(
-        "attention_unfused", graph.graph, profile.profile,
-        max(operators - _count(profile.kernels, _FUSED), 0), 0,
+    fused = sum(1 for kernel in profile.kernels if _FUSED.search(kernel.name))
+    yield (
+        "attention_unfused", max(operators - fused, 0), 0,
         f"attention operators without a fused kernel, of {operators}",
     )  # fmt: skip
-    row_elements = int(cache["capacity"]) * int(cache["row_width"])
-    copies = sum(
-        1 for kernel in profile.kernels
-        if _MOVEMENT.match(kernel.name) and _largest(kernel.outputs) >= row_elements
-        and any(row_elements <= _elements(dims) for dims in kernel.inputs)
-    )  # fmt: skip
-    yield AuditLine(
-        "cache_copies",
-        graph.graph,
-        profile.profile,
-        copies,
-        layers,
+    moving = [kernel for kernel in profile.kernels if _MOVEMENT.match(kernel.name)]
+    reading = [k for k in moving if any(dims[-2:] == (rows, width) for dims in k.inputs)]
+    yield (
+        "cache_copies", sum(1 for k in reading if _largest(k.outputs) >= rows * width), layers,
         "kernels that copy a whole cache; TensorRT-RTX transposes each once, the plugin none",
-    )
-    up_elements = (
-        int(model["num_heads"]) * int(model["kv_lora_rank"])
-        * min(int(model["qk_nope_head_dim"]), int(model["v_head_dim"]))
     )  # fmt: skip
-    replicas = sum(
-        1 for kernel in profile.kernels
-        if kernel.name.startswith("__myl_Repl") and _MOVEMENT.match(kernel.name)
-        and _largest(kernel.outputs) >= up_elements
+    yield (
+        "latent_replicated",
+        sum(1 for k in reading if _largest(k.outputs) >= heads * rows * latent and heads > 1), 0,
+        "kernels that repeat the latent for each head",
     )  # fmt: skip
-    yield AuditLine(
-        "weights_replicated", graph.graph, profile.profile, replicas, 0,
+    narrow = min(int(model["qk_nope_head_dim"]), int(model["v_head_dim"]))
+    lifted = [k for k in moving if _largest(k.constants) >= heads * latent * narrow]
+    yield (
+        "weights_replicated",
+        sum(1 for k in lifted if "Repl" in k.name and min(map(min, k.outputs), default=0) < 0), 0,
         "kernels that repeat W_uk or W_uv for each row of a batch",
     )  # fmt: skip
-
-
-def _count(kernels: Iterable[Kernel], pattern: re.Pattern[str]) -> int:
-    return sum(1 for kernel in kernels if pattern.search(kernel.name))
 
 
 def _largest(dims: Iterable[tuple[int, ...]]) -> int:

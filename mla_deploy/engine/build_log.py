@@ -28,7 +28,10 @@ _PARSER_LINE = re.compile(
 _LOCATION = re.compile(r"\.?\s*In \w+ at /_src/[\w/.]+:\d+")
 _PREFIX = re.compile(r"^(?:\w+::\w+: )?Error Code \d+: [\w ]+\((.*)\)$", re.DOTALL)
 _NODE_LINE = re.compile(r"^Invalid Node - .*$")
-_BINDING_NOTE = re.compile(r"Make sure (?:input|output) \S+ has Int64 binding")
+# Said of every graph with functions, or of every graph of ours.
+_USUAL = re.compile(
+    r"Make sure (?:input|output) \S+ has Int64 binding|A node named \S+ already exists"
+)
 
 
 class BuildLog:
@@ -47,7 +50,7 @@ class BuildLog:
         """One message; `severity` is TensorRT's word (INTERNAL_ERROR, ERROR, WARNING, ...)."""
         if severity in ("ERROR", "INTERNAL_ERROR"):
             _keep(self.errors, without_cuda_tail(text))
-        elif severity == "WARNING" and not _BINDING_NOTE.search(text):
+        elif severity == "WARNING" and not _USUAL.search(text):
             _keep(self.warnings, without_cuda_tail(text))
         if severity != "VERBOSE":
             self.last_lines.append(f"{severity}: {text[:_LINE_LIMIT]}")

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mla_deploy.bundle import Bundle
+from mla_deploy.config import MlaConfig
 from mla_deploy.engine.profiles import BuildProfile, Graph
 from mla_deploy.errors import EnvironmentFailure, quoted
 from mla_deploy.machine import available_bytes
+from mla_deploy.rewrite.releases import find_release
 
 _GIB = 1 << 30
 _BASE_BYTES = _GIB  # libraries, the graph, the log
@@ -54,27 +56,68 @@ def host_limit(weights_bytes: int, profiles: int) -> int:
 def activation_bytes(bundle: Bundle, profile: BuildProfile) -> int:
     """Bytes that a profile's largest call needs beside weights and caches.
 
-    Decode, absorbed: the cache once transposed and once as it lies, and the scores. Prefill,
-    expanded: keys and (padded) values of the whole capacity, and the product they are cut from.
+    Attention and the rest of a block do not stand at the same time, so the larger counts. Checked
+    against TensorRT-RTX 1.7 with one stream (`tests/engine/test_estimate.py`).
     """
-    model, cache, config = bundle.manifest["model"], bundle.manifest["cache"], bundle.config
-    item, rows = int(cache["itemsize"]), int(cache["capacity"])
+    config, item = bundle.config, int(bundle.manifest["cache"]["itemsize"])
     batch = profile.axes["batch"].max if "batch" in profile.axes else 1
     tokens = profile.axes["new_tokens"].max if "new_tokens" in profile.axes else 1
-    heads, width = int(model["num_heads"]), int(cache["row_width"])
-    nope, rope, value = (
-        int(model[name]) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    attend = _absorbed_bytes if profile.graph == "decode" else _expanded_bytes
+    judged = batch * tokens if bundle.manifest["all_logits"] else batch
+    logits = judged * config.vocab_size * (_FP32 + item)
+    block = _block_bytes(config, profile.graph, batch * tokens, item)
+    return _SCRATCH_BYTES + max(attend(bundle, batch, tokens), block) + logits
+
+
+def _absorbed_bytes(bundle: Bundle, batch: int, tokens: int) -> int:
+    """The cache as it lies and transposed, and the scores in both types."""
+    config, cache = bundle.config, bundle.manifest["cache"]
+    item, rows = int(cache["itemsize"]), int(cache["capacity"])
+    scores = batch * config.num_heads * tokens * rows * (_FP32 + item)
+    return 2 * batch * rows * int(cache["row_width"]) * item + scores
+
+
+def _expanded_bytes(bundle: Bundle, batch: int, tokens: int) -> int:
+    """Keys and values of the whole capacity, the values padded to the keys' width, and the product
+    they are cut from (moved once more for several rows); the mask, the queries and the result. The
+    scores stand only where the release has no fused operator."""
+    config, cache = bundle.config, bundle.manifest["cache"]
+    item, rows = int(cache["itemsize"]), int(cache["capacity"])
+    head = config.qk_nope_head_dim + config.qk_rope_head_dim
+    product = config.qk_nope_head_dim + config.v_head_dim
+    cached = (
+        batch * rows * config.num_heads * (2 * head + product * (1 if batch == 1 else 2)) * item
     )
-    scores = batch * heads * tokens * rows * (_FP32 + item)
-    if profile.graph == "decode":
-        attention = 2 * batch * rows * width * item + scores
+    release = find_release(bundle.manifest["engine"]["release"])
+    fused = any(name.endswith("Attention") for name in release.operators)
+    scores = 0 if fused else batch * config.num_heads * tokens * rows * (_FP32 + item)
+    mask = batch * tokens * rows * _FP32
+    return cached + scores + mask + 2 * batch * tokens * config.num_heads * head * item
+
+
+def _block_bytes(config: MlaConfig, graph: Graph, tokens: int, item: int) -> int:
+    """What stands beside attention: a block's own rows and the experts.
+
+    Decode gathers the weights of each token's experts; prefill runs every expert on every token.
+    """
+    width, inner = config.hidden_size, _inner_width(config)
+    chosen, experts = config.experts_per_token, config.num_experts
+    expert = int(config.raw.get("moe_intermediate_size") or 0)
+    rows = tokens * (4 * width + 3 * inner) * item
+    if graph == "decode":
+        moe = tokens * chosen * 3 * width * expert * item
     else:
-        fused = "Attention" in str(bundle.manifest.get("engine", {}).get("attention", "Attention"))
-        expanded = batch * rows * heads * (2 * (nope + rope) + nope + value) * item
-        attention = expanded + (0 if fused else scores)
-    hidden = batch * tokens * (4 * config.hidden_size + 2 * config.intermediate_size) * item
-    logits = batch * int(model["vocab_size"]) * (_FP32 + item)
-    return _SCRATCH_BYTES + attention + max(hidden, logits)
+        moe = tokens * experts * (width + 3 * expert) * item
+    return rows + moe
+
+
+def _inner_width(config: MlaConfig) -> int:
+    """The inner width of a dense block, or of the shared experts."""
+    dense, expert, shared = (
+        int(config.raw.get(name) or 0)
+        for name in ("intermediate_size", "moe_intermediate_size", "n_shared_experts")
+    )
+    return max(dense, expert * shared)
 
 
 def require_disk(folder: Path, needed_bytes: int) -> None:

@@ -48,8 +48,8 @@ _ROWS = (
     _row(r"last dimension of input0 = (?P<one>\d+) and second to last dimension of input1 = "
          r"(?P<other>\d+)", "a product of {one} columns with {other} rows",
          "the graph is broken: export it again"),
-    _row(r"Query, Key, Value tensors must have the same head dimension|Key and Value must have the same "
-         r"shape",
+    _row(r"Query, Key, Value tensors must have the same head dimension|"
+         r"Key and Value must have the same shape",
          "Attention needs query, key and value heads of one width",
          "pad the value heads to the key's width and slice the result"),
     _row(r"only supports Attention nodes with one output",

@@ -66,6 +66,7 @@ class TensorRt:
             for index, sm in enumerate(request.sms):
                 name = f"SM{sm.replace('.', '')}"
                 config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
+        config.max_aux_streams = 0  # each stream reserves scratch of its own, 8 MB with RTX
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         if request.weight_streaming:
             config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)

@@ -19,7 +19,13 @@ from mla_deploy.bundle import Bundle, open_bundle
 from mla_deploy.errors import EnvironmentFailure, GateError, InputError, quoted
 from mla_deploy.runtime.cache import Window, open_cache
 from mla_deploy.runtime.cache_spec import spec_from_manifest
-from mla_deploy.runtime.guards import Rows, checked_padding, checked_rows, checked_sizes, checked_step
+from mla_deploy.runtime.guards import (
+    Rows,
+    checked_padding,
+    checked_rows,
+    checked_sizes,
+    checked_step,
+)
 from mla_deploy.runtime.sessions import Graph, GraphSessions, require_cpu
 
 DEFAULT_CHUNK = 512
