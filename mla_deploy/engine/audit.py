@@ -1,7 +1,10 @@
 """Is the engine what the graph was written for? Numbers with limits, from the build's own report.
 
 The builder says nothing when a fusion is missed or a cache is copied; its list of kernels and its
-memory figures do.
+memory figures do. Limits are those of a sound engine: no attention operator without its fused
+kernel, each cache copied once a layer (TensorRT-RTX transposes it; the plugin does not), the latent
+and the up-projections repeated nowhere, activations within a quarter of the prediction, host memory
+within 3x the weights + 1 GiB (2x the weights more for each further profile).
 """
 
 from __future__ import annotations
@@ -67,12 +70,12 @@ def _graph_lines(graph: GraphReport, bundle: Bundle, predicted: Estimate) -> Ite
     weights, count = predicted.weights_bytes, max(len(graph.profiles), 1)
     yield AuditLine(
         "peak_host_bytes", graph.graph, "", graph.peak_host_bytes, host_limit(weights, count),
-        "host memory of the build: 3x the weights + 1 GiB, 2x more for each further profile",
+        "host memory of the build",
     )  # fmt: skip
     yield AuditLine(
         "plan_bytes", graph.graph, "", graph.plan_bytes,
         count * (weights * 11 // 10 + 16 * _MIB),
-        "size of the plan: the weights once for each profile, and kernels",
+        "the weights once a profile",
     )  # fmt: skip
     for profile in graph.profiles:
         yield from _profile_lines(graph, profile, bundle, predicted)
@@ -85,7 +88,7 @@ def _profile_lines(
         wanted = predicted.activation_bytes[profile.profile]
         yield AuditLine(
             "activation_bytes", graph.graph, profile.profile, profile.activation_bytes,
-            int(wanted * _SLACK) + 4 * _MIB, f"activations; {wanted:,} predicted",
+            int(wanted * _SLACK) + 4 * _MIB, f"{wanted:,} predicted",
         )  # fmt: skip
     for rule, value, limit, told in _kernel_counts(graph, profile, bundle):
         yield AuditLine(rule, graph.graph, profile.profile, value, limit, told)
@@ -104,25 +107,25 @@ def _kernel_counts(
     fused = sum(1 for kernel in profile.kernels if _FUSED.search(kernel.name))
     yield (
         "attention_unfused", max(operators - fused, 0), 0,
-        f"attention operators without a fused kernel, of {operators}",
+        f"of {operators} attention operators",
     )  # fmt: skip
     moving = [kernel for kernel in profile.kernels if _MOVEMENT.match(kernel.name)]
     reading = [k for k in moving if any(dims[-2:] == (rows, width) for dims in k.inputs)]
     yield (
         "cache_copies", sum(1 for k in reading if _largest(k.outputs) >= rows * width), layers,
-        "kernels that copy a whole cache; TensorRT-RTX transposes each once, the plugin none",
+        "kernels that copy a whole cache",
     )  # fmt: skip
     yield (
         "latent_replicated",
         sum(1 for k in reading if _largest(k.outputs) >= heads * rows * latent and heads > 1), 0,
-        "kernels that repeat the latent for each head",
+        "kernels: the latent per head",
     )  # fmt: skip
     narrow = min(int(model["qk_nope_head_dim"]), int(model["v_head_dim"]))
     lifted = [k for k in moving if _largest(k.constants) >= heads * latent * narrow]
     yield (
         "weights_replicated",
         sum(1 for k in lifted if "Repl" in k.name and min(map(min, k.outputs), default=0) < 0), 0,
-        "kernels that repeat W_uk or W_uv for each row of a batch",
+        "kernels: W_uk, W_uv per row",
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mla_deploy import __version__
-from mla_deploy.bundle import Bundle, check_engine_output, open_bundle, stage_engine
+from mla_deploy.bundle import Bundle, EngineStage, check_engine_output, open_bundle, stage_engine
 from mla_deploy.engine.audit import AuditLine, audit
 from mla_deploy.engine.build_graph import Recipe, build_graph
 from mla_deploy.engine.estimate import Estimate, estimate, require_disk, require_room
@@ -156,19 +156,23 @@ def build(
         planned.package, planned.release, planned.sms, weight_streaming, library, timeout
     )
     with stage_engine(planned.bundle, replace=replace) as stage:
-        built = [
-            build_graph(planned.bundle, planned.profiles[graph], recipe, stage.path, progress)
-            for graph in GRAPHS
-        ]
-        graphs = tuple(made.report for made in built)
-        report = BuildReport(
-            planned.package, built[0].version, planned.release, planned.sms, graphs
-        )
+        report = _built(planned, recipe, stage, progress)
         lines = () if audit_mode == "off" else _audited(planned, report, limits, audit_mode)
-        for graph in GRAPHS:
-            stage.adopt(f"{graph}.plan")
         made = stage.publish(_record(planned, report, lines, recipe))
     return EngineBuild(made, planned, report, lines)
+
+
+def _built(
+    planned: BuildPlan, recipe: Recipe, stage: EngineStage, progress: Progress | None
+) -> BuildReport:
+    """Both plans, in the stage."""
+    built = []
+    for graph in GRAPHS:
+        profiles = planned.profiles[graph]
+        built.append(build_graph(planned.bundle, profiles, recipe, stage.path, progress))
+        stage.adopt(f"{graph}.plan")
+    graphs = tuple(made.report for made in built)
+    return BuildReport(planned.package, built[0].version, planned.release, planned.sms, graphs)
 
 
 def _audited(
