@@ -19,7 +19,13 @@ from mla_deploy.bundle import Bundle, open_bundle
 from mla_deploy.errors import EnvironmentFailure, GateError, InputError, quoted
 from mla_deploy.runtime.cache import Window, open_cache
 from mla_deploy.runtime.cache_spec import spec_from_manifest
-from mla_deploy.runtime.guards import Rows, checked_padding, checked_rows, checked_sizes, checked_step
+from mla_deploy.runtime.guards import (
+    Rows,
+    checked_padding,
+    checked_rows,
+    checked_sizes,
+    checked_step,
+)
 from mla_deploy.runtime.sessions import Graph, GraphSessions, require_cpu
 
 DEFAULT_CHUNK = 512
@@ -87,7 +93,7 @@ class OnnxRunner:
         self._spec = spec_from_manifest(manifest)
         self._writes_padding = sessions.writes_padding
         self._cache = open_cache(
-            self._spec, self._batch, self._capacity, writes_padding=sessions.writes_padding
+            self._spec, self._batch, self._capacity, whole=sessions.binds_whole
         )
         self._lengths_B = np.zeros(self._batch, np.int64)
         self._bindings: dict[Graph, Any] = {}
