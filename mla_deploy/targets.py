@@ -33,7 +33,7 @@ class Target:
 
     @property
     def is_lowered(self) -> bool:
-        """Whether `export` has a lowering for it; only where `runs_now` does a runner exist here."""
+        """Whether `export` has a lowering for it; a runner exists only where `runs_now`."""
         return self.runs_now or self.release is not None
 
 

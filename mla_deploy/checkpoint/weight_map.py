@@ -62,7 +62,7 @@ class WeightMap:
         return self.read(module_name)
 
     def stacked_parts(self, module_name: str) -> tuple[str, ...]:
-        """Names in `slices` of the weights that a stack of experts is made of, in their order there.
+        """Names in `slices` of the weights that a stack of experts is made of, in order.
 
         Experts that have no weights are left out. Empty for what is no stack.
         """

@@ -27,6 +27,8 @@ from mla_deploy.export.weights import (
     StoredWeight,
     WeightLayout,
     full_use,
+    half_name,
+    renamed_use,
     stored_dtype,
 )
 from mla_deploy.rewrite import order
@@ -75,7 +77,7 @@ def assemble(
     counts = order.apply_rules(trunk, form.trunk_rules)
     uses = collect_weights(trunk, {*INPUTS, *frequency_names(trace.rope)})
     builder = form.builder(trunk, form, layout, trace)
-    builder.trunk_weights({k: _renamed(u, "model.") for k, u in uses.items()})
+    builder.trunk_weights({k: renamed_use(u, "model.") for k, u in uses.items()})
     for traced in trace.layers:
         fired = builder.kind(traced, layer_rules)
         for rule, number in fired.items():
@@ -153,7 +155,7 @@ class Builder:
             weights.append(
                 [
                     self._weight(
-                        full_use(_renamed(use, "layer."), prefix, self.trace.tied),
+                        full_use(renamed_use(use, "layer."), prefix, self.trace.tied),
                         _static_shape(by_name[name]),
                     )
                     for name, use in uses.items()
@@ -174,7 +176,7 @@ class Builder:
         """Before rules run: caches have the dtype that they are stored in, a state is fp32."""
         for value in graph.inputs:
             if value.name in traced.held and not held[traced.held.index(value.name)].is_state:
-                value.dtype = self.dtype
+                value.type = ir.TensorType(self.dtype)
 
     def step_inputs(self, graph: ir.Graph) -> tuple[str, ...]:
         """What a layer reads of the call beside the traced plan."""
@@ -251,7 +253,7 @@ class Builder:
         constant = self.trace.constants.get(use.parameter)
         if constant is not None:
             return self._initializer(ir.tensor(constant.numpy(), name=use.parameter))
-        name = use.parameter if use.half is None else _half_name(use)
+        name = use.parameter if use.half is None else half_name(use)
         dtype = stored_dtype(shape, self.form.config.num_experts, self.form.dtype)
         weight = StoredWeight(name, use, shape, dtype)
         self.layout.add(weight)
@@ -389,14 +391,6 @@ def _given_shape(shape: tuple[int, ...], dtype: torch.dtype) -> ir.Shape:
     # Positions of chosen tokens are as many as are cached, up to what the model chooses.
     widths = shape[2:] if dtype.is_floating_point else ("chosen_tokens",)
     return ir.Shape([shapes.BATCH, shapes.NEW_TOKENS, *widths])
-
-
-def _half_name(use: WeightUse) -> str:
-    return f"{use.parameter.removesuffix('.weight')}.{use.half}"
-
-
-def _renamed(use: WeightUse, prefix: str) -> WeightUse:
-    return WeightUse(use.parameter.removeprefix(prefix), use.half, use.heads, use.nope, use.value)
 
 
 def _static_shape(value: ir.Value) -> tuple[int, ...]:

@@ -69,12 +69,12 @@ class TypedBuilder(Builder):
         graph, by_name = layer.graph, {str(v.name): v for v in layer.graph.inputs}
         opaque = self.calls[traced.kind.indices[0]]
         for name, given in zip(traced.inputs, opaque.inputs, strict=True):
-            by_name[name].dtype = None if given is None else given.dtype
+            by_name[name].type = None if given is None else given.type
         self.visible = opaque.inputs[traced.inputs.index("visible_B1ST")]
         for name, buffer in zip(traced.held, held, strict=True):
-            by_name[name].dtype = self._cache_dtype(buffer)
+            by_name[name].type = ir.TensorType(self._cache_dtype(buffer))
         for formal, stored in arguments.items():
-            formal.dtype = stored.dtype
+            formal.type = stored.type
         own = self.trace.buffers(traced.kind.indices[0])
         made = len(graph.outputs) - len(own)
         wanted = {

@@ -209,3 +209,13 @@ def full_use(use: WeightUse, prefix: str, tied: Mapping[str, str]) -> WeightUse:
     """`use` with its parameter's full module name, tied names resolved."""
     name = f"{prefix}{use.parameter}"
     return WeightUse(tied.get(name, name), use.half, use.heads, use.nope, use.value)
+
+
+def renamed_use(use: WeightUse, prefix: str) -> WeightUse:
+    """`use` without a prefix of its parameter's name."""
+    return WeightUse(use.parameter.removeprefix(prefix), use.half, use.heads, use.nope, use.value)
+
+
+def half_name(use: WeightUse) -> str:
+    """What an absorbed half is called in the weight file."""
+    return f"{use.parameter.removesuffix('.weight')}.{use.half}"

@@ -277,7 +277,7 @@ def _row_sources(latent: ir.Value, rope_key: ir.Value) -> list[ir.Node]:
 
 
 def row_source(latent: ir.Value, rope_key: ir.Value) -> ir.Value:
-    """The rows [latent | rope key] that both are slices of. Raises: Mismatch when they lie apart."""
+    """The rows [latent | rope key] that both are slices of. Raises: Mismatch when apart."""
     sources = _row_sources(latent, rope_key)
     if len(sources) != 1:
         raise Mismatch("latent and rope key are not one row", rope_key)

@@ -1,16 +1,16 @@
 """lower: CacheUpdate and CacheRead for TensorRT.
 
     # before:  CacheUpdate(cache_B1MW, rows_B1SW, plan) -> cache_out, rows_B1TW
-    # after:   TensorScatter(cache, rows, write_index_B) -> cache_out = rows     becomes KVCacheUpdate
+    # after:   TensorScatter(cache, rows, write_index_B) -> cache_out = rows
     # or:      ScatterND(cache, slot, Where(active, rows[source], held)) -> cache_out = rows
 
     # before:  CacheRead(cache_B1TW, filled, ...) -> rows_B1TW
     # after:   the cache itself
 
-KVCacheUpdate works in place on a cache that is a graph input, and its result a graph output. It
-writes every new token, padding too, behind the row's length: a runner keeps
-`cache_lengths + new_tokens <= capacity`, for idle rows as well. Stale slots are not cleared, which
-would copy the cache; they are masked, and a cache that began as zeros never holds a NaN there.
+TensorScatter becomes KVCacheUpdate, which works in place on a cache that is a graph input, its
+result a graph output. It writes every new token, padding too, behind the row's length: a runner
+keeps `cache_lengths + new_tokens <= capacity`, for idle rows as well. Stale slots are not cleared,
+which would copy the cache; they are masked, and one that began as zeros never holds a NaN there.
 """
 
 from __future__ import annotations

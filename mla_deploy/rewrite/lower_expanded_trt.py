@@ -94,7 +94,7 @@ class ExpandAndFuse(LowerExpanded):
 
 
 class ExpandAndFuseTrt(ExpandAndFuse):
-    """TensorRT's own operator, which has no scale: the query takes it, and no pass over the keys."""
+    """TensorRT's own operator, which has no scale: the query takes it, and not the keys."""
 
     def _attend(
         self, op: Any, operands: tuple[ir.Value, ...], visible: ir.Value, scale: float

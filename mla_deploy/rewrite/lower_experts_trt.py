@@ -117,7 +117,7 @@ def gate_of(out: ir.Value) -> Gate:
 
 
 def stacked(gate_up: ir.Value, experts: int) -> ir.Value:
-    """The stack of the experts that have weights; a class may keep more rows, which nothing reads."""
+    """The stack of the experts that have weights; a class may keep rows that nothing reads."""
     if static(gate_up, 0) == experts:
         return gate_up
     shape = (experts, static(gate_up, 1), static(gate_up, 2))

@@ -110,7 +110,7 @@ class _Typing:
             node.outputs[0].const_value = node.attributes["value"].as_tensor()
         else:
             node = ir.node("Cast", [value], attributes={"to": to})
-        node.outputs[0].dtype = to
+        node.outputs[0].type = ir.TensorType(to)
         node.outputs[0].shape = value.shape
         if value.producer() is not None:
             self.graph.insert_after(_required(value.producer()), node)
@@ -147,17 +147,17 @@ class _Typing:
         """What a decoder layer gives: hidden states in half, positions as they are."""
         for value in node.outputs:
             if value.dtype == FLOAT:
-                value.dtype = self.half
+                value.type = ir.TensorType(self.half)
 
     def _give(self, node: ir.Node, dtype: ir.DataType) -> None:
         """The node's dtype to its outputs, but for truths, counts and places."""
         for place, value in enumerate(node.outputs):
             if node.op_type in _TRUTHS:
-                value.dtype = BOOL
+                value.type = ir.TensorType(BOOL)
             elif node.op_type in _INTEGERS or (node.op_type == "TopK" and place == 1):
-                value.dtype = INT64
+                value.type = ir.TensorType(INT64)
             else:
-                value.dtype = dtype
+                value.type = ir.TensorType(dtype)
 
 
 def _plain(node: ir.Node) -> ir.DataType:
@@ -186,7 +186,7 @@ def _required(node: ir.Node | None) -> ir.Node:
     return node
 
 
-def _converted(tensor: ir.TensorProtocol, to: ir.DataType) -> ir.Tensor:
+def _converted(tensor: ir.TensorProtocol, to: ir.DataType) -> ir.TensorProtocol:
     return ir.Tensor(np.asarray(tensor.numpy()).astype(to.numpy()), dtype=to)
 
 

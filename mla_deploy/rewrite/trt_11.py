@@ -1,4 +1,4 @@
-"""TensorRT 11, of datacenter parts: its own attention operator, which needs no pass over the keys."""
+"""TensorRT 11, of datacenter parts: its own attention operator, with no pass over the keys."""
 
 from __future__ import annotations
 

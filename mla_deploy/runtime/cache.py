@@ -120,7 +120,7 @@ class InPlaceCache:
 
 
 class WholeCache(InPlaceCache):
-    """For graphs of fixed capacity that write padding too: every step binds all of the buffer.
+    """For graphs of fixed capacity: every step binds all of the buffer.
 
     Such a graph does not clear stale slots: they are finite, as on a device that began with zeros.
     """
@@ -204,11 +204,9 @@ class GrowingCache:
 LatentCache = InPlaceCache | GrowingCache
 
 
-def open_cache(
-    spec: CacheSpec, batch: int, capacity: int, *, writes_padding: bool = False
-) -> LatentCache:
+def open_cache(spec: CacheSpec, batch: int, capacity: int, *, whole: bool = False) -> LatentCache:
     """The cache of the kind that the bundle's graphs take."""
-    if writes_padding:
+    if whole:
         return WholeCache(spec, batch, capacity)
     return (GrowingCache if spec.grows else InPlaceCache)(spec, batch, capacity)
 

@@ -93,7 +93,7 @@ class OnnxRunner:
         self._spec = spec_from_manifest(manifest)
         self._writes_padding = sessions.writes_padding
         self._cache = open_cache(
-            self._spec, self._batch, self._capacity, writes_padding=sessions.writes_padding
+            self._spec, self._batch, self._capacity, whole=sessions.binds_whole
         )
         self._lengths_B = np.zeros(self._batch, np.int64)
         self._bindings: dict[Graph, Any] = {}

@@ -34,6 +34,7 @@ _FOLDS_CASTS = ("ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer")
 class GraphSessions:
     """The two sessions of one bundle. `threads` None leaves the number to ONNX Runtime."""
 
+    binds_whole = False  # whether the graphs take every slot of a row, finite ones
     writes_padding = False  # whether a step writes slots for padding as well
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:

@@ -39,6 +39,7 @@ class StandInSessions(GraphSessions):
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         """Raises: InputError RUN-THREADS."""
         super().__init__(bundle, threads)
+        self.binds_whole = True
         self.writes_padding = bool(bundle.manifest["engine"]["writes_padding"])
 
     def model(self, graph: Graph) -> bytes:
@@ -102,6 +103,10 @@ class _Rounded:
             self.truth[value] = value.dtype
         for node in list(graph):
             self._node(node)
+        for node in graph:
+            for value in node.outputs:
+                if not value.is_graph_output():
+                    value.type = value.shape = None  # half precision that is fp32 now
 
     def _node(self, node: ir.Node) -> None:
         inputs = [v for v in node.inputs if v is not None]
@@ -116,9 +121,9 @@ class _Rounded:
             return
         if not any(self.truth.get(v) in _HALVES for v in (*inputs, *node.outputs)):
             return
-        for place, value in enumerate(node.inputs):
-            if value is not None and self.truth.get(value) in _HALVES:
-                node.replace_input_with(place, self._widened(value, node))
+        for place, operand in enumerate(node.inputs):
+            if operand is not None and self.truth.get(operand) in _HALVES:
+                node.replace_input_with(place, self._widened(operand, node))
         if truth in _HALVES:
             self._round(node, truth)
 
