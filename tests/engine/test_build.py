@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -156,8 +157,13 @@ def test_tensorrt_builds_through_the_stand_in(
     monkeypatch.setenv("PYTHONPATH", str(STAND_IN))
     monkeypatch.setattr(pipeline.importlib.util, "find_spec", lambda name: object())
     write_engine_bundle(tmp_path / "b", target="jetson-orin-jp7", release="10.16")
-    made = mla_deploy.build(tmp_path / "b")
+    library = tmp_path / "libmla.so"
+    library.write_bytes(b"a plugin")
+    made = mla_deploy.build(tmp_path / "b", plugin_library=library)
     assert made.bundle.engine is not None
+    assert made.bundle.engine.facts["options"]["plugin"] == {
+        "file": "libmla.so", "bytes": 8, "sha256": hashlib.sha256(b"a plugin").hexdigest(),
+    }  # fmt: skip
     assert made.bundle.engine.facts["runtime"] == {"package": "tensorrt", "version": "10.16.2.1"}
     assert made.report.graphs[1].profiles[0].activation_bytes == 1000
 
@@ -187,14 +193,18 @@ def test_too_little_memory_and_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     ("options", "told"),
-    [({}, "no library"), ({"plugin_library": "missing.so"}, "there is no library")],
+    [
+        ({"plugin": "on"}, "no library"),
+        ({"plugin": "on", "plugin_library": "missing.so"}, "there is no library"),
+        ({"plugin_library": "missing.so"}, "there is no library"),
+    ],
 )
 def test_a_plugin_that_is_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, str], told: str
 ) -> None:
     monkeypatch.setattr(pipeline, "_missing", lambda *_: "")
     write_engine_bundle(tmp_path / "b")
-    assert told in refused(tmp_path / "b", "BLD-PLUGIN", 4, plugin="on", **options).message
+    assert told in refused(tmp_path / "b", "BLD-PLUGIN", 4, **options).message
 
 
 def test_a_release_without_plugin_override(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +214,8 @@ def test_a_release_without_plugin_override(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "lib.so").write_bytes(b"")
     options = {"plugin": "on", "plugin_library": tmp_path / "lib.so"}
     assert "in a function's place" in refused(tmp_path / "b", "BLD-PLUGIN", 4, **options).message
+    planned = plan_build(tmp_path / "b")
+    assert pipeline._plugin(planned, "auto", tmp_path / "lib.so") is None  # plain operators then
 
 
 def test_a_bundle_that_changed_while_it_was_looked_at(
