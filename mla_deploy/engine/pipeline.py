@@ -29,6 +29,7 @@ Progress = Callable[[str, int, int], None]
 AuditMode = Literal["off", "warn", "fail"]
 PluginMode = Literal["auto", "on", "off"]
 
+PLUGIN_OPERATOR = "mla_deploy::MlaDecode"
 # What TensorRT-RTX 1.7 compiles for; it has no other.
 RTX_SMS = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
@@ -149,9 +150,10 @@ def build(
     planned = plan_build(bundle, profiles=profiles, sms=sms)
     if planned.missing:
         raise _no_runtime(planned)
-    for graph in GRAPHS:
-        require_clean(planned.findings[graph], f"{graph}.onnx")
     library = _plugin(planned, plugin, plugin_library)
+    for graph, findings in planned.findings.items():
+        left = [f for f in findings if library is None or not _is_plugin_node(f)]
+        require_clean(left, f"{graph}.onnx")
     home = Path(os.path.realpath(planned.bundle.path))
     check_engine_output(home, replace=replace)
     require_room(planned.predicted.host_bytes)
@@ -282,7 +284,7 @@ def _plugin(
     if library is not None and mode != "off":
         if not os.path.isfile(library):
             reason = f"there is no library {quoted(os.fspath(library))}"
-        elif not find_release(planned.release).has_plugin_override:
+        elif not (find_release(planned.release).has_plugin_override or _has_plugin_node(planned)):
             if mode == "auto":
                 return None
             reason = f"TensorRT {planned.release} cannot put a plugin in a function's place"
@@ -293,6 +295,15 @@ def _plugin(
             hint="build plugins/mla_decode and pass --plugin-library, or --plugin off",
         )
     return None if library is None or mode == "off" else os.path.realpath(library)
+
+
+def _has_plugin_node(planned: BuildPlan) -> bool:
+    """Whether a graph holds the plugin's node without a function of its name."""
+    return any(_is_plugin_node(finding) for found in planned.findings.values() for finding in found)
+
+
+def _is_plugin_node(finding: LintFinding) -> bool:
+    return finding.check == "operator" and finding.found.endswith(f" {PLUGIN_OPERATOR}")
 
 
 def _plugin_record(library: str | None) -> dict[str, Any] | None:

@@ -15,11 +15,12 @@ import pytest
 
 import mla_deploy
 from mla_deploy.bundle import Bundle, open_bundle
-from mla_deploy.engine import estimate, pipeline
+from mla_deploy.engine import estimate, lint, pipeline
+from mla_deploy.engine.lint_operators import operators
 from mla_deploy.engine.pipeline import RTX_SMS, plan_build
 from mla_deploy.errors import MlaDeployError
 from tests.engine.engine_bundle import manifest, write_engine_bundle
-from tests.engine.small_graphs import CAPACITY, ROW, decode_layer, node
+from tests.engine.small_graphs import CAPACITY, ROW, chain, decode_layer, node, weight
 from tests.small_bundle import names_in, write_bundle
 
 STAND_IN = Path(__file__).with_name("stand_in")
@@ -216,6 +217,22 @@ def test_a_release_without_plugin_override(tmp_path: Path, monkeypatch: pytest.M
     assert "in a function's place" in refused(tmp_path / "b", "BLD-PLUGIN", 4, **options).message
     planned = plan_build(tmp_path / "b")
     assert pipeline._plugin(planned, "auto", tmp_path / "lib.so") is None  # plain operators then
+
+
+def test_a_node_that_is_the_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the override a graph names the plugin and has no function: with its library it builds,
+    without it the linter says no."""
+    monkeypatch.setenv("PYTHONPATH", str(STAND_IN))
+    monkeypatch.setenv("STAND_IN_VERSION", "10.3.0.26")
+    monkeypatch.setattr(pipeline.importlib.util, "find_spec", lambda name: object())
+    made = chain(("MlaDecode", {"domain": "mla_deploy", "name": "attend"}), opset=20)
+    made.graph.initializer.append(weight("unused", 4))
+    write_engine_bundle(tmp_path / "b", made, target="jetson-orin-jp6", release="10.3")
+    monkeypatch.setattr(lint, "CHECKS", (operators,))
+    assert "mla_deploy::MlaDecode" in refused(tmp_path / "b", "BLD-LINT", 4).message
+    (tmp_path / "lib.so").write_bytes(b"")
+    built = mla_deploy.build(tmp_path / "b", plugin_library=tmp_path / "lib.so")
+    assert built.report.version == "10.3.0.26"
 
 
 def test_a_bundle_that_changed_while_it_was_looked_at(
