@@ -230,7 +230,7 @@ def _record(
             for graph in GRAPHS
         },
         "predicted": asdict(planned.predicted),
-        "report": report.to_dict(),
+        "report": report.to_record(),
         "audit": [line.to_dict() for line in lines],
     }  # fmt: skip
 

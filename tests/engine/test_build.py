@@ -73,6 +73,9 @@ def test_both_engines_are_built_and_known_to_the_bundle(tmp_path: Path) -> None:
     plan = (tmp_path / "b" / "engine" / "decode.plan").read_bytes()
     assert opened.engine.read_plan("decode") == plan
     assert all(line.passed for line in made.audit) and len(made.audit) == 14
+    told = facts["report"]["graphs"][1]["profiles"][0]["kernels"]
+    ran = made.report.graphs[1].profiles[0].kernels
+    assert told == [f"{kernel.type} {kernel.name}" for kernel in ran] and len(told) > 5
     json.dumps(made.to_dict())
     refused(tmp_path / "b", "BUN-EXISTS", 8)
     again = mla_deploy.build(tmp_path / "b", replace=True, audit_mode="off")
