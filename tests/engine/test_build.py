@@ -72,7 +72,7 @@ def test_both_engines_are_built_and_known_to_the_bundle(tmp_path: Path) -> None:
     assert facts["graphs"]["prefill"]["profiles"][0]["axes"]["new_tokens"]["max"] == 32
     plan = (tmp_path / "b" / "engine" / "decode.plan").read_bytes()
     assert opened.engine.read_plan("decode") == plan
-    assert all(line.passed for line in made.audit) and len(made.audit) == 14
+    assert all(line.passed for line in made.audit) and len(made.audit) == 16
     told = facts["report"]["graphs"][1]["profiles"][0]["kernels"]
     ran = made.report.graphs[1].profiles[0].kernels
     assert told == [f"{kernel.type} {kernel.name}" for kernel in ran] and len(told) > 5
