@@ -130,8 +130,8 @@ def test_what_would_be_built(tmp_path: Path) -> None:
     assert planned.sms == ("8.9",) and planned.package == "tensorrt_rtx"
     weights = planned.predicted.weights_bytes
     assert planned.predicted.host_bytes == 3 * weights + 2**30
-    # 2 x 4 rows of cache [64, 24] in fp16; 4 x 4 heads x 64 scores in fp32 and fp16; logits.
-    decode = 8_192_000 + 2 * 4 * 64 * 24 * 2 + 4 * 4 * 64 * 6 + 4 * 32 * 6
+    # 4 rows of cache [64, 24] in fp16; 4 x 4 heads x 64 scores in fp32 and fp16; logits.
+    decode = 8_192_000 + 4 * 64 * 24 * 2 + 4 * 4 * 64 * 6 + 4 * 32 * 6
     assert planned.predicted.activation_bytes["decode:batch=1..4@1,new_tokens=1"] == decode
     assert planned.findings == {"prefill": (), "decode": ()}
     json.dumps(planned.to_dict())
