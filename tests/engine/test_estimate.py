@@ -49,7 +49,8 @@ def test_predictions_hold(layer: Bundle, tmp_path: Path, text: str) -> None:
     report = build_graph(layer, [profile], RECIPE, tmp_path).report
     measured = report.profiles[0].activation_bytes
     assert measured is not None
-    assert 0.9 < activation_bytes(layer, profile) / measured < 1.25
+    # An upper figure: with heads this narrow the builder frees the product before the values stand.
+    assert 0.9 < activation_bytes(layer, profile) / measured < 1.35
     weights = int(layer.manifest["weights"]["bytes"])
     assert report.peak_host_bytes < host_limit(weights, 1) == 3 * weights + _GIB
     assert weights * 0.9 < report.plan_bytes < weights * 1.1 + 16 * 2**20
