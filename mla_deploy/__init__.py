@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mla_deploy.bundle import Bundle, open_bundle
     from mla_deploy.checkpoint import Checkpoint, open_checkpoint
     from mla_deploy.config import MlaConfig, read_config
+    from mla_deploy.engine.pipeline import build
     from mla_deploy.errors import (
         BusyError,
         EnvironmentFailure,
@@ -45,6 +46,7 @@ __all__ = [
     "Runner",
     "ValidationReport",
     "__version__",
+    "build",
     "export",
     "generate",
     "open_bundle",
@@ -61,6 +63,7 @@ _HOME = {
     "open_bundle": "bundle",
     "Checkpoint": "checkpoint",
     "open_checkpoint": "checkpoint",
+    "build": "engine.pipeline",
     "MlaConfig": "config",
     "read_config": "config",
     "BusyError": "errors",

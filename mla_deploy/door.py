@@ -93,6 +93,18 @@ class Folder:
         except OSError as error:
             raise _refusal(error, shown, "file") from None
 
+    def folder(self, name: str) -> Folder:
+        """The folder `name` in this one, held open; no link. A context manager.
+
+        Raises: InputError FILE-NAME, FILE-MISSING, FILE-LINK, FILE-TYPE; EnvironmentFailure.
+        """
+        check_name(name)
+        try:
+            flags = _FOLDER_FLAGS | os.O_NOFOLLOW
+            return Folder(self.path / name, os.open(name, flags, dir_fd=self._descriptor))
+        except OSError as error:
+            raise _refusal(error, quoted(name), "folder") from None
+
     def read_bytes(self, name: str, policy: Policy = "bundle", *, max_bytes: int) -> bytes:
         """The whole file, at most `max_bytes` of it. Raises as `open`."""
         descriptor = self.open(name, policy, max_bytes)

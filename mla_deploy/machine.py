@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -62,6 +63,8 @@ def examine_machine(
             imports[name] = finding
             if progress is not None:
                 progress("importing libraries", len(imports), len(names))
+    from mla_deploy.jetson import jetson_probes
+
     gpu = _guarded("GPU", _gpu)
     providers = partial(_providers, imports["onnxruntime"], gpu)
     return (
@@ -71,7 +74,9 @@ def examine_machine(
         gpu,
         _guarded("processor", _processor),
         _guarded("memory", _memory),
+        _guarded("swap", _swap),
         _guarded("disk", _disk),
+        *(_guarded(what, probe) for what, probe in jetson_probes()),
     )
 
 
@@ -130,7 +135,13 @@ def _providers(runtime: Finding, gpu: Finding) -> Finding:
 
 def _gpu() -> Finding:
     if shutil.which("nvidia-smi") is None:
-        return Finding("GPU", "absent", "nvidia-smi not found", _MEANING["GPU"])
+        driver = re.search(
+            r"Kernel Module\s+(?:for \w+\s+)?([\d.]+)", _proc("driver/nvidia/version")
+        )
+        if driver is None:
+            return Finding("GPU", "absent", "nvidia-smi not found", _MEANING["GPU"])
+        found = f"NVIDIA driver {driver[1]}, no nvidia-smi to ask"
+        return Finding("GPU", "ok", found, facts={"gpus": [], "driver": driver[1]})
     child = subprocess.run(
         ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total,driver_version",
          "--format=csv,noheader"],
@@ -166,10 +177,45 @@ def _memory() -> Finding:
     return Finding("memory", "ok", found, meaning, facts)
 
 
+def _swap() -> Finding:
+    fields = dict(_field(line) for line in _proc("meminfo").splitlines() if ":" in line)
+    total, free = (int(fields[key].split()[0]) * 1024 for key in ("SwapTotal", "SwapFree"))
+    facts = {"total_bytes": total, "free_bytes": free}
+    if total == 0:
+        return Finding("swap", "absent", "none", "a build that runs out of memory is killed", facts)
+    found = f"{free / 2**30:.1f} GiB free of {total / 2**30:.1f} GiB"
+    return Finding("swap", "ok", found, "", facts)
+
+
 def _disk() -> Finding:
     usage = shutil.disk_usage(os.curdir)
     found = f"{usage.free / 2**30:.1f} GiB free in the current folder"
     return Finding("disk", "ok", found, "", {"free_bytes": usage.free})
+
+
+def gpu_rows() -> list[str]:
+    """Name, compute capability, memory and driver of each GPU, as nvidia-smi tells them."""
+    return list(_guarded("GPU", _gpu).facts.get("gpus", []))
+
+
+def peak_bytes() -> int:
+    """The most memory this process has held, in bytes; 0 where the system does not say."""
+    fields = dict(_field(line) for line in _proc("self/status").splitlines() if ":" in line)
+    return int(fields.get("VmHWM", "0 kB").split()[0]) * 1024
+
+
+def available_bytes() -> int | None:
+    """Bytes that can still be allocated, the container's limit included; None if unknown."""
+    fields = dict(_field(line) for line in _proc("meminfo").splitlines() if ":" in line)
+    if "MemAvailable" not in fields:
+        return None
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = (
+        system_file(f"/sys/fs/cgroup/memory.{part}").strip() for part in ("max", "current")
+    )
+    if limit.isdigit() and used.isdigit():
+        free = min(free, max(int(limit) - int(used), 0))
+    return free
 
 
 def _field(line: str) -> tuple[str, str]:
@@ -178,9 +224,16 @@ def _field(line: str) -> tuple[str, str]:
 
 
 def _proc(name: str) -> str:
-    """A file of /proc: the kernel's own words, not untrusted input, so not through the door."""
+    return system_file(f"/proc/{name}")
+
+
+def system_file(path: str) -> str:
+    """A file of the system: its own words, not untrusted input, so not through the door.
+
+    "" where there is none.
+    """
     try:
-        with open(f"/proc/{name}", encoding="utf-8", errors="replace") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             return file.read(1 << 20)
     except OSError:
         return ""

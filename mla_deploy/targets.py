@@ -23,8 +23,19 @@ class Target:
     dtypes: tuple[str, ...]
     cache_update: str
     notes: str
+    release: str | None = None  # of TensorRT: a row of `rewrite/releases.py`
     runs_now: bool = False
     stores: tuple[str, ...] = ()  # weights beyond `dtypes` that a graph for it can widen itself
+
+    @property
+    def default_dtype(self) -> str:
+        """What is stored and computed unless told otherwise."""
+        return "fp32" if self.release is None else "fp16"
+
+    @property
+    def is_lowered(self) -> bool:
+        """Whether `export` has a lowering for it; a runner exists only where `runs_now`."""
+        return self.runs_now or self.release is not None
 
 
 _HALF = ("fp32", "fp16", "bf16")
@@ -40,22 +51,22 @@ TARGETS: tuple[Target, ...] = (
     Target("cuda", "ONNX Runtime CUDA", None, None, None, _HALF, "in place (bound buffer)",
            "any NVIDIA GPU that onnxruntime-gpu supports"),
     Target("jetson-orin-jp6", "TensorRT 10.3", "8.7", 64, 204.8, ("fp32", "fp16", "int8", "int4"),
-           "ScatterND or concat", "AGX Orin 64 GB, JetPack 6; opset 20; no fp8"),
+           "ScatterND or concat", "AGX Orin 64 GB, JetPack 6; opset 20; no fp8", "10.3"),
     Target("jetson-orin-jp7", "TensorRT 10.16", "8.7", 64, 204.8, ("fp32", "fp16", "int8", "int4"),
-           _SCATTER, "AGX Orin 64 GB, JetPack 7.2; no fp8"),
+           _SCATTER, "AGX Orin 64 GB, JetPack 7.2; no fp8", "10.16"),
     Target("jetson-thor-jp7", "TensorRT 10.16", "11.0", 128, 273.0, _FP4, _SCATTER,
-           "AGX Thor T5000, JetPack 7.2"),
-    Target("a100", "TensorRT 11", "8.0", 80, 2039.0, _AMPERE, _SCATTER, "SXM 80 GB"),
-    Target("h100", "TensorRT 11", "9.0", 80, 3350.0, _FP8, _SCATTER, "SXM 80 GB"),
-    Target("h200", "TensorRT 11", "9.0", 141, 4800.0, _FP8, _SCATTER, "SXM"),
-    Target("b200", "TensorRT 11", "10.0", 180, 8000.0, _FP4, _SCATTER, "HGX"),
+           "AGX Thor T5000, JetPack 7.2", "10.16"),
+    Target("a100", "TensorRT 11", "8.0", 80, 2039.0, _AMPERE, _SCATTER, "SXM 80 GB", "11"),
+    Target("h100", "TensorRT 11", "9.0", 80, 3350.0, _FP8, _SCATTER, "SXM 80 GB", "11"),
+    Target("h200", "TensorRT 11", "9.0", 141, 4800.0, _FP8, _SCATTER, "SXM", "11"),
+    Target("b200", "TensorRT 11", "10.0", 180, 8000.0, _FP4, _SCATTER, "HGX", "11"),
     Target("rtx-30", "TensorRT-RTX 1.7", "8.6", None, None, _AMPERE, _SCATTER,
-           "engines build with no GPU"),
-    Target("rtx-40", "TensorRT-RTX 1.7", "8.9", 24, 1008.0, _FP8, _SCATTER, "RTX 4090"),
+           "engines build with no GPU", "rtx-1.7"),
+    Target("rtx-40", "TensorRT-RTX 1.7", "8.9", 24, 1008.0, _FP8, _SCATTER, "RTX 4090", "rtx-1.7"),
     Target("rtx-50", "TensorRT-RTX 1.7", "12.0", None, None, _FP4, _SCATTER,
-           "engines build with no GPU"),
+           "engines build with no GPU", "rtx-1.7"),
     Target("dgx-spark", "TensorRT-RTX 1.7", "12.1", 128, None, _FP4, _SCATTER,
-           "memory shared with the CPU"),
+           "memory shared with the CPU", "rtx-1.7"),
 )  # fmt: skip
 
 DEFAULT_TARGET = "cpu"
@@ -81,12 +92,12 @@ def buildable_target(name: str) -> Target:
     Raises InputError TARGET-UNKNOWN, TARGET-NOT-BUILT (known, but planned for a later release).
     """
     target = find_target(name)
-    if target.runs_now:
+    if target.is_lowered:
         return target
-    ready = ", ".join(entry.name for entry in TARGETS if entry.runs_now)
+    ready = ", ".join(entry.name for entry in TARGETS if entry.is_lowered)
     raise InputError(
         "TARGET-NOT-BUILT",
-        f"this release has no lowering for {target.name} ({target.runtime}) yet; {ready} is built",
+        f"this release has no lowering for {target.name} ({target.runtime}) yet; built are {ready}",
         hint="export with `--target cpu`; a later release adds this target",
         target=name,
     )

@@ -21,13 +21,13 @@ PACKAGE = ROOT / "mla_deploy"
 # Arrows point down this list only. The ground floor's modules may use one another.
 GROUND = ("errors", "strict_json", "shapes", "targets", "door", "fields", "text_fields", "rope",
           "experts", "layer_facts", "wrapper", "quantization", "config", "cache_plan", "machine",
-          "callable_package")  # fmt: skip
+          "jetson", "callable_package")  # fmt: skip
 FLOORS: tuple[tuple[str, ...], ...] = (
     GROUND,
     ("bundle", "checkpoint"),
     ("source",),
     ("export", "rewrite"),
-    ("runtime",),
+    ("runtime", "engine"),
     ("validate",),
     ("cli",),
 )
@@ -36,6 +36,7 @@ AT_IMPORT = {
     "source": {"torch", "transformers", "numpy", "networkx"},
     "export": {"torch", "transformers", "numpy", "onnx", "onnx_ir", "onnxscript", "ml_dtypes"},
     "rewrite": {"numpy", "onnx", "onnx_ir", "onnxscript"},
+    "engine": {"numpy", "onnx_ir"},  # tensorrt by name, in the worker: `tensorrt_api.py`
     "runtime": {"numpy", "onnxruntime", "torch", "ml_dtypes"},
     "validate": {"numpy", "torch", "onnx_ir"},  # onnx_ir: the mutants are graph surgery
     "cli": {"click"},

@@ -73,7 +73,7 @@ def parse_manifest(text: bytes) -> dict[str, Any]:
         raise _damaged(error.message) from None
     if not isinstance(manifest, dict):
         raise _damaged("holds no JSON object")
-    if not _is_intact(text):
+    if not is_intact(text):
         raise _damaged("its bytes are not the ones that were written (check differs)")
     version = manifest.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
@@ -132,6 +132,16 @@ def is_sha256(text: object) -> bool:
     return isinstance(text, str) and _SHA256.fullmatch(text) is not None
 
 
+def is_intact(text: bytes) -> bool:
+    """Whether the `check` in `text` is the one of the rest of it."""
+    line = _CHECK_LINE.search(text)
+    if line is None:
+        return False
+    body = hashlib.sha256(text[: line.start()])
+    body.update(text[line.end() :])
+    return body.hexdigest().encode() == line[1]
+
+
 def case_clash(names: Iterable[str]) -> tuple[str, str] | None:
     """Two of `names` that are one file on a file system that ignores case, or None."""
     seen: dict[str, str] = {}
@@ -154,15 +164,6 @@ def _check_in_place(manifest: Mapping[str, Any]) -> None:
     if clash or len(names) > MAX_CHECKPOINT_FILES:
         raise _damaged(f"in_place.files names more than {MAX_CHECKPOINT_FILES} files, or one twice")
     checkpoint_files(manifest)
-
-
-def _is_intact(text: bytes) -> bool:
-    line = _CHECK_LINE.search(text)
-    if line is None:
-        return False
-    body = hashlib.sha256(text[: line.start()])
-    body.update(text[line.end() :])
-    return body.hexdigest().encode() == line[1]
 
 
 def _file_record(name: str, entry: object) -> FileRecord:

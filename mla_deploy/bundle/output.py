@@ -10,6 +10,7 @@ import stat
 import time
 from pathlib import Path
 
+from mla_deploy.bundle.engine_record import ENGINE_FOLDER, is_engine_folder
 from mla_deploy.bundle.failures import disk_failure, finish
 from mla_deploy.bundle.filesystem import FileSystem
 from mla_deploy.bundle.manifest import (
@@ -112,7 +113,10 @@ def check_replaceable(target: Path) -> None:
                 names = set(folder.names())
                 if names:
                     text = folder.read_bytes(MANIFEST_NAME, "bundle", max_bytes=MAX_MANIFEST_BYTES)
-                    added = sorted(names - {MANIFEST_NAME, *file_records(parse_manifest(text))})
+                    known = {MANIFEST_NAME, *file_records(parse_manifest(text))}
+                    if ENGINE_FOLDER in names and is_engine_folder(folder):
+                        known.add(ENGINE_FOLDER)
+                    added = sorted(names - known)
                     reason = f"{quoted(added[0])} in it is not the bundle's" if added else ""
         except MlaDeployError as error:
             reason = f"it is not a bundle ({error.message})"

@@ -171,7 +171,7 @@ class Stage:
         parent = self._target.parent
         exchange = self._replace and os.path.lexists(self._target)
         if exchange:
-            check_replaceable(self._target)
+            self._check_replaced()
             self._fs.exchange(self.path, self._target)
         else:
             try:
@@ -192,6 +192,10 @@ class Stage:
                 else:
                     self._fs.rename_new(self._target, self.path)
             raise
+
+    def _check_replaced(self) -> None:
+        """Again, right before the swap. Raises: BusyError BUN-EXISTS."""
+        check_replaceable(self._target)
 
     def _check_name(self, name: str) -> None:
         taken = case_clash([*self._records, *self._open, name])

@@ -14,7 +14,7 @@ import hmac
 import os
 import stat
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mla_deploy.bundle.checkpoint_files import CheckpointFile, checkpoint_files, damage_of
 from mla_deploy.bundle.content import FileRecord, find_damage
+from mla_deploy.bundle.engine_record import ENGINE_FOLDER, EngineRecord, read_engine
 from mla_deploy.bundle.manifest import (
     IN_PLACE_MANIFEST,
     MANIFEST_NAME,
@@ -69,7 +70,7 @@ class Bundle:
     `manifest` is a read-only view of the top level; treat what is inside as read-only too.
     `verified` is "headers" where a bundle beside a checkpoint was verified in full: all of its own
     bytes, and of the checkpoint's weight files the size and the header. `files` holds every file
-    that is hashed whole.
+    that is hashed whole; `engine` the TensorRT engines that were built from it.
     """
 
     path: Path
@@ -78,6 +79,7 @@ class Bundle:
     verified: Verified
     files: Mapping[str, FileRecord] = field(repr=False)
     _fingerprints: Mapping[str, _Fingerprint] = field(repr=False, compare=False)
+    engine: EngineRecord | None = field(default=None, repr=False)
 
     def file(self, name: str) -> Path:
         """The path of a file that is still the one that was verified.
@@ -155,11 +157,13 @@ def open_bundle(
     *,
     verify: Literal["full", "sizes"] = "full",
     expect_digest: str | None = None,
+    engine: bool = True,
 ) -> Bundle:
     """The bundle at `path`, verified: every byte ("full"), or names and sizes only ("sizes").
 
+    Without `engine` its engines, if any, are neither looked at nor there: they may be stale.
     Raises: InputError BUN-NOT-BUNDLE, BUN-EXPECT; IntegrityError BUN-MANIFEST, BUN-DIGEST,
-    BUN-MISSING, BUN-EXTRA, BUN-LINK, BUN-SIZE, BUN-HASH; IncompatibleError BUN-FORMAT;
+    BUN-MISSING, BUN-EXTRA, BUN-LINK, BUN-SIZE, BUN-HASH, BUN-ENGINE; IncompatibleError BUN-FORMAT;
     EnvironmentFailure FILE-PERMISSION, FILE-IO.
     """
     wanted = None if expect_digest is None else _digest_of_text(expect_digest)
@@ -168,7 +172,17 @@ def open_bundle(
         name = manifest_name(folder.names())
         if name is None:
             raise _not_a_bundle(path, f"has no {MANIFEST_NAME}")
-        return read_bundle(folder, name, where, verify=verify, wanted=wanted)
+        bundle = read_bundle(folder, name, where, verify=verify, wanted=wanted)
+        if not engine or name != MANIFEST_NAME or ENGINE_FOLDER not in folder.names():
+            return bundle
+        with _engine_folder(folder) as inner:
+            record = read_engine(
+                inner,
+                where / ENGINE_FOLDER,
+                bundle_digest=bundle.digest,
+                hashed=verify == "full",
+            )
+        return replace(bundle, engine=record)
 
 
 def manifest_name(names: Iterable[str]) -> str | None:
@@ -215,7 +229,8 @@ def read_bundle(
     if in_place != ("in_place" in manifest):
         raise _misplaced(name)
     own, kept = file_records(manifest), checkpoint_files(manifest)
-    _check_file_set(set(folder.names()) - {name}, set(own), alone=not in_place)
+    found = set(folder.names()) - {name, ENGINE_FOLDER}
+    _check_file_set(found, set(own), alone=not in_place)
     records: dict[str, tuple[Folder, _Record]] = {name: (folder, own[name]) for name in own}
     records.update({name: (beside or folder, kept[name]) for name in kept})
     hashed = {"full": {*own, *kept}, "headers": set(kept), "sizes": set()}[verify]
@@ -248,6 +263,18 @@ def _fingerprints(
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
+
+
+def _engine_folder(folder: Folder) -> Folder:
+    try:
+        return folder.folder(ENGINE_FOLDER)
+    except InputError as error:
+        raise IntegrityError(
+            "BUN-EXTRA",
+            error.message,
+            hint="move what you added to another folder; a bundle holds only what was exported",
+            files=[ENGINE_FOLDER],
+        ) from None
 
 
 def _opened(path: str | os.PathLike[str]) -> Folder:

@@ -16,6 +16,8 @@ from mla_deploy.errors import InputError, quoted
 if TYPE_CHECKING:
     import torch
 
+_STACKS = ((FUSED_GATE_UP, EXPERT_PARTS[:2]), (FUSED_DOWN, EXPERT_PARTS[2:]))
+
 
 @dataclass(frozen=True)
 class WeightMap:
@@ -54,13 +56,26 @@ class WeightMap:
 
         Raises: as `Checkpoint.read`.
         """
-        for ending, parts in (
-            (FUSED_GATE_UP, EXPERT_PARTS[:2]),
-            (FUSED_DOWN, EXPERT_PARTS[2:]),
-        ):
+        for ending, parts in _STACKS:
             if module_name.endswith(ending) and len(self.parameters.get(module_name, ())) == 3:
                 return self._stacked(module_name, module_name.removesuffix(ending), parts)
         return self.read(module_name)
+
+    def stacked_parts(self, module_name: str) -> tuple[str, ...]:
+        """Names in `slices` of the weights that a stack of experts is made of, in order.
+
+        Experts that have no weights are left out. Empty for what is no stack.
+        """
+        for ending, parts in _STACKS:
+            if module_name.endswith(ending) and len(self.parameters.get(module_name, ())) == 3:
+                prefix = module_name.removesuffix(ending)
+                names = (
+                    virtual_name(prefix, expert, part)
+                    for expert in range(self.parameters[module_name][0])
+                    for part in parts
+                )
+                return tuple(name for name in names if name in self.slices)
+        return ()
 
     def _place(self, name: str) -> Place:
         place = self.slices.get(self.tied.get(name, name))

@@ -29,11 +29,25 @@ def bundle_result(bundle: Bundle) -> dict[str, Any]:
         **{key: manifest[key] for key in _COPIED},
         "files": {name: entry["bytes"] for name, entry in manifest["files"].items()},
         "in_place": manifest.get("in_place"),
+        "engine": _engine_result(bundle),
         "total_bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
         "predicted": {
             "weight_bytes": manifest["weights"]["bytes"] + bundle.kept_bytes,
             "cache_bytes_per_row": _cache_bytes(cache),
         },
+    }
+
+
+def _engine_result(bundle: Bundle) -> dict[str, Any] | None:
+    if bundle.engine is None:
+        return None
+    facts = bundle.engine.facts
+    return {
+        "digest": bundle.engine.digest,
+        "release": bundle.engine.release,
+        "sms": list(bundle.engine.sms),
+        "runtime": f"{facts['runtime']['package']} {facts['runtime']['version']}",
+        "files": {name: record.bytes for name, record in bundle.engine.files.items()},
     }
 
 
@@ -62,7 +76,20 @@ def bundle_sheets(bundle: Bundle) -> tuple[Sheet, ...]:
                 for name, entry in manifest["files"].items()
             ],
         ),
+        *_engine_sheets(bundle),
     )
+
+
+def _engine_sheets(bundle: Bundle) -> tuple[Sheet, ...]:
+    if bundle.engine is None:
+        return ()
+    runtime = bundle.engine.facts["runtime"]
+    title = (
+        f"Engines ({runtime['package']} {runtime['version']}, SM {', '.join(bundle.engine.sms)})"
+    )
+    rows = [(name, f"{record.bytes:,}", record.sha256[:16])
+            for name, record in bundle.engine.files.items()]  # fmt: skip
+    return (Sheet(title, ("file", "#bytes", "sha256"), rows),)
 
 
 def _bytes_sheet(manifest: Any, kept_bytes: int) -> Sheet:

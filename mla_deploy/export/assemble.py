@@ -7,7 +7,7 @@ external data, byte ranges of the weight file.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from mla_deploy.export.weights import (
     StoredWeight,
     WeightLayout,
     full_use,
+    half_name,
+    renamed_use,
     stored_dtype,
 )
 from mla_deploy.rewrite import order
@@ -52,6 +54,8 @@ class GraphForm:
     dtype: str
     all_logits: bool
     layers_prefix: str
+    trunk_rules: order.Rules
+    builder: type[Builder]
 
 
 @dataclass
@@ -70,10 +74,10 @@ def assemble(
     `layout` learns the weights; `bind_weights` later gives them their bytes.
     """
     trunk = trace.trunk.clone()
-    counts = order.apply_rules(trunk, order.trunk_cpu())
+    counts = order.apply_rules(trunk, form.trunk_rules)
     uses = collect_weights(trunk, {*INPUTS, *frequency_names(trace.rope)})
-    builder = GraphBuilder(trunk, form, layout, trace)
-    builder.trunk_weights({k: renamed(u, "model.") for k, u in uses.items()})
+    builder = form.builder(trunk, form, layout, trace)
+    builder.trunk_weights({k: renamed_use(u, "model.") for k, u in uses.items()})
     for traced in trace.layers:
         fired = builder.kind(traced, layer_rules)
         for rule, number in fired.items():
@@ -101,7 +105,12 @@ def bind_weights(model: ir.Model, layout: WeightLayout, folder: Path, file: str)
             )
 
 
-class GraphBuilder:
+class Builder:
+    """The graph of ONNX Runtime: weights in half precision are widened, arithmetic is fp32."""
+
+    opset = OPSET
+    ir_version = 11
+
     def __init__(
         self, trunk: ir.Model, form: GraphForm, layout: WeightLayout, trace: Trace
     ) -> None:
@@ -126,19 +135,17 @@ class GraphBuilder:
             value = by_name[name]
             graph.inputs.remove(value)
             stored = self._weight(full_use(use, "", self.trace.tied), _static_shape(value))
-            is_half = stored.dtype != ir.DataType.FLOAT
-            value.replace_all_uses_with(self._widened(stored, value) if is_half else stored)
+            value.replace_all_uses_with(self.read_weight(stored, value))
+        self.type_trunk()
 
     def kind(self, traced: TracedLayer, rules: order.Rules) -> dict[str, int]:
         """Rewrite one layer kind, add its function, and call it for each of its layers."""
         layer = traced.model.clone()
         first = traced.kind.indices[0]
         held = [*self.trace.buffers(first), *traced.shared]
-        for value in layer.graph.inputs:
-            if value.name in traced.held and not held[traced.held.index(value.name)].is_state:
-                value.dtype = self.dtype
+        self.type_caches(layer.graph, traced, held)
         counts = order.apply_rules(layer, rules)
-        given = [*traced.inputs, *traced.held]
+        given = [*traced.inputs, *traced.held, *self.step_inputs(layer.graph)]
         uses = collect_weights(layer, set(given))
         order.require_lowered(layer)
         by_name = {str(v.name): v for v in layer.graph.inputs}
@@ -148,19 +155,52 @@ class GraphBuilder:
             weights.append(
                 [
                     self._weight(
-                        full_use(renamed(use, "layer."), prefix, self.trace.tied),
+                        full_use(renamed_use(use, "layer."), prefix, self.trace.tied),
                         _static_shape(by_name[name]),
                     )
                     for name, use in uses.items()
                 ]
             )
         formal = [by_name[n] for n in given] + [by_name[n] for n in uses]
-        arguments = zip(formal[len(given) :], weights[0], strict=True)
-        half = [v for v, w in arguments if w.dtype != ir.DataType.FLOAT]
-        self._add_function(traced.kind.name, layer, formal, half)
+        arguments = dict(zip(formal[len(given) :], weights[0], strict=True))
+        self.type_layer(layer, traced, held, arguments)
+        self._add_function(traced.kind.name, layer, formal)
+        extra = given[len(traced.inputs) + len(traced.held) :]
         for index, stored in zip(traced.kind.indices, weights, strict=True):
-            self._call(traced, index, stored)
+            self._call(traced, index, [*map(self.step_value, extra), *stored])
         return counts
+
+    def type_caches(
+        self, graph: ir.Graph, traced: TracedLayer, held: Sequence[CacheBuffer]
+    ) -> None:
+        """Before rules run: caches have the dtype that they are stored in, a state is fp32."""
+        for value in graph.inputs:
+            if value.name in traced.held and not held[traced.held.index(value.name)].is_state:
+                value.type = ir.TensorType(self.dtype)
+
+    def step_inputs(self, graph: ir.Graph) -> tuple[str, ...]:
+        """What a layer reads of the call beside the traced plan."""
+        return ()
+
+    def step_value(self, name: str) -> ir.Value:
+        """The trunk's value for one of `step_inputs`."""
+        raise MlaDeployError("EXP-SHAPE", f"a layer reads {name}, which the call does not give")
+
+    def type_layer(
+        self,
+        layer: ir.Model,
+        traced: TracedLayer,
+        held: Sequence[CacheBuffer],
+        arguments: Mapping[ir.Value, ir.Value],
+    ) -> None:
+        """After rules ran; `arguments` gives the stored weight of each formal one."""
+        graph = layer.graph
+        for value, weight in arguments.items():
+            if weight.dtype != ir.DataType.FLOAT:
+                cast = ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT})
+                value.replace_all_uses_with(cast.outputs[0])
+                cast.replace_input_with(0, value)
+                graph.insert_before(graph[0], cast)
 
     def inputs_and_outputs(self) -> None:
         """Name and type the graph's contract: lengths, tokens, caches, logits."""
@@ -203,8 +243,8 @@ class GraphBuilder:
         model.graph.name = "mla_deploy"
         for function in model.functions.values():
             model.graph.opset_imports.update(function.opset_imports)
-        model.graph.opset_imports.update({"": OPSET, DOMAIN: 1})
-        model.ir_version = 11
+        model.graph.opset_imports.update({"": self.opset, DOMAIN: 1})
+        model.ir_version = self.ir_version
         model.producer_name = "mla-deploy"
         return model
 
@@ -213,7 +253,7 @@ class GraphBuilder:
         constant = self.trace.constants.get(use.parameter)
         if constant is not None:
             return self._initializer(ir.tensor(constant.numpy(), name=use.parameter))
-        name = use.parameter if use.half is None else _half_name(use)
+        name = use.parameter if use.half is None else half_name(use)
         dtype = stored_dtype(shape, self.form.config.router_rows, self.form.dtype)
         weight = StoredWeight(name, use, shape, dtype)
         self.layout.add(weight)
@@ -234,8 +274,13 @@ class GraphBuilder:
             )
         return graph.initializers[name]
 
-    def _widened(self, stored: ir.Value, like: ir.Value) -> ir.Value:
+    def type_trunk(self) -> None:
+        """After the trunk's weights are known, and before any layer is called."""
+
+    def read_weight(self, stored: ir.Value, like: ir.Value) -> ir.Value:
         """The stored weight in fp32; an embedding is widened after the rows are gathered."""
+        if stored.dtype == ir.DataType.FLOAT:
+            return stored
         graph = self.model.graph
         uses = list(like.uses())
         if len(uses) == 1 and uses[0][0].op_type == "Gather":
@@ -250,15 +295,8 @@ class GraphBuilder:
         graph.insert_before(graph[0], cast)
         return cast.outputs[0]
 
-    def _add_function(
-        self, name: str, layer: ir.Model, formal: list[ir.Value], half: list[ir.Value]
-    ) -> None:
+    def _add_function(self, name: str, layer: ir.Model, formal: list[ir.Value]) -> None:
         graph = layer.graph
-        for value in half:
-            cast = ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT})
-            value.replace_all_uses_with(cast.outputs[0])
-            cast.replace_input_with(0, value)
-            graph.insert_before(graph[0], cast)
         for initializer in list(graph.initializers.values()):
             node = ir.node("Constant", [], attributes={"value": initializer.const_value})
             initializer.replace_all_uses_with(node.outputs[0])
@@ -275,12 +313,13 @@ class GraphBuilder:
         graph.remove(nodes)
         for value in formal:
             value.const_value = None
-        opsets = {**graph.opset_imports, "": OPSET, DOMAIN: 1}
+        opsets = {**graph.opset_imports, "": self.opset, DOMAIN: 1}
         body = ir.Graph(formal, outputs, nodes=nodes, opset_imports=opsets, name=name)
         function = ir.Function(DOMAIN, name, graph=body, attributes=[])
         self.model.functions[function.identifier()] = function
 
-    def _call(self, traced: TracedLayer, index: int, weights: list[ir.Value]) -> None:
+    def _call(self, traced: TracedLayer, index: int, rest: list[ir.Value]) -> None:
+        """`rest`: what comes behind the caches, the layer's weights last."""
         opaque = self.calls[index]
         graph = self.model.graph
         own, made = self.trace.buffers(index), self.trace.calls[index]
@@ -298,7 +337,7 @@ class GraphBuilder:
         call = ir.Node(
             DOMAIN,
             traced.kind.name,
-            [*opaque.inputs, *given, *shared, *weights],
+            [*opaque.inputs, *given, *shared, *rest],
             outputs=[*results, *updated],
             name=f"layer.{index}",
         )
@@ -313,7 +352,7 @@ class GraphBuilder:
             return known[buffer.name(out=out)]
         shape: list[Any] = [shapes.BATCH, *buffer.shape]
         if not buffer.is_state:
-            shape[1:1] = [1, buffer.window or self._rows(out)]
+            shape[1:1] = [1, buffer.window or self.rows(out)]
         value = ir.Value(
             name=buffer.name(out=out),
             shape=ir.Shape(shape),
@@ -322,7 +361,8 @@ class GraphBuilder:
         known[buffer.name(out=out)] = value
         return value
 
-    def _rows(self, out: bool) -> str:
+    def rows(self, out: bool) -> str | int:
+        """The cached-token axis of a cache that has a row for each."""
         if not self.form.cache.growing:
             return shapes.CAPACITY
         return f"{shapes.PAST_TOKENS} + {shapes.NEW_TOKENS}" if out else shapes.PAST_TOKENS
@@ -353,28 +393,5 @@ def _given_shape(shape: tuple[int, ...], dtype: torch.dtype) -> ir.Shape:
     return ir.Shape([shapes.BATCH, shapes.NEW_TOKENS, *widths])
 
 
-def _half_name(use: WeightUse) -> str:
-    return f"{use.parameter.removesuffix('.weight')}.{use.half}"
-
-
-def renamed(use: WeightUse, prefix: str) -> WeightUse:
-    return WeightUse(use.parameter.removeprefix(prefix), use.half, use.heads, use.nope, use.value)
-
-
 def _static_shape(value: ir.Value) -> tuple[int, ...]:
     return tuple(size for size in value.shape or () if isinstance(size, int))
-
-
-def graph_values(values: list[ir.Value], kind_of: Callable[[str], str]) -> list[dict[str, object]]:
-    """The manifest's `io` entries of graph inputs or outputs."""
-    names = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
-    names[ir.DataType.INT64] = "int64"
-    return [
-        {
-            "name": str(v.name),
-            "dtype": names[v.dtype] if v.dtype is not None else "",
-            "shape": [d if isinstance(d, int) else str(d.value) for d in v.shape or ()],
-            "kind": kind_of(str(v.name)),
-        }
-        for v in values
-    ]

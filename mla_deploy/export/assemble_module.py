@@ -5,10 +5,10 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from mla_deploy import shapes
-from mla_deploy.export.assemble import Assembled, GraphBuilder, GraphForm, renamed
+from mla_deploy.export.assemble import Assembled, Builder, GraphForm
 from mla_deploy.export.trace import Trace
 from mla_deploy.export.trace_module import INPUTS, SOURCE
-from mla_deploy.export.weights import WeightLayout
+from mla_deploy.export.weights import WeightLayout, renamed_use
 from mla_deploy.rewrite import order
 from mla_deploy.rewrite.weights import collect_weights
 
@@ -19,7 +19,7 @@ def assemble_module(
     """Rewrite the module's graph with `rules`; `layout` learns the weights."""
     model = trace.trunk.clone()
     caches = [buffer.name() for buffer in trace.trunk_buffers]
-    builder = GraphBuilder(model, form, layout, trace)
+    builder = Builder(model, form, layout, trace)
     for value in model.graph.inputs:
         if value.name in caches:
             value.dtype = builder.dtype
@@ -27,7 +27,7 @@ def assemble_module(
     given = {*INPUTS, *caches}
     uses = collect_weights(model, given)
     order.require_lowered(model)
-    builder.trunk_weights({name: renamed(use, f"{SOURCE}.") for name, use in uses.items()})
+    builder.trunk_weights({name: renamed_use(use, f"{SOURCE}.") for name, use in uses.items()})
     _name(model, form, trace)
     return Assembled(builder.finished(), counts)
 

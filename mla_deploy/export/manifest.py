@@ -7,17 +7,24 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+import onnx_ir as ir
+
 import mla_deploy
 from mla_deploy.config import MlaConfig
-from mla_deploy.export.assemble import Assembled, graph_values
+from mla_deploy.export.assemble import Assembled
 from mla_deploy.export.trace import Trace
 from mla_deploy.export.weights import DTYPES, WeightLayout
+from mla_deploy.rewrite.releases import find_release
 from mla_deploy.source.cache_parts import CacheBuffer
+from mla_deploy.targets import find_target
 
 if TYPE_CHECKING:
     from mla_deploy.export.pipeline import ExportOptions
 
 _LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "safetensors", "numpy")
+
+# (least, usual, most) rows, and new tokens of a call: a runner prefills in chunks of 512.
+_PROFILES = {"prefill": ((1, 1, 1), (1, 512, 512)), "decode": ((1, 1, 4), (1, 1, 1))}
 
 
 class Source(Protocol):
@@ -58,6 +65,7 @@ def manifest_of(
     crossover = config.crossover_tokens
     tensors = [_cache_tensor(buffer) for buffer in trace.all_buffers]
     return {
+        **_engine(options),
         "format_version": 1,
         "tool": {"name": "mla-deploy", "version": mla_deploy.__version__},
         "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
@@ -104,6 +112,32 @@ def _kept(options: ExportOptions, layout: WeightLayout) -> dict[str, Any]:
     return {"kept": {"tensors": len(copied), "bytes": sum(tensor.nbytes for tensor in copied)}}
 
 
+def _engine(options: ExportOptions) -> dict[str, Any]:
+    """What a builder of engines needs to know, for a TensorRT target.
+
+    `writes_padding`: a call needs cache_lengths + new_tokens <= capacity in every row, idle ones
+    too. `stale_slots`: what slots beyond a row's length may hold; zeros at first.
+    """
+    target = find_target(options.target)
+    if target.release is None:
+        return {}
+    release = find_release(target.release)
+    return {
+        "engine": {
+            "release": release.name,
+            "opset": release.opset,
+            "sm": target.sm,
+            "capacity": options.capacity,
+            "writes_padding": release.has_tensor_scatter,
+            "stale_slots": "finite",
+            "profiles": {
+                name: {"batch": list(batch), "new_tokens": list(new_tokens)}
+                for name, (batch, new_tokens) in _PROFILES.items()
+            },
+        }
+    }
+
+
 def _model(config: MlaConfig) -> dict[str, Any]:
     fields = (
         "model_type",
@@ -144,8 +178,8 @@ def _io(trace: Trace, graphs: dict[str, Assembled], named: Callable[[str], str])
     for name, graph in graphs.items():
         io[name] = {
             "file": named(f"{name}.onnx"),
-            "inputs": graph_values(list(graph.model.graph.inputs), _kind),
-            "outputs": graph_values(list(graph.model.graph.outputs), _kind),
+            "inputs": _graph_values(list(graph.model.graph.inputs), _kind),
+            "outputs": _graph_values(list(graph.model.graph.outputs), _kind),
         }
     return io
 
@@ -160,3 +194,18 @@ def _kind(name: str) -> str:
         return "length"
     known = {"input_ids": "token_ids", "logits": "logits"}
     return known.get(name) or name.partition(".")[0].removesuffix("_out")
+
+
+def _graph_values(values: list[ir.Value], kind_of: Callable[[str], str]) -> list[dict[str, object]]:
+    """The manifest's `io` entries of graph inputs or outputs."""
+    names = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
+    names[ir.DataType.INT64] = "int64"
+    return [
+        {
+            "name": str(v.name),
+            "dtype": names[v.dtype] if v.dtype is not None else "",
+            "shape": [d if isinstance(d, int) else str(d.value) for d in v.shape or ()],
+            "kind": kind_of(str(v.name)),
+        }
+        for v in values
+    ]

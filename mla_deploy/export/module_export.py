@@ -13,7 +13,7 @@ import torch
 from mla_deploy.bundle import Bundle, Stage, refuse_overlap, stage_bundle
 from mla_deploy.config import MlaConfig
 from mla_deploy.errors import InputError, quoted
-from mla_deploy.export.assemble import Assembled, GraphForm, bind_weights
+from mla_deploy.export.assemble import Assembled, Builder, GraphForm, bind_weights
 from mla_deploy.export.assemble_module import assemble_module
 from mla_deploy.export.manifest import manifest_of
 from mla_deploy.export.pipeline import TOKENIZER_TEXTS, ExportOptions, copy_texts
@@ -25,6 +25,7 @@ from mla_deploy.rewrite import order
 from mla_deploy.rewrite.ensures import require_latent_only
 from mla_deploy.source.user.module_source import ModuleSource, open_module_source
 from mla_deploy.source.user.raised import RaisedModule
+from mla_deploy.targets import find_target
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -57,6 +58,10 @@ class ModuleWeights:
         """Rows of a weight."""
         return self.read(name)[start:stop]
 
+    def stacked_parts(self, name: str) -> tuple[str, ...]:
+        """None: a module's experts are its own parameters."""
+        return ()
+
 
 def export_module(
     names: tuple[str, str | os.PathLike[str] | None],
@@ -75,6 +80,7 @@ def export_module(
     report("trace", 0, 2)
     source = open_module_source(factory, weights)
     options = options_of(source.config)
+    _require_cpu(options)
     report("trace", 1, 2)
     if weights is not None:
         refuse_overlap(out, weights)
@@ -85,11 +91,31 @@ def export_module(
         return _build(source, stage, options, report)
 
 
+def _require_cpu(options: ExportOptions) -> None:
+    target = find_target(options.target)
+    if target.release is not None:
+        raise InputError(
+            "TARGET-FORM",
+            f"target {target.name} takes no --module: only checkpoints are lowered for "
+            f"{target.runtime}",
+            hint="export the module with `--target cpu`",
+            target=target.name,
+        )
+
+
 def _build(source: ModuleSource, stage: Stage, options: ExportOptions, report: Progress) -> Bundle:
     cache = CacheForm(options.cache_layout == "fused", options.cache == "growing")
     trace = trace_raised(source.raised, cache, options.all_logits)
     report("trace", 2, 2)
-    form = GraphForm(source.config, cache, options.dtype, options.all_logits, "")
+    form = GraphForm(
+        config=source.config,
+        cache=cache,
+        dtype=options.dtype,
+        all_logits=options.all_logits,
+        layers_prefix="",
+        trunk_rules=order.trunk_cpu(),
+        builder=Builder,
+    )
     layout = WeightLayout()
     graphs = {
         "prefill": assemble_module(trace, form, order.prefill_cpu(cache.growing), layout),

@@ -19,10 +19,11 @@ from mla_deploy.checkpoint.tied import check_tied
 from mla_deploy.config import MlaConfig
 from mla_deploy.door import open_folder
 from mla_deploy.errors import InputError
-from mla_deploy.export.assemble import Assembled, GraphForm, assemble, bind_weights
+from mla_deploy.export.assemble import Assembled, bind_weights
 from mla_deploy.export.copied import copy_kept
 from mla_deploy.export.in_place import Kept, files_section, keep, own_dtype, require_plain_files
 from mla_deploy.export.keep import WAYS, kept_dtype, require_keepable
+from mla_deploy.export.lowered import any_capacity, lowered, require_form
 from mla_deploy.export.manifest import manifest_of
 from mla_deploy.export.trace import Trace, trace_model
 from mla_deploy.export.trace_layer import CacheForm
@@ -31,7 +32,7 @@ from mla_deploy.export.widen import point_in_place
 from mla_deploy.rewrite import order
 from mla_deploy.rewrite.ensures import require_latent_only
 from mla_deploy.source.model import source_weights
-from mla_deploy.targets import buildable_target, check_dtype, find_target
+from mla_deploy.targets import DEFAULT_TARGET, buildable_target, check_dtype, find_target
 
 DEFAULT_CAPACITY = 4096
 CACHE_KINDS = ("in-place", "growing")
@@ -152,9 +153,10 @@ def _options(
     in_place: bool,
 ) -> ExportOptions:
     default = min(config.max_position_embeddings, DEFAULT_CAPACITY)
+    row = buildable_target(target or DEFAULT_TARGET)
     chosen = ExportOptions(
-        target=buildable_target(target or "cpu").name,
-        dtype=dtype or "fp32",
+        target=row.name,
+        dtype=dtype or row.default_dtype,
         cache=cache or "in-place",
         cache_layout=cache_layout or "fused",
         capacity=default if capacity is None else capacity,
@@ -162,7 +164,7 @@ def _options(
         in_place=in_place,
         weights=weights,
     )
-    check_dtype(buildable_target(chosen.target), chosen.dtype)
+    check_dtype(row, chosen.dtype)
     for name, found, known in (
         ("dtype", chosen.dtype, tuple(DTYPES)),
         ("cache", chosen.cache, CACHE_KINDS),
@@ -172,6 +174,7 @@ def _options(
             raise InputError("EXP-OPTION", f"{name} is {found!r}; wanted one of {', '.join(known)}")
     if type(chosen.capacity) is not int or not 1 <= chosen.capacity <= 2**31:
         raise InputError("EXP-OPTION", f"capacity is {chosen.capacity!r}; wanted 1 to 2^31 tokens")
+    require_form(chosen)
     return chosen
 
 
@@ -206,12 +209,8 @@ def _build(source: Checkpoint, stage: Stage, options: ExportOptions, report: Pro
     report("trace", 0, 1)
     trace = trace_model(config, cache, options.all_logits)
     report("trace", 1, 1)
-    form = GraphForm(config, cache, options.dtype, options.all_logits, trace.layers_prefix)
     layout = WeightLayout()
-    graphs = {
-        "prefill": assemble(trace, form, order.prefill_cpu(cache.growing), layout),
-        "decode": assemble(trace, form, order.decode_cpu(cache.growing), layout),
-    }
+    graphs = lowered(trace, config, options, layout)
     _require_fired(graphs, trace)
     report("rewrite", 1, 1)
     kept: Kept = {}
@@ -227,7 +226,8 @@ def _build(source: Checkpoint, stage: Stage, options: ExportOptions, report: Pro
         point_in_place(graph.model, kept, place)
         proto = ir.to_proto(graph.model)
         if name == "decode":
-            require_latent_only(proto, _most_heads(config), _widest_row(trace))
+            checked = any_capacity(proto, options.capacity)
+            require_latent_only(checked, _most_heads(config), _widest_row(trace))
         stage.write_bytes(stage.named(f"{name}.onnx"), proto.SerializeToString(deterministic=True))
     report("publish", 0, 1)
     manifest = manifest_of(

@@ -40,6 +40,8 @@ class WeightSource(Protocol):
 
     def read_rows(self, name: str, start: int, stop: int, /) -> torch.Tensor: ...
 
+    def stacked_parts(self, name: str, /) -> tuple[str, ...]: ...
+
 
 class Shaped(Protocol):
     """A place that tells its shape."""
@@ -230,6 +232,12 @@ def _blocks(weight: StoredWeight, source: WeightSource, last: _LastRead) -> Iter
     if use.half is not None:
         yield _half(last.read(use.parameter), use)
         return
+    if use.parameter not in source.slices:
+        parts = source.stacked_parts(use.parameter)
+        if not parts:
+            raise MlaDeployError("EXP-WEIGHT", f"no weight {use.parameter} to fill {weight.name}")
+        yield from map(source.read, parts)
+        return
     part = source.slices[use.parameter]
     rows = part.shape[0] if part.shape else 1
     step = max(1, _BLOCK_BYTES // max(1, prod(part.shape[1:]) * 4))
@@ -276,3 +284,13 @@ def full_use(use: WeightUse, prefix: str, tied: Mapping[str, str]) -> WeightUse:
     """`use` with its parameter's full module name, tied names resolved."""
     name = f"{prefix}{use.parameter}"
     return WeightUse(tied.get(name, name), use.half, use.heads, use.nope, use.value)
+
+
+def renamed_use(use: WeightUse, prefix: str) -> WeightUse:
+    """`use` without a prefix of its parameter's name."""
+    return WeightUse(use.parameter.removeprefix(prefix), use.half, use.heads, use.nope, use.value)
+
+
+def half_name(use: WeightUse) -> str:
+    """What an absorbed half is called in the weight file."""
+    return f"{use.parameter.removesuffix('.weight')}.{use.half}"

@@ -276,6 +276,14 @@ def _row_sources(latent: ir.Value, rope_key: ir.Value) -> list[ir.Node]:
     return [_source(row)]
 
 
+def row_source(latent: ir.Value, rope_key: ir.Value) -> ir.Value:
+    """The rows [latent | rope key] that both are slices of. Raises: Mismatch when apart."""
+    sources = _row_sources(latent, rope_key)
+    if len(sources) != 1:
+        raise Mismatch("latent and rope key are not one row", rope_key)
+    return sources[0].outputs[0 if sources[0].op_type == "CacheRead" else 1]
+
+
 def _source(rows: ir.Value) -> ir.Node:
     for op_type in _SOURCES:
         node = producer(rows, op_type, DOMAIN)

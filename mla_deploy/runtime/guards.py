@@ -65,6 +65,15 @@ def checked_sizes(batch: int, capacity: int, chunk: int) -> None:
             raise InputError(code, f"{name} is {quoted(value)}, wanted a whole number from 1")
 
 
+def checked_padding(lengths_B: NDArray[np.int64], new_tokens: int, capacity: int) -> None:
+    """For graphs that write padding: every row, idle ones too, has room for the widest.
+
+    Raises: InputError RUN-OVERFLOW.
+    """
+    for row, length in enumerate(lengths_B):
+        _check_room(row, int(length), new_tokens, capacity)
+
+
 def _checked_tokens(row: Sequence[int], index: int, vocab_size: int) -> NDArray[np.int64]:
     try:
         tokens = np.asarray(row)

@@ -19,8 +19,14 @@ from mla_deploy.bundle import Bundle, open_bundle
 from mla_deploy.errors import EnvironmentFailure, GateError, InputError, quoted
 from mla_deploy.runtime.cache import Window, open_cache
 from mla_deploy.runtime.cache_spec import spec_from_manifest
-from mla_deploy.runtime.guards import Rows, checked_rows, checked_sizes, checked_step
-from mla_deploy.runtime.sessions import Graph, GraphSessions
+from mla_deploy.runtime.guards import (
+    Rows,
+    checked_padding,
+    checked_rows,
+    checked_sizes,
+    checked_step,
+)
+from mla_deploy.runtime.sessions import Graph, GraphSessions, require_cpu
 
 DEFAULT_CHUNK = 512
 _ABSORBED_SHARE = 0.75
@@ -41,9 +47,10 @@ def open_runner(
 
     `check_finite` looks at every logit (one pass over [batch, vocab] per step) and refuses NaN.
     Raises: BUN-* (as `open_bundle`, when a path is given), InputError RUN-BATCH, RUN-CAPACITY,
-    RUN-CHUNK, RUN-THREADS, EnvironmentFailure RUN-MEMORY, IncompatibleError RUN-CACHE.
+    RUN-CHUNK, RUN-THREADS, EnvironmentFailure RUN-MEMORY, IncompatibleError RUN-CACHE, RUN-TARGET.
     """
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle, verify=verify)
+    require_cpu(opened)
     sessions = GraphSessions(opened, threads)
     return OnnxRunner(
         sessions, batch=batch, capacity=capacity, chunk=chunk, check_finite=check_finite
@@ -84,7 +91,10 @@ class OnnxRunner:
         self._absorbed_until = _absorbed_until(manifest["crossover_tokens"])
         self._check_finite = check_finite
         self._spec = spec_from_manifest(manifest)
-        self._cache = open_cache(self._spec, self._batch, self._capacity)
+        self._writes_padding = sessions.writes_padding
+        self._cache = open_cache(
+            self._spec, self._batch, self._capacity, whole=sessions.binds_whole
+        )
         self._lengths_B = np.zeros(self._batch, np.int64)
         self._bindings: dict[Graph, Any] = {}
 
@@ -165,6 +175,8 @@ class OnnxRunner:
         session = self._sessions.session(graph)
         binding = self._bindings.setdefault(graph, session.io_binding())
         batch, new_tokens = ids_BS.shape
+        if self._writes_padding:
+            checked_padding(self._lengths_B, new_tokens, self._capacity)
         window = self._cache.window(self._lengths_B, new_B, new_tokens)
         logits = np.empty(
             (batch, new_tokens, self._vocab_size)

@@ -26,12 +26,16 @@ from mla_deploy.errors import (
 Graph = Literal["prefill", "decode"]
 _PROVIDERS = ["CPUExecutionProvider"]
 _ERRORS_ONLY = 3
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 # ONNX Runtime's passes that make an fp32 copy of a half-precision weight.
 _FOLDS_CASTS = ("ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer")
 
 
 class GraphSessions:
     """The two sessions of one bundle. `threads` None leaves the number to ONNX Runtime."""
+
+    binds_whole = False  # whether the graphs take every slot of a row, finite ones
+    writes_padding = False  # whether a step writes slots for padding as well
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         """Raises: InputError RUN-THREADS. Nothing is loaded yet."""
@@ -65,7 +69,7 @@ class GraphSessions:
             self.bundle.file(name)
         try:
             session = ort.InferenceSession(
-                str(path),
+                self.model(graph),
                 self._options(),
                 providers=_PROVIDERS,
                 disabled_optimizers=self._unwanted(graph),
@@ -82,10 +86,15 @@ class GraphSessions:
         self._check_io(graph, session)
         return session
 
+    def model(self, graph: Graph) -> str | bytes:
+        """The file of `graph`, or what is to be opened in its place."""
+        return str(self.bundle.graph(graph))
+
     def _options(self) -> ort.SessionOptions:
         options = ort.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         options.enable_mem_pattern = False
+        options.add_session_config_entry(_WEIGHTS_FOLDER, str(self.bundle.path))
         options.add_session_config_entry("session.disable_prepacking", "1")
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
@@ -127,3 +136,18 @@ def anonymous_bytes() -> int:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def require_cpu(bundle: Bundle) -> None:
+    """Raises: IncompatibleError RUN-TARGET for a bundle that was lowered for TensorRT."""
+    engine = bundle.manifest.get("engine")
+    if engine is None:
+        return
+    target = str(bundle.manifest["target"])
+    raise IncompatibleError(
+        "RUN-TARGET",
+        f"the bundle is for target {quoted(target)}; ONNX Runtime on a CPU runs target cpu",
+        hint="export with `--target cpu` to run here; `mla-deploy validate` checks this bundle's "
+        "graphs on the CPU all the same",
+        target=target,
+    )

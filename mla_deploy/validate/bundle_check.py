@@ -19,6 +19,7 @@ from mla_deploy.validate.memory import measure_memory
 from mla_deploy.validate.parity import CaseResult, run_case
 from mla_deploy.validate.reference import Progress, Reference, Source
 from mla_deploy.validate.report import ValidationReport, rounding_loss, top_one
+from mla_deploy.validate.stand_in import NOTE, StandInSessions
 from mla_deploy.validate.text import text_case
 
 _LIBRARIES = ("mla-deploy", "torch", "transformers", "onnxruntime-gpu", "onnxruntime", "numpy")
@@ -38,7 +39,8 @@ def validate(
     """Run `bundle` and its PyTorch source over `cases` and compare; None takes `default_cases`.
 
     The source is a checkpoint, or the user's own `module` (`package.file:factory`, whose code runs)
-    with its `weights`, as they were exported.
+    with its `weights`, as they were exported. A bundle for TensorRT is checked on ONNX Runtime's
+    CPU provider (`stand_in.py`), and a note of the report says so.
     `threads` is for both sides; None leaves each its own default.
     The answer no is a report whose `passed` is false, not an exception.
     Raises: BUN-* and CKPT-* (as `open_bundle`, `open_checkpoint`), IntegrityError VAL-SOURCE (the
@@ -51,7 +53,7 @@ def validate(
     gate = gate_for(dtype)
     with _opened(source, module, weights) as found:
         _require_source(opened, found)
-        sessions = GraphSessions(opened, threads)
+        sessions = _sessions(opened, threads)
         with _torch_threads(threads):
             reference = _reference(found)
             chosen = _chosen(opened, found, cases, reference)
@@ -73,9 +75,22 @@ def validate(
         rounding=rounding_loss(results, gate),
         memory=memory,
         versions=_versions(),
-        notes=(*notes, *_scaled_gates(results, gate)),
+        notes=(*_stood_in(opened), *notes, *_scaled_gates(results, gate)),
         seconds=time.perf_counter() - started,
     )
+
+
+def _sessions(bundle: Bundle, threads: int | None) -> GraphSessions:
+    if "engine" in bundle.manifest:
+        return StandInSessions(bundle, threads)
+    return GraphSessions(bundle, threads)
+
+
+def _stood_in(bundle: Bundle) -> tuple[str, ...]:
+    """Says so when the device that the bundle is for was not asked."""
+    if "engine" not in bundle.manifest:
+        return ()
+    return (NOTE.format(target=bundle.manifest["target"]),)
 
 
 def _run(

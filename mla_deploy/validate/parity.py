@@ -75,7 +75,7 @@ def run_case(
         runner = OnnxRunner(
             sessions,
             batch=case.batch,
-            capacity=case.longest,
+            capacity=case.longest + (_widest(case) if sessions.writes_padding else 0),
             chunk=case.chunk,
             check_finite=True,
             graph=_GRAPHS[case.form],
@@ -96,6 +96,11 @@ def run_case(
         rounding = logit_difference(np.concatenate(unrounded), found_XV, gate.rel_l2)
     found = _result(case, started, failures)
     return replace(found, logits=difference, rounding=rounding, max_abs_bound=bound, cache=layers)
+
+
+def _widest(case: Case) -> int:
+    """Slots that padding may take behind a row."""
+    return min(case.chunk, max(len(row) for call in case.calls for row in call.rows))
 
 
 def _logits(runner: OnnxRunner, case: Case, index: int) -> Floats:

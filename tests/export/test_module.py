@@ -154,6 +154,9 @@ def test_options_that_exclude_each_other(tmp_path: Path) -> None:
         with pytest.raises(MlaDeployError) as refusal:
             export(**given)
         assert refusal.value.code == "EXP-OPTION"
+    with pytest.raises(MlaDeployError, match="--module") as refusal:
+        export(module="models:lm", target="rtx-40", out=tmp_path / "out")
+    assert refusal.value.code == "TARGET-FORM"
     bundle, _ = made("models:lm", tmp_path)
     for given in ({}, {"source": tmp_path, "module": "models:lm"}):
         with pytest.raises(MlaDeployError) as refusal:

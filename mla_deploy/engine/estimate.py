@@ -1,0 +1,147 @@
+"""What a build will take, before it starts: host memory, disk, and activations on the device.
+
+Upper figures. Host memory and plans were measured with TensorRT-RTX 1.7: a builder holds the
+weights, then for each profile the weights as its kernels want them and the plan made of those.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mla_deploy.bundle import Bundle
+from mla_deploy.config import MlaConfig
+from mla_deploy.engine.profiles import BuildProfile, Graph
+from mla_deploy.errors import EnvironmentFailure, quoted
+from mla_deploy.machine import available_bytes
+from mla_deploy.rewrite.releases import find_release
+
+_GIB = 1 << 30
+_BASE_BYTES = _GIB  # libraries, the graph, the log
+_PLAN_BASE_BYTES = 8 << 20  # kernels of a profile
+_SCRATCH_BYTES = 8_192_000  # what every TensorRT-RTX engine with a matrix product reserves
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes. `activation_bytes` is by profile, keyed by the profile's text."""
+
+    weights_bytes: int
+    host_bytes: int
+    plan_bytes: int
+    activation_bytes: Mapping[str, int]
+
+
+def estimate(bundle: Bundle, profiles: Mapping[Graph, tuple[BuildProfile, ...]]) -> Estimate:
+    """Both graphs are built one after the other: host memory is that of the larger build."""
+    weights = int(bundle.manifest["weights"]["bytes"]) + bundle.kept_bytes
+    most = max(len(found) for found in profiles.values())
+    plans = sum(len(found) * (weights + _PLAN_BASE_BYTES) for found in profiles.values())
+    activation = {
+        str(profile): activation_bytes(bundle, profile)
+        for found in profiles.values()
+        for profile in found
+    }
+    return Estimate(weights, host_limit(weights, most), plans, activation)
+
+
+def host_limit(weights_bytes: int, profiles: int) -> int:
+    """3x the weights plus 1 GiB for one profile, twice the weights more for each further one."""
+    return (1 + 2 * profiles) * weights_bytes + _BASE_BYTES
+
+
+def activation_bytes(bundle: Bundle, profile: BuildProfile) -> int:
+    """Bytes that a profile's largest call needs beside weights and caches.
+
+    Attention and the rest of a block do not stand at the same time, so the larger counts. Checked
+    against TensorRT-RTX 1.7 with one stream (`tests/engine/test_estimate.py`).
+    """
+    config, item = bundle.config, int(bundle.manifest["cache"]["itemsize"])
+    batch = profile.axes["batch"].max if "batch" in profile.axes else 1
+    tokens = profile.axes["new_tokens"].max if "new_tokens" in profile.axes else 1
+    attend = _absorbed_bytes if profile.graph == "decode" else _expanded_bytes
+    judged = batch * tokens if bundle.manifest["all_logits"] else batch
+    logits = judged * config.vocab_size * (_FP32 + item)
+    block = _block_bytes(config, profile.graph, batch * tokens, item)
+    return _SCRATCH_BYTES + max(attend(bundle, batch, tokens), block) + logits
+
+
+def _absorbed_bytes(bundle: Bundle, batch: int, tokens: int) -> int:
+    """The cache once more, transposed, and the scores in both types."""
+    config, cache = bundle.config, bundle.manifest["cache"]
+    item, rows = int(cache["itemsize"]), int(cache["capacity"])
+    scores = batch * config.num_heads * tokens * rows * (_FP32 + item)
+    return batch * rows * int(cache["row_width"]) * item + scores
+
+
+def _expanded_bytes(bundle: Bundle, batch: int, tokens: int) -> int:
+    """Keys and values of the whole capacity, the values padded to the keys' width, and the product
+    they are cut from; the mask, the queries and the result. The scores stand only where the release
+    has no fused operator."""
+    config, cache = bundle.config, bundle.manifest["cache"]
+    item, rows = int(cache["itemsize"]), int(cache["capacity"])
+    head = config.qk_nope_head_dim + config.qk_rope_head_dim
+    product = config.qk_nope_head_dim + config.v_head_dim
+    cached = batch * rows * config.num_heads * (2 * head + product) * item
+    release = find_release(bundle.manifest["engine"]["release"])
+    fused = any(name.endswith("Attention") for name in release.operators)
+    scores = 0 if fused else batch * config.num_heads * tokens * rows * (_FP32 + item)
+    mask = batch * tokens * rows * item
+    return cached + scores + mask + 2 * batch * tokens * config.num_heads * head * item
+
+
+def _block_bytes(config: MlaConfig, graph: Graph, tokens: int, item: int) -> int:
+    """What stands beside attention: a block's own rows and the experts.
+
+    Decode gathers the weights of each token's experts; prefill runs every expert on every token.
+    """
+    width, inner = config.hidden_size, _inner_width(config)
+    chosen, experts = config.experts_per_token, config.num_experts
+    expert = int(config.raw.get("moe_intermediate_size") or 0)
+    rows = tokens * (4 * width + 3 * inner) * item
+    if graph == "decode":
+        moe = tokens * chosen * 3 * width * expert * item
+    else:
+        moe = tokens * experts * (width + 3 * expert) * item
+    return rows + moe
+
+
+def _inner_width(config: MlaConfig) -> int:
+    """The inner width of a dense block, or of the shared experts."""
+    dense, expert, shared = (
+        int(config.raw.get(name) or 0)
+        for name in ("intermediate_size", "moe_intermediate_size", "n_shared_experts")
+    )
+    return max(dense, expert * shared)
+
+
+def require_disk(folder: Path, needed_bytes: int) -> None:
+    """Raises: EnvironmentFailure BLD-DISK when the plans would not fit where they are written."""
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise EnvironmentFailure(
+            "BLD-DISK",
+            f"the plans take up to {needed_bytes / _GIB:.1f} GiB, {free / _GIB:.1f} GiB are free "
+            f"in {quoted(folder)}",
+            hint="free some space, or copy the bundle to a larger disk; nothing was written",
+            found=free,
+            wanted=needed_bytes,
+        )
+
+
+def require_room(needed_bytes: int) -> None:
+    """Raises: EnvironmentFailure BLD-MEMORY when a build of that size would not fit in memory."""
+    free = available_bytes()
+    if free is not None and free < needed_bytes:
+        raise EnvironmentFailure(
+            "BLD-MEMORY",
+            f"the build takes up to {needed_bytes / _GIB:.1f} GiB of host memory, "
+            f"{free / _GIB:.1f} GiB are available",
+            hint="close other programs, build fewer profiles at once, or build on a machine with "
+            "more memory; swap counts only if it is fast",
+            found=free,
+            wanted=needed_bytes,
+        )

@@ -1,0 +1,112 @@
+"""The two graphs of a bundle, lowered for its target: what a target asks of rules and assembly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import onnx
+
+from mla_deploy import shapes
+from mla_deploy.config import MlaConfig
+from mla_deploy.errors import InputError
+from mla_deploy.export.assemble import Assembled, Builder, GraphForm, assemble
+from mla_deploy.export.assemble_typed import typed_builder
+from mla_deploy.export.trace import Trace
+from mla_deploy.export.weights import WeightLayout
+from mla_deploy.rewrite import order
+from mla_deploy.rewrite.release import composites_of, require_composites, require_operators
+from mla_deploy.rewrite.releases import find_release
+from mla_deploy.targets import find_target
+
+if TYPE_CHECKING:
+    from mla_deploy.export.pipeline import ExportOptions
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """The rules of each graph, and who puts a graph together."""
+
+    prefill: order.Rules
+    decode: order.Rules
+    trunk: order.Rules
+    builder: type[Builder]
+
+
+def require_form(options: ExportOptions) -> None:
+    """Raises: InputError TARGET-FORM for what no TensorRT target has."""
+    target = find_target(options.target)
+    if target.release is None:
+        return
+    refused = {
+        "--in-place": options.in_place,
+        "--cache growing": options.cache == "growing",
+        "--cache-layout split": options.cache_layout == "split",
+        "--weights keep": options.weights == "keep",
+    }
+    asked = [name for name, wanted in refused.items() if wanted]
+    if asked:
+        raise InputError(
+            "TARGET-FORM",
+            f"target {target.name} takes no {', '.join(asked)}: {target.runtime} updates one fused "
+            "cache of fixed capacity, with weights of the bundle's own",
+            hint="leave the option out, or export with `--target cpu`",
+            target=target.name,
+            options=asked,
+        )
+
+
+def lowered(
+    trace: Trace, config: MlaConfig, options: ExportOptions, layout: WeightLayout
+) -> dict[str, Assembled]:
+    """`prefill` and `decode`, over one weight file; `layout` learns its weights.
+
+    Raises: InputError REW-TARGET, MlaDeployError REW-* and EXP-*.
+    """
+    release = find_target(options.target).release
+    lowering = _for_cpu(trace) if release is None else _for_tensorrt(trace, options, release)
+    form = GraphForm(
+        config=config,
+        cache=trace.form,
+        dtype=options.dtype,
+        all_logits=options.all_logits,
+        layers_prefix=trace.layers_prefix,
+        trunk_rules=lowering.trunk,
+        builder=lowering.builder,
+    )
+    graphs = {
+        "prefill": assemble(trace, form, lowering.prefill, layout),
+        "decode": assemble(trace, form, lowering.decode, layout),
+    }
+    if release is not None:
+        for graph in graphs.values():
+            require_operators(find_release(release), graph.model)
+    return graphs
+
+
+def any_capacity(proto: onnx.ModelProto, capacity: int) -> onnx.ModelProto:
+    """A copy in which a capacity that is a number is the word again; the graph reads it as a size.
+
+    What a graph holds per cached token can be counted in it.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    for value in [*copy.graph.input, *copy.graph.output]:
+        dims = value.type.tensor_type.shape.dim
+        if len(dims) == 4 and dims[2].dim_value == capacity:
+            dims[2].dim_param = shapes.CAPACITY
+    return copy
+
+
+def _for_cpu(trace: Trace) -> Lowering:
+    growing = trace.form.growing
+    return Lowering(
+        order.prefill_cpu(growing), order.decode_cpu(growing), order.trunk_cpu(), Builder
+    )
+
+
+def _for_tensorrt(trace: Trace, options: ExportOptions, name: str) -> Lowering:
+    release = find_release(name)
+    require_composites(release, composites_of(layer.model for layer in trace.layers))
+    builder = typed_builder(options.capacity, release.opset, release.ir_version)
+    return Lowering(release.prefill, release.decode, release.trunk, builder)
