@@ -1,4 +1,4 @@
-"""MlaDecode in numpy float64, token by token, and problems for it; every backend is held against it.
+"""MlaDecode in numpy float64, token by token: what every backend is held against; and problems.
 
 Nothing here is shared with the code under test: coding is by table and by integer arithmetic.
 """
@@ -6,6 +6,7 @@ Nothing here is shared with the code under test: coding is by table and by integ
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import ml_dtypes
@@ -43,9 +44,7 @@ class Problem:
 
     def copied(self) -> Problem:
         """The same with a cache of its own: backends write to it."""
-        return replace(
-            self, cache_B1ME=self.cache_B1ME.copy(), scales_B1MG=self.scales_B1MG.copy()
-        )
+        return replace(self, cache_B1ME=self.cache_B1ME.copy(), scales_B1MG=self.scales_B1MG.copy())
 
 
 @dataclass(frozen=True)
@@ -99,12 +98,12 @@ def problem(
 
 
 def coded(rows: Array, storage: str, widths: tuple[int, int, int]) -> tuple[Array, Array]:
-    """8-bit codes and fp32 scales of rows [..., E]; `widths`: L, latent and rope columns a scale."""
+    """8-bit codes and fp32 scales of rows [..., E]. `widths`: L, columns a scale, and of rope."""
     latent, tile, rope_tile = widths
     edges = [*range(0, latent, tile), *range(latent, rows.shape[-1], rope_tile), rows.shape[-1]]
     codes = np.zeros(rows.shape, np.uint8 if storage == "fp8" else np.int8)
     scales = np.zeros((*rows.shape[:-1], len(edges) - 1), np.float32)
-    for g, (first, end) in enumerate(zip(edges, edges[1:], strict=False)):
+    for g, (first, end) in enumerate(pairwise(edges)):
         part = rows[..., first:end]
         peak = np.abs(part).max(-1).astype(np.float32)
         scale = np.where(peak > 0, peak / np.float32(LARGEST[storage]), np.float32(1))

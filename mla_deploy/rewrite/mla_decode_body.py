@@ -1,0 +1,220 @@
+"""The body of MlaDecode in plain operators, as an ONNX model-local function.
+
+out = softmax(scale * query rows^T where visible) rows[..., :L] over the cache after the new rows are
+in it. New token s of a row sees the slots up to its own; padding (s at or beyond new_lengths_B)
+sees nothing, gives zeros and is not stored. No slot at or beyond a row's length is multiplied.
+
+A coded cache (int8, or fp8 e4m3) has a further input and output: fp32 scales_B1MG, one for each
+`tile` latent columns and each `rope_tile` rope columns of a row: largest magnitude / largest code.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import onnx
+import onnx.parser
+import onnx_ir as ir
+
+from mla_deploy.errors import MlaDeployError
+from mla_deploy.rewrite.rule import DOMAIN, MASKED, attribute
+
+OPERATOR = "MlaDecode"
+# How a row is cached: as the query is, or in 8 bits with scales.
+STORAGES = ("plain", "int8", "fp8")
+_LEAST_OPSET = 20
+
+_HEAD = """
+MlaDecode <scale, latent, storage, tile, rope_tile, multiprocessors, plugin_namespace,
+           plugin_version>
+    (query_BSHE, new_row_BSE, cache_B1ME, cache_lengths_B, new_lengths_BSCALES_IN)
+    => (out_BSHL, cache_out_B1MESCALES_OUT) {
+    zero = Constant <value_int: int = 0> ()
+    one = Constant <value_int: int = 1> ()
+    none = Constant <value_float: float = 0.0> ()
+    axis0 = Constant <value_ints: ints = [0]> ()
+    axis1 = Constant <value_ints: ints = [1]> ()
+    axis2 = Constant <value_ints: ints = [2]> ()
+    axis3 = Constant <value_ints: ints = [3]> ()
+    last = Constant <value_ints: ints = [-1]> ()
+    far = Constant <value_ints: ints = [9223372036854775807]> ()
+    latent_0 = Constant <value_int: int = @latent> ()
+    latent = Reshape (latent_0, last)
+    capacity = Shape <start: int = 2, end: int = 3> (cache_B1ME)
+    capacity_0 = Squeeze (capacity)
+    new = Shape <start: int = 1, end: int = 2> (query_BSHE)
+    new_0 = Squeeze (new)
+    slot_M = Range (zero, capacity_0, one)
+    step_S = Range (zero, new_0, one)
+    cached_B1 = Unsqueeze (cache_lengths_B, axis1)
+    fresh_B1 = Unsqueeze (new_lengths_B, axis1)
+    total_B1 = Add (cached_B1, fresh_B1)
+    # Which new token a slot gets, if one.
+    place_BM = Sub (slot_M, cached_B1)
+    from_first_BM = GreaterOrEqual (place_BM, zero)
+    to_last_BM = Less (place_BM, fresh_B1)
+    is_new_BM = And (from_first_BM, to_last_BM)
+    is_new_BM1 = Unsqueeze (is_new_BM, last)
+    is_new_B1M1 = Unsqueeze (is_new_BM1, axis1)
+    newest = Sub (new_0, one)
+    from_zero_BM = Max (place_BM, zero)
+    source_BM = Min (from_zero_BM, newest)
+    source_BM1 = Unsqueeze (source_BM, last)
+    new_row_wide = Cast <to: int = 1> (new_row_BSE)
+    held_B1ME = Cast <to: int = 1> (cache_B1ME)
+"""
+
+_PLAIN = """
+    taken_BME = GatherND <batch_dims: int = 1> (new_row_wide, source_BM1)
+    taken_B1ME = Unsqueeze (taken_BME, axis1)
+    rows_B1ME = Where (is_new_B1M1, taken_B1ME, held_B1ME)
+    cache_out_B1ME = CastLike (rows_B1ME, cache_B1ME)
+"""
+
+# A scale for each `tile` latent columns and each `rope_tile` columns of the rope key: its largest
+# magnitude over the largest code.
+_CODED = """
+    largest = Constant <value_float: float = LARGEST> ()
+    whole = Constant <value_float: float = 1.0> ()
+    tile_0 = Constant <value_int: int = @tile> ()
+    tile = Reshape (tile_0, last)
+    rope_tile_0 = Constant <value_int: int = @rope_tile> ()
+    rope_tile = Reshape (rope_tile_0, last)
+    kept2 = Constant <value_ints: ints = [0, 0, -1]> ()
+    kept3 = Constant <value_ints: ints = [0, 0, 0, -1]> ()
+    latent_BSL = Slice (new_row_wide, axis0, latent, axis2)
+    rope_BSR = Slice (new_row_wide, latent, far, axis2)
+    latent_tiled = Concat <axis: int = 0> (kept2, tile)
+    rope_tiled = Concat <axis: int = 0> (kept2, rope_tile)
+    latent_BSGI = Reshape (latent_BSL, latent_tiled)
+    rope_BSGI = Reshape (rope_BSR, rope_tiled)
+    latent_size = Abs (latent_BSGI)
+    rope_size = Abs (rope_BSGI)
+    latent_peak = ReduceMax <keepdims: int = 1> (latent_size, last)
+    rope_peak = ReduceMax <keepdims: int = 1> (rope_size, last)
+    latent_wanted = Div (latent_peak, largest)
+    rope_wanted = Div (rope_peak, largest)
+    latent_some = Greater (latent_wanted, none)
+    rope_some = Greater (rope_wanted, none)
+    latent_scale = Where (latent_some, latent_wanted, whole)
+    rope_scale = Where (rope_some, rope_wanted, whole)
+    latent_ratio = Div (latent_BSGI, latent_scale)
+    rope_ratio = Div (rope_BSGI, rope_scale)
+    latent_ratio_BSL = Reshape (latent_ratio, kept2_flat)
+    rope_ratio_BSR = Reshape (rope_ratio, kept2_flat)
+    ratio_BSE = Concat <axis: int = 2> (latent_ratio_BSL, rope_ratio_BSR)
+    ENCODE
+    scale_BSG1 = Concat <axis: int = 2> (latent_scale, rope_scale)
+    scale_BSG = Squeeze (scale_BSG1, last)
+    taken_BME = GatherND <batch_dims: int = 1> (code_BSE, source_BM1)
+    taken_B1ME = Unsqueeze (taken_BME, axis1)
+    code_B1ME = Where (is_new_B1M1, taken_B1ME, held_B1ME)
+    cache_out_B1ME = CastLike (code_B1ME, cache_B1ME)
+    taken_BMG = GatherND <batch_dims: int = 1> (scale_BSG, source_BM1)
+    taken_B1MG = Unsqueeze (taken_BMG, axis1)
+    scales_out_B1MG = Where (is_new_B1M1, taken_B1MG, scales_B1MG)
+    tiles = Div (latent, tile)
+    latent_scales = Slice (scales_out_B1MG, axis0, tiles, axis3)
+    rope_scales = Slice (scales_out_B1MG, tiles, far, axis3)
+    latent_scales_1 = Unsqueeze (latent_scales, last)
+    rope_scales_1 = Unsqueeze (rope_scales, last)
+    latent_codes = Slice (code_B1ME, axis0, latent, axis3)
+    rope_codes = Slice (code_B1ME, latent, far, axis3)
+    latent_shape = Concat <axis: int = 0> (kept3, tile)
+    rope_shape = Concat <axis: int = 0> (kept3, rope_tile)
+    latent_codes_5 = Reshape (latent_codes, latent_shape)
+    rope_codes_5 = Reshape (rope_codes, rope_shape)
+    latent_5 = Mul (latent_codes_5, latent_scales_1)
+    rope_5 = Mul (rope_codes_5, rope_scales_1)
+    latent_B1ML = Reshape (latent_5, kept3)
+    rope_B1MR = Reshape (rope_5, kept3)
+    rows_B1ME = Concat <axis: int = 3> (latent_B1ML, rope_B1MR)
+""".replace("kept2_flat", "kept2")
+
+_ENCODE = {
+    "int8": """least = Constant <value_float: float = -127.0> ()
+    whole_BSE = Round (ratio_BSE)
+    code_BSE = Clip (whole_BSE, least, largest)""",
+    "fp8": """small_BSE = Cast <saturate: int = 1, to: int = 17> (ratio_BSE)
+    code_BSE = Cast <to: int = 1> (small_BSE)""",
+}
+_LARGEST = {"int8": "127.0", "fp8": "448.0"}
+
+# Heads and new tokens are rows of one product. Nothing stale is multiplied: 0 times NaN is NaN.
+_ATTEND = """
+    filled_BM = Less (slot_M, total_B1)
+    filled_BM1 = Unsqueeze (filled_BM, last)
+    rows_BME = Squeeze (rows_B1ME, axis1)
+    known_BME = Where (filled_BM1, rows_BME, none)
+    known_BEM = Transpose <perm: ints = [0, 2, 1]> (known_BME)
+    position_BS = Add (cached_B1, step_S)
+    position_BS1 = Unsqueeze (position_BS, last)
+    seen_BSM = LessOrEqual (slot_M, position_BS1)
+    seen_BS1M = Unsqueeze (seen_BSM, axis2)
+    valid_BS = Less (step_S, fresh_B1)
+    valid_BS1 = Unsqueeze (valid_BS, last)
+    valid_BS11 = Unsqueeze (valid_BS1, last)
+    query_wide = Cast <to: int = 1> (query_BSHE)
+    query_valid = Where (valid_BS11, query_wide, none)
+    fold = Constant <value_ints: ints = [0, -1]> ()
+    width = Shape <start: int = 3> (query_BSHE)
+    shape_BXE = Concat <axis: int = 0> (fold, width)
+    query_BXE = Reshape (query_valid, shape_BXE)
+    product_BXM = MatMul (query_BXE, known_BEM)
+    scale = Constant <value_float: float = @scale> ()
+    scores_BXM = Mul (product_BXM, scale)
+    shape_BSH = Shape <start: int = 0, end: int = 3> (query_BSHE)
+    shape_BSHM = Concat <axis: int = 0> (shape_BSH, capacity)
+    scores_BSHM = Reshape (scores_BXM, shape_BSHM)
+    masked = Constant <value_float: float = MASKED> ()
+    seen_scores = Where (seen_BS1M, scores_BSHM, masked)
+    weights_BSHM = Softmax <axis: int = -1> (seen_scores)
+    shape_BXM = Concat <axis: int = 0> (fold, capacity)
+    weights_BXM = Reshape (weights_BSHM, shape_BXM)
+    gathered_BXE = MatMul (weights_BXM, known_BME)
+    gathered_BXL = Slice (gathered_BXE, axis0, latent, axis2)
+    shape_BSHL = Concat <axis: int = 0> (shape_BSH, latent)
+    gathered_BSHL = Reshape (gathered_BXL, shape_BSHL)
+    valid_out = Where (valid_BS11, gathered_BSHL, none)
+    out_BSHL = CastLike (valid_out, query_BSHE)
+}"""
+
+
+def add_body(model: ir.Model, storage: str = "plain") -> None:
+    """Give `model` the function body of its MlaDecode nodes, all of which store rows alike.
+
+    Raises: REW-OPSET below opset 20; REW-STORAGE when a node is of another storage.
+    """
+    opset = int(model.graph.opset_imports.get("", 0))
+    if opset < _LEAST_OPSET:
+        raise MlaDeployError(
+            "REW-OPSET", f"the graph is of opset {opset}; {OPERATOR} needs {_LEAST_OPSET} or later"
+        )
+    graphs = [model.graph, *(function.graph for function in model.functions.values())]
+    nodes = [n for g in graphs for n in ir.traversal.RecursiveGraphIterator(g)]
+    found = {str(attribute(n, "storage")) for n in nodes if n.op_type == OPERATOR}
+    if not found <= {storage} or storage not in STORAGES:
+        raise MlaDeployError(
+            "REW-STORAGE",
+            f"{OPERATOR} nodes store rows as {', '.join(sorted(found))}; wanted {storage}, one of "
+            f"{', '.join(STORAGES)}, for all of them",
+            hint="one function body serves a model: give every layer the same cache",
+            found=sorted(found),
+        )
+    model.graph.opset_imports[DOMAIN] = 1
+    function = ir.serde.deserialize_function(_function(storage, opset))
+    model.functions[function.identifier()] = function
+
+
+@functools.lru_cache(maxsize=8)
+def _function(storage: str, opset: int) -> onnx.FunctionProto:
+    scales_in, scales_out = (
+        ("", "") if storage == "plain" else (", scales_B1MG", ", scales_out_B1MG")
+    )
+    head = _HEAD.replace("SCALES_IN", scales_in).replace("SCALES_OUT", scales_out)
+    middle = _PLAIN
+    if storage != "plain":
+        middle = _CODED.replace("ENCODE", _ENCODE[storage]).replace("LARGEST", _LARGEST[storage])
+    header = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>'
+    tail = _ATTEND.replace("MASKED", repr(MASKED))
+    return onnx.parser.parse_function(header + head + middle + tail)
