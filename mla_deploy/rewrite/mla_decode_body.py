@@ -1,6 +1,6 @@
 """The body of MlaDecode in plain operators, as an ONNX model-local function.
 
-out = softmax(scale * query rows^T where visible) rows[..., :L] over the cache after the new rows are
+out = softmax(scale * query rows^T where visible) rows[..., :L], over the cache with the new rows
 in it. New token s of a row sees the slots up to its own; padding (s at or beyond new_lengths_B)
 sees nothing, gives zeros and is not stored. No slot at or beyond a row's length is multiplied.
 

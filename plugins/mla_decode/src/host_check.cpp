@@ -103,3 +103,13 @@ extern "C" int mla_decode_on_host(
     }
     return 0;
 }
+
+// Scratch bytes of a call, and what is reserved for every call within the same sizes.
+extern "C" void mla_decode_scratch(
+    mla_decode::Sizes const* sizes, int multiprocessors, std::uint64_t* needed, std::uint64_t* reserved)
+{
+    mla_decode::Sizes call = *sizes;
+    call.splits = mla_decode::splitsFor(call, multiprocessors);
+    *needed = mla_decode::workspaceBytes(call);
+    *reserved = mla_decode::workspaceBound(call, multiprocessors);
+}

@@ -100,10 +100,21 @@ MLA_BOTH size_t workspaceBytes(Sizes const& s)
     return partialBytes(s) + sizeof(float) * s.batch * s.newTokens * s.heads * s.splits;
 }
 
+// Enough for every call within `most`: fewer rows may have more splits, but no more than one wave.
+MLA_BOTH size_t workspaceBound(Sizes const& most, int32_t multiprocessors)
+{
+    size_t const rows = static_cast<size_t>(most.batch) * most.newTokens * most.heads;
+    size_t const wave = 32 * static_cast<size_t>(multiprocessors);
+    size_t const splits = ceilDiv(most.capacity, 4 * kTokens);
+    size_t const wanted = rows > wave ? rows : wave;
+    size_t const bound = rows * splits < wanted ? rows * splits : wanted;
+    return sizeof(float) * (bound > rows ? bound : rows) * (most.latent + 1);
+}
+
 // Why the kernels cannot take these sizes; null when they can.
 inline char const* refusal(Sizes const& s, Storage storage)
 {
-    if (s.newTokens < 0 || s.newTokens > kMaxNewTokens)
+    if (s.newTokens > kMaxNewTokens)
     {
         return "more than 8 new tokens: prefill is another engine's work";
     }
