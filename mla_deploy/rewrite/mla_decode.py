@@ -22,9 +22,11 @@ from mla_deploy.rewrite.rule import (
     DOMAIN,
     Mismatch,
     Rule,
+    as_fp32,
     attribute,
     constant,
     ints,
+    required_dtype,
     required_node,
     static,
 )
@@ -137,8 +139,8 @@ class ToMlaDecode(Rule):
         query_BSHE = op.Transpose(query_BHSE, perm=[0, 2, 1, 3])
         cached_B, fresh_B = _lengths(op, active, source, slot)
         out_BSHL, cache_out = op.MlaDecode(
-            op.CastLike(query_BSHE, cache),
-            op.CastLike(op.Squeeze(rows, ints(op, [1])), cache),
+            _as_stored(op, query_BSHE, cache),
+            _as_stored(op, op.Squeeze(rows, ints(op, [1])), cache),
             cache,
             cached_B,
             fresh_B,
@@ -154,13 +156,19 @@ class ToMlaDecode(Rule):
             _version=1,
             _outputs=2,
         )
-        out_BHSL = op.Transpose(op.CastLike(out_BSHL, q_latent), perm=[0, 2, 1, 3])
+        out_BHSL = op.Transpose(as_fp32(op, out_BSHL, cache), perm=[0, 2, 1, 3])
         return out_BHSL, cache_out
 
 
 def rules(multiprocessors: int) -> tuple[Any, ...]:
     """To MlaDecode: rows with a rope key, and rows without."""
     return tuple(ToMlaDecode.rule("to_mla_decode", multiprocessors, rope) for rope in (True, False))
+
+
+def _as_stored(op: Any, value: ir.Value, cache: ir.Value) -> ir.Value:
+    """The operator takes the query and the new rows in the cache's dtype."""
+    dtype = required_dtype(cache)
+    return value if dtype == ir.DataType.FLOAT else op.Cast(value, to=dtype)
 
 
 def _lengths(

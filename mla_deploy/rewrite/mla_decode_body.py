@@ -15,6 +15,7 @@ import functools
 import onnx
 import onnx.parser
 import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
 
 from mla_deploy.errors import MlaDeployError
 from mla_deploy.rewrite.rule import DOMAIN, MASKED, attribute
@@ -204,6 +205,23 @@ def add_body(model: ir.Model, storage: str = "plain") -> None:
     model.graph.opset_imports[DOMAIN] = 1
     function = ir.serde.deserialize_function(_function(storage, opset))
     model.functions[function.identifier()] = function
+
+
+def expose(model: ir.Model) -> None:
+    """Inline every function but MlaDecode, in place.
+
+    TensorRT looks for a plugin in a function's place at the top of a graph only: inside a layer's
+    function the body wins, whatever the flag says (1.7.1 of TensorRT-RTX).
+    """
+    InlinePass(criteria=lambda function: function.name != OPERATOR)(model)
+
+
+def drop_body(model: ir.Model) -> None:
+    """Take the body away again, so that nothing but a plugin can run the operator.
+
+    For releases without the override flag; a plugin is then found inside functions too.
+    """
+    model.functions.pop((DOMAIN, OPERATOR, ""), None)
 
 
 @functools.lru_cache(maxsize=8)

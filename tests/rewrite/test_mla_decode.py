@@ -159,7 +159,7 @@ def test_fires(name: str) -> None:
     types = op_types(after)
     assert "CacheUpdate" not in types and "LatentAttention" not in types
     joined = "Concat " if FORMS[name]["rope"] else ""
-    assert f"{joined}Transpose {_PLAN} CastLike Squeeze CastLike MlaDecode CastLike" in types
+    assert f"{joined}Transpose {_PLAN} Cast Squeeze Cast MlaDecode Cast" in types
     (node,) = (n for n in after.graph if n.op_type == "MlaDecode")
     given = {name: value.value for name, value in node.attributes.items()}
     assert given == {

@@ -3,7 +3,8 @@
 // TensorRT's registry finds both by name when it loads the library, so no symbol of TensorRT is
 // needed to link it.
 
-#include <cstring>
+#include <cstdio>
+#include <string>
 
 #include "plugin.h"
 #include "report.h"
@@ -94,9 +95,14 @@ bool take(PluginField const& field, Settings& settings)
 void report(std::string const& message)
 {
     nvinfer1::ILogger* const logger = gFinder == nullptr ? nullptr : gFinder->findLogger();
+    std::string const told = "MlaDecode: " + message;
     if (logger != nullptr)
     {
-        logger->log(nvinfer1::ILogger::Severity::kERROR, ("MlaDecode: " + message).c_str());
+        logger->log(nvinfer1::ILogger::Severity::kERROR, told.c_str());
+    }
+    else
+    {
+        std::fprintf(stderr, "%s\n", told.c_str());
     }
 }
 

@@ -24,7 +24,7 @@ inline char const* storage_name(Storage storage)
     return "";
 }
 
-// An error, to the logger of the process that loaded the library; to nobody where it gave none.
+// An error, to the logger that TensorRT finds; to stderr where it finds none, as TensorRT-RTX does.
 void report(std::string const& message);
 
 } // namespace mla_decode
