@@ -113,3 +113,16 @@ extern "C" void mla_decode_scratch(
     *needed = mla_decode::workspaceBytes(call);
     *reserved = mla_decode::workspaceBound(call, multiprocessors);
 }
+
+// Shared memory that a block asks for at launch.
+extern "C" std::uint64_t mla_decode_shared(mla_decode::Sizes const* sizes, int storage, int rows)
+{
+    using namespace mla_decode;
+    switch (static_cast<Storage>(storage))
+    {
+    case Storage::kPLAIN: return Shared<__half, Plain<__half>>(*sizes, rows).bytes;
+    case Storage::kINT8: return Shared<__half, Int8>(*sizes, rows).bytes;
+    case Storage::kFP8: return Shared<__half, Fp8>(*sizes, rows).bytes;
+    }
+    return 0;
+}
