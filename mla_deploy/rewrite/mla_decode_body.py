@@ -24,6 +24,7 @@ OPERATOR = "MlaDecode"
 # How a row is cached: as the query is, or in 8 bits with scales.
 STORAGES = ("plain", "int8", "fp8")
 _LEAST_OPSET = 20
+_SCATTER_OPSET = 24
 
 _HEAD = """
 MlaDecode <scale, latent, storage, tile, rope_tile, multiprocessors, plugin_namespace,
@@ -198,6 +199,71 @@ _ATTEND = """
 }"""
 
 
+# The same as TensorRT runs it best without the plugin: TensorScatter becomes its in-place cache
+# update, products are of the cache's dtype, scores and softmax fp32. It writes padding too, behind
+# the row's length, and reads stale slots, of weight zero: a cache begins as zeros.
+_TENSOR_SCATTER = """
+MlaDecode <scale, latent, storage, tile, rope_tile, multiprocessors, plugin_namespace,
+           plugin_version>
+    (query_BSHE, new_row_BSE, cache_B1ME, cache_lengths_B, new_lengths_B)
+    => (out_BSHL, cache_out_B1ME) {
+    zero = Constant <value_int: int = 0> ()
+    one = Constant <value_int: int = 1> ()
+    axis0 = Constant <value_ints: ints = [0]> ()
+    axis1 = Constant <value_ints: ints = [1]> ()
+    axis2 = Constant <value_ints: ints = [2]> ()
+    last = Constant <value_ints: ints = [-1]> ()
+    latent_0 = Constant <value_int: int = @latent> ()
+    latent = Reshape (latent_0, last)
+    capacity = Shape <start: int = 2, end: int = 3> (cache_B1ME)
+    capacity_0 = Squeeze (capacity)
+    new = Shape <start: int = 1, end: int = 2> (query_BSHE)
+    new_0 = Squeeze (new)
+    slot_M = Range (zero, capacity_0, one)
+    step_S = Range (zero, new_0, one)
+    new_row_B1SE = Unsqueeze (new_row_BSE, axis1)
+    room = Sub (capacity, new)
+    index_B = Min (cache_lengths_B, room)
+    cache_out_B1ME = TensorScatter <axis: int = -2> (cache_B1ME, new_row_B1SE, index_B)
+    rows_BME = Squeeze (cache_out_B1ME, axis1)
+    cached_B1 = Unsqueeze (cache_lengths_B, axis1)
+    fresh_B1 = Unsqueeze (new_lengths_B, axis1)
+    position_BS = Add (cached_B1, step_S)
+    position_BS1 = Unsqueeze (position_BS, last)
+    seen_BSM = LessOrEqual (slot_M, position_BS1)
+    seen_BS1M = Unsqueeze (seen_BSM, axis2)
+    valid_BS = Less (step_S, fresh_B1)
+    valid_BS1 = Unsqueeze (valid_BS, last)
+    valid_BS11 = Unsqueeze (valid_BS1, last)
+    scale = Constant <value_float: float = @scale> ()
+    scale_like = CastLike (scale, query_BSHE)
+    scaled_BSHE = Mul (query_BSHE, scale_like)
+    fold = Constant <value_ints: ints = [0, -1]> ()
+    width = Shape <start: int = 3> (query_BSHE)
+    shape_BXE = Concat <axis: int = 0> (fold, width)
+    query_BXE = Reshape (scaled_BSHE, shape_BXE)
+    rows_BEM = Transpose <perm: ints = [0, 2, 1]> (rows_BME)
+    scores_BXM = MatMul (query_BXE, rows_BEM)
+    shape_BSH = Shape <start: int = 0, end: int = 3> (query_BSHE)
+    shape_BSHM = Concat <axis: int = 0> (shape_BSH, capacity)
+    scores_BSHM = Reshape (scores_BXM, shape_BSHM)
+    wide_BSHM = Cast <to: int = 1> (scores_BSHM)
+    masked = Constant <value_float: float = MASKED> ()
+    seen_scores = Where (seen_BS1M, wide_BSHM, masked)
+    wide_weights = Softmax <axis: int = -1> (seen_scores)
+    weights_BSHM = CastLike (wide_weights, cache_B1ME)
+    shape_BXM = Concat <axis: int = 0> (fold, capacity)
+    weights_BXM = Reshape (weights_BSHM, shape_BXM)
+    gathered_BXE = MatMul (weights_BXM, rows_BME)
+    gathered_BXL = Slice (gathered_BXE, axis0, latent, axis2)
+    shape_BSHL = Concat <axis: int = 0> (shape_BSH, latent)
+    gathered_BSHL = Reshape (gathered_BXL, shape_BSHL)
+    none = Constant <value_float: float = 0.0> ()
+    none_like = CastLike (none, gathered_BSHL)
+    out_BSHL = Where (valid_BS11, gathered_BSHL, none_like)
+}"""
+
+
 def add_body(model: ir.Model, storage: str = "plain") -> None:
     """Give `model` the function body of its MlaDecode nodes, all of which store rows alike.
 
@@ -219,9 +285,20 @@ def add_body(model: ir.Model, storage: str = "plain") -> None:
             hint="one function body serves a model: give every layer the same cache",
             found=sorted(found),
         )
-    model.graph.opset_imports[DOMAIN] = 1
-    function = ir.serde.deserialize_function(_function(storage, opset))
-    model.functions[function.identifier()] = function
+    _put(model, _function(storage, opset))
+
+
+def add_tensorrt_body(model: ir.Model) -> None:
+    """The function of plain rows for releases that have TensorScatter (opset 24).
+
+    Raises: REW-OPSET below it.
+    """
+    opset = int(model.graph.opset_imports.get("", 0))
+    if opset < _SCATTER_OPSET:
+        raise MlaDeployError(
+            "REW-OPSET", f"the graph is of opset {opset}; TensorScatter is of {_SCATTER_OPSET}"
+        )
+    _put(model, _parsed(_TENSOR_SCATTER, opset))
 
 
 def expose(model: ir.Model) -> None:
@@ -250,6 +327,15 @@ def _function(storage: str, opset: int) -> onnx.FunctionProto:
     middle = _PLAIN
     if storage != "plain":
         middle = _CODED.replace("ENCODE", _ENCODE[storage]).replace("LARGEST", _LARGEST[storage])
+    return _parsed(head + middle + _ATTEND, opset)
+
+
+def _parsed(text: str, opset: int) -> onnx.FunctionProto:
     header = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>'
-    tail = _ATTEND.replace("MASKED", repr(MASKED))
-    return onnx.parser.parse_function(header + head + middle + tail)
+    return onnx.parser.parse_function(header + text.replace("MASKED", repr(MASKED)))
+
+
+def _put(model: ir.Model, body: onnx.FunctionProto) -> None:
+    model.graph.opset_imports[DOMAIN] = 1
+    function = ir.serde.deserialize_function(body)
+    model.functions[function.identifier()] = function

@@ -46,7 +46,7 @@ class Variant:
     tile: int = 512
     rope_tile: int = 32
     scale: float = 192**-0.5
-    rows: int = 16  # query rows of a block: 16, or 32 where S * H is more
+    rows: int = 16  # query rows of a block: 16, or 32 where S * H is more and rows are plain
 
     def __post_init__(self) -> None:
         whole = (self.latent, self.tile, self.rope_tile, *((self.rope,) if self.rope else ()))
@@ -54,6 +54,10 @@ class Variant:
             raise ValueError(f"found widths {whole}, wanted powers of two")
         if self.dtype not in ("fp16", "bf16") or self.storage not in kernels.STORAGES:
             raise ValueError(f"found {self.dtype} and {self.storage}")
+        if self.rows not in ((16, 32) if self.storage == "plain" else (16,)):
+            raise ValueError(
+                f"found {self.rows} rows a block, which {self.storage} rows would spill"
+            )
 
     def layout(self) -> dict[str, int]:
         return {"L": self.latent, "R": self.rope, "TILE": self.tile, "ROPE_TILE": self.rope_tile,

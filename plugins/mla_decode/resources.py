@@ -98,7 +98,8 @@ def triton_table() -> tuple[Table, dict[str, int]]:
     shared: dict[str, int] = {}
     for sm in aot.SMS:
         table[sm] = {}
-        jobs = [(n, "attend", aot.Variant(storage=s, rows=r, tile=128)) for n, s, r in ATTEND]
+        jobs = [(n, "attend", aot.Variant(storage=s, rows=r, tile=128)) for n, s, r in ATTEND
+                if r == 16 or s == "plain"]  # fmt: skip
         jobs += [(step, step, aot.Variant()) for step in ("append", "join")]
         for name, step, variant in jobs:
             kernel = aot.compile_kernel(step, variant, sm)
@@ -124,7 +125,7 @@ def shared_bytes(storage: str, rows: int) -> int:
 
 
 def resource_lines(table: Table, shared: dict[str, int]) -> list[str]:
-    names = [name for name, _, _ in ATTEND] + ["append", "join"]
+    names = [name for name in (*(n for n, _, _ in ATTEND), "append", "join") if name in table[80]]
     lines = ["| SM | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
     for sm, used in table.items():
         cells = " | ".join(str(used[name]) for name in names)
@@ -180,8 +181,8 @@ def tables() -> str:
     triton, triton_shared = triton_table()
     lines = [
         f"Registers per thread, by {versions()}: attention by storage and query rows of a block,",
-        "then the two small kernels; the worse of fp16 and bf16 for CUDA, fp16 for Triton. Bytes",
-        "spilled would stand behind. Shared memory for L 512, R 64, tiles of 128 and 32.", "",
+        "then the two small kernels; the worse of fp16 and bf16 for CUDA, fp16 for Triton. Spilled",
+        "bytes would stand behind. Shared memory is for L 512, R 64 and tiles of 128 and 32.", "",
         "CUDA:", "", *resource_lines(cuda_table(), cuda_shared), "",
         "Triton:", "", *resource_lines(triton, triton_shared), "",
         f"Roofline, computed: microseconds to move what one row of one layer needs (H {HEADS}, L",

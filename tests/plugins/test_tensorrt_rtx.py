@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from mla_deploy.rewrite.mla_decode_body import add_body, drop_body, expose
+from mla_deploy.rewrite.mla_decode_body import add_body, add_tensorrt_body, drop_body, expose
 from tests.plugins.conftest import built_plugin
 from tests.plugins.fat_binary import SMS, compiled_for
 from tests.plugins.reference import Problem, Shape, coded, problem
@@ -127,6 +127,21 @@ def test_the_same_file_runs_without_the_plugin(build: Build) -> None:
     assert "PLUGIN_V3" not in made["layers"] and "SOFTMAX" in made["layers"]
     (reserved,) = made["activation_bytes"]
     assert reserved > 20 * SCRATCH
+
+
+def test_with_the_body_for_tensorrt_the_cache_is_in_place_too(
+    build: Build, plugin_library: Path
+) -> None:
+    """One file: TensorRT's own cache update without the plugin, the plugin with it."""
+    model = graph_of(call_of(), body=False)
+    model.graph.opset_imports[""] = 24
+    add_tensorrt_body(model)
+    made = build(model, aliased=False)
+    assert made["layers"].count("KV_CACHE_UPDATE") == 1
+    assert made["plan_bytes"] > 0 and made["said"] == []
+    with_plugin = build(model, library=str(plugin_library), override=True)
+    assert (with_plugin["layers"], with_plugin["said"]) == (["PLUGIN_V3"], [])
+    assert with_plugin["activation_bytes"][0] < made["activation_bytes"][0] / 10
 
 
 def test_without_a_function_the_node_is_the_plugin(build: Build, plugin_library: Path) -> None:

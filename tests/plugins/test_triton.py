@@ -184,9 +184,11 @@ def test_scratch_parameters_are_dropped_only_where_nothing_reads_them() -> None:
         aot.assembled(PTX.replace("READ", "\n\tnot.an.instruction;"), 87)
 
 
-def test_widths_that_are_no_powers_of_two_are_refused() -> None:
+def test_what_has_no_kernel_is_refused() -> None:
     with pytest.raises(ValueError, match="powers of two"):
         aot.Variant(latent=384, tile=384)
+    with pytest.raises(ValueError, match="int8 rows would spill"):
+        aot.Variant(storage="int8", rows=32)
     with pytest.raises(ValueError, match="int4"):
         aot.Variant(storage="int4")
 

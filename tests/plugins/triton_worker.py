@@ -32,7 +32,8 @@ def _array(tensor: torch.Tensor) -> Any:
 def run(call: Problem, splits: int) -> tuple[Any, Any, Any]:
     """out_BSHL, and cache and scales after the call. Scratch begins as NaN."""
     batch, new, heads, _ = call.query_BSHE.shape
-    capacity, rows = call.cache_B1ME.shape[2], 16 if new * heads <= 16 else 32
+    capacity = call.cache_B1ME.shape[2]
+    rows = 32 if new * heads > 16 and call.storage == "plain" else 16
     query, new_row, cache = (
         _tensor(a) for a in (call.query_BSHE, call.new_row_BSE, call.cache_B1ME)
     )

@@ -13,7 +13,7 @@ import pytest
 from mla_deploy.errors import MlaDeployError
 from mla_deploy.rewrite import absorb, lower_attention, lower_cache, mla_decode
 from mla_deploy.rewrite.composites import add_bodies
-from mla_deploy.rewrite.mla_decode_body import add_body
+from mla_deploy.rewrite.mla_decode_body import add_body, add_tensorrt_body
 from mla_deploy.rewrite.order import apply_rules
 from tests.plugins.reference import (
     TOLERANCE as CODED_TOLERANCE,
@@ -78,6 +78,31 @@ def test_plain_rows(dtype: str, rope: int) -> None:
     assert np.abs(found["out"].astype(np.float64) - out).max() < CODED_TOLERANCE[dtype]
     # bf16 comes back widened, which is exact.
     assert same_bytes(found["cache_out"].astype(cache.dtype), cache)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_the_body_for_tensorrt(dtype: str) -> None:
+    """Equal where a token is valid; padding is written too, behind the row's length."""
+    call = problem(SMALL, [(0, 1), (1, 2), (22, 2), (7, 0)])
+    clean = {name: np.nan_to_num(array) for name, array in feeds_of(call).items()}
+    model = operator(call, "fp16")
+    if dtype == "fp32":
+        for value in (*model.graph.inputs[:3], *model.graph.outputs):
+            value.dtype = ir.DataType.FLOAT
+        clean |= {n: clean[n].astype(np.float32) for n in ("query", "new_row", "cache")}
+    model.graph.opset_imports[""] = 24
+    add_tensorrt_body(model)
+    found = run(model, clean)
+    out, cache, _ = expected(call)
+    # fp16 products round the scaled query and the scores as well.
+    tolerance = 2 * CODED_TOLERANCE["fp16"] if dtype == "fp16" else graphs.TOLERANCE["fp32"]
+    assert np.abs(found["out"].astype(np.float64) - out).max() < tolerance
+    for b, (past, new) in enumerate([(0, 1), (1, 2), (22, 2), (7, 0)]):
+        held = found["cache_out"][b, 0, : past + new]
+        assert np.array_equal(held, cache[b, 0, : past + new].astype(held.dtype))
+    model.graph.opset_imports[""] = 23
+    with pytest.raises(MlaDeployError, match="REW-OPSET"):
+        add_tensorrt_body(model)
 
 
 def test_plain_rows_of_fp32_are_exact() -> None:
