@@ -236,7 +236,7 @@ MlaDecode <scale, latent, storage, tile, rope_tile, multiprocessors, plugin_name
     valid_BS1 = Unsqueeze (valid_BS, last)
     valid_BS11 = Unsqueeze (valid_BS1, last)
     scale = Constant <value_float: float = @scale> ()
-    scale_like = CastLike (scale, query_BSHE)
+    scale_like = Cast <to: int = STORED> (scale)
     scaled_BSHE = Mul (query_BSHE, scale_like)
     fold = Constant <value_ints: ints = [0, -1]> ()
     width = Shape <start: int = 3> (query_BSHE)
@@ -251,7 +251,7 @@ MlaDecode <scale, latent, storage, tile, rope_tile, multiprocessors, plugin_name
     masked = Constant <value_float: float = MASKED> ()
     seen_scores = Where (seen_BS1M, wide_BSHM, masked)
     wide_weights = Softmax <axis: int = -1> (seen_scores)
-    weights_BSHM = CastLike (wide_weights, cache_B1ME)
+    weights_BSHM = Cast <to: int = STORED> (wide_weights)
     shape_BXM = Concat <axis: int = 0> (fold, capacity)
     weights_BXM = Reshape (weights_BSHM, shape_BXM)
     gathered_BXE = MatMul (weights_BXM, rows_BME)
@@ -259,7 +259,7 @@ MlaDecode <scale, latent, storage, tile, rope_tile, multiprocessors, plugin_name
     shape_BSHL = Concat <axis: int = 0> (shape_BSH, latent)
     gathered_BSHL = Reshape (gathered_BXL, shape_BSHL)
     none = Constant <value_float: float = 0.0> ()
-    none_like = CastLike (none, gathered_BSHL)
+    none_like = Cast <to: int = STORED> (none)
     out_BSHL = Where (valid_BS11, gathered_BSHL, none_like)
 }"""
 
@@ -288,8 +288,8 @@ def add_body(model: ir.Model, storage: str = "plain") -> None:
     _put(model, _function(storage, opset))
 
 
-def add_tensorrt_body(model: ir.Model) -> None:
-    """The function of plain rows for releases that have TensorScatter (opset 24).
+def add_tensorrt_body(model: ir.Model, dtype: ir.DataType) -> None:
+    """The function for releases that have TensorScatter (opset 24), of rows stored as `dtype`.
 
     Raises: REW-OPSET below it.
     """
@@ -298,7 +298,7 @@ def add_tensorrt_body(model: ir.Model) -> None:
         raise MlaDeployError(
             "REW-OPSET", f"the graph is of opset {opset}; TensorScatter is of {_SCATTER_OPSET}"
         )
-    _put(model, _parsed(_TENSOR_SCATTER, opset))
+    _put(model, _parsed(_TENSOR_SCATTER.replace("STORED", str(dtype.value)), opset))
 
 
 def expose(model: ir.Model) -> None:

@@ -135,7 +135,7 @@ def test_with_the_body_for_tensorrt_the_cache_is_in_place_too(
     """One file: TensorRT's own cache update without the plugin, the plugin with it."""
     model = graph_of(call_of(), body=False)
     model.graph.opset_imports[""] = 24
-    add_tensorrt_body(model)
+    add_tensorrt_body(model, ir.DataType.FLOAT16)
     made = build(model, aliased=False)
     assert made["layers"].count("KV_CACHE_UPDATE") == 1
     assert made["plan_bytes"] > 0 and made["said"] == []

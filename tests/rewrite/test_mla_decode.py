@@ -91,7 +91,7 @@ def test_the_body_for_tensorrt(dtype: str) -> None:
             value.dtype = ir.DataType.FLOAT
         clean |= {n: clean[n].astype(np.float32) for n in ("query", "new_row", "cache")}
     model.graph.opset_imports[""] = 24
-    add_tensorrt_body(model)
+    add_tensorrt_body(model, ir.DataType.FLOAT16 if dtype == "fp16" else ir.DataType.FLOAT)
     found = run(model, clean)
     out, cache, _ = expected(call)
     # fp16 products round the scaled query and the scores as well.
@@ -102,7 +102,7 @@ def test_the_body_for_tensorrt(dtype: str) -> None:
         assert np.array_equal(held, cache[b, 0, : past + new].astype(held.dtype))
     model.graph.opset_imports[""] = 23
     with pytest.raises(MlaDeployError, match="REW-OPSET"):
-        add_tensorrt_body(model)
+        add_tensorrt_body(model, ir.DataType.FLOAT16)
 
 
 def test_plain_rows_of_fp32_are_exact() -> None:
