@@ -9,7 +9,7 @@ The operator is a model-local function (`mla_decode_body.py`), which any runtime
 node names a plugin beside it: TensorRT takes the plugin where it may override functions (10.15 and
 later), or where the function is left out (before). `plugins/mla_decode/README.md` has its contract.
 
-The two lengths are read off the plan: an active row writes its first new token at its old length.
+The two lengths are read off the plan: an active row writes its first new token at its length.
 """
 
 from __future__ import annotations
@@ -174,14 +174,17 @@ def _as_stored(op: Any, value: ir.Value, cache: ir.Value) -> ir.Value:
 def _lengths(
     op: Any, active: ir.Value, source: ir.Value, slot: ir.Value
 ) -> tuple[ir.Value, ir.Value]:
-    """cache_lengths_B and new_lengths_B. The first is moot where a row is idle: it writes none."""
-    first = op.Gather(slot, op.Constant(value_int=0), axis=1)
-    cached_B = op.Gather(first, op.Constant(value_int=2), axis=1)
+    """cache_lengths_B and new_lengths_B. An idle row's first is its length, or 1 where that is 0:
+    a body that writes padding writes behind it.
+    """
+    zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
+    first_B = op.Gather(op.Gather(slot, zero, axis=1), op.Constant(value_int=2), axis=1)
+    active_B = op.Squeeze(active, ints(op, [1, 2]))
+    # The plan has an idle row rewrite its last slot.
+    cached_B = op.Add(first_B, op.Where(active_B, zero, one))
     newest_B11 = op.Slice(source, ints(op, [-1]), ints(op, [2**63 - 1]), ints(op, [1]))
-    fresh_B11 = op.Where(
-        active, op.Add(newest_B11, op.Constant(value_int=1)), op.Constant(value_int=0)
-    )
-    return cached_B, op.Squeeze(fresh_B11, ints(op, [1, 2]))
+    newest_B = op.Squeeze(newest_B11, ints(op, [1, 2]))
+    return cached_B, op.Where(active_B, op.Add(newest_B, one), zero)
 
 
 def _start(value: ir.Value) -> int:

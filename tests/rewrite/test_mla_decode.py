@@ -155,7 +155,7 @@ def test_coded_rows(storage: str, tile: int) -> None:
     assert same_bytes(found["scales_out"], after)
 
 
-_PLAN = "Gather Gather Slice Add Where Squeeze"
+_PLAN = "Gather Gather Squeeze Where Add Slice Squeeze Add Where"
 FORMS: dict[str, dict[str, Any]] = {
     "rows with a rope key": {"rope": 16},
     "rows without one": {"rope": 0},
@@ -224,6 +224,27 @@ def test_numbers(name: str, step: str, dtype: str) -> None:
     # Several roundings to the cache's dtype instead of one.
     assert difference[valid_BS].max() < 4 * graphs.TOLERANCE[dtype]
     assert graphs.distance(found, wanted, ["cache0_out"]) == 0.0
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_the_body_for_tensorrt_keeps_the_tokens_of_every_row(step: str) -> None:
+    """It writes padding, of idle rows too: behind what they hold. Rows reach 8 slots."""
+    cached, new, width, rows = STEPS[step]
+    lengths = (cached, new, width, rows + width)
+    before = layer("fp32", rope=16)
+    before.graph.opset_imports[""] = 24
+    after, count = fired(before)
+    assert count == 1
+    add_tensorrt_body(after, ir.DataType.FLOAT)
+    feeds = attention_feeds(lengths=lengths, seed=4, rope=16)
+    wanted = run(before, feeds)
+    feeds["cache0"] = np.nan_to_num(feeds["cache0"])
+    found = run(after, feeds)
+    for b, (past, count) in enumerate(zip(cached, new, strict=True)):
+        held = slice(0, past + count)
+        assert np.array_equal(found["cache0_out"][b, 0, held], wanted["cache0_out"][b, 0, held])
+        difference = np.abs(found["out"] - wanted["out"])[b, :, :count]
+        assert difference.size == 0 or difference.max() < graphs.TOLERANCE["fp32"]
 
 
 def test_a_body_may_be_in_a_layer_s_function() -> None:
