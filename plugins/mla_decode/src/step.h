@@ -104,7 +104,7 @@ MLA_BOTH size_t workspaceBytes(Sizes const& s)
 MLA_BOTH size_t workspaceBound(Sizes const& most, int32_t multiprocessors)
 {
     size_t const rows = static_cast<size_t>(most.batch) * most.newTokens * most.heads;
-    size_t const wave = 32 * static_cast<size_t>(multiprocessors);
+    size_t const wave = static_cast<size_t>(rowsPerBlock(most)) * multiprocessors;
     size_t const splits = ceilDiv(most.capacity, 4 * kTokens);
     size_t const wanted = rows > wave ? rows : wave;
     size_t const bound = rows * splits < wanted ? rows * splits : wanted;
