@@ -1,6 +1,6 @@
 # CI calls these recipes and no others. `make test` is what .ci/run runs.
 PY := .venv/bin/python
-.PHONY: venv test fast lint fix demo docs faults bench
+.PHONY: venv test fast slow lint fix demo docs faults bench
 
 venv: .venv/installed
 .venv/installed: pyproject.toml
@@ -8,9 +8,11 @@ venv: .venv/installed
 	$(PY) -m pip install --quiet --no-compile --editable '.[dev]' && touch $@
 
 test: lint
-	$(PY) -m pytest -n 2 --dist loadscope
+	$(PY) -m pytest -n 2 --dist loadscope -m 'not heavy'
 fast: venv
-	$(PY) -m pytest -n 2 --dist loadscope -m 'not slow'
+	$(PY) -m pytest -n 2 --dist loadscope -m 'not slow and not heavy'
+slow: venv
+	$(PY) -m pytest -m heavy
 lint: venv
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 fix: venv
