@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import onnx
+import onnx_ir as ir
 
 from mla_deploy import shapes
 from mla_deploy.config import MlaConfig
-from mla_deploy.errors import InputError
+from mla_deploy.errors import InputError, MlaDeployError
 from mla_deploy.export.assemble import Assembled, Builder, GraphForm, assemble
 from mla_deploy.export.assemble_typed import typed_builder
 from mla_deploy.export.trace import Trace
 from mla_deploy.export.weights import WeightLayout
-from mla_deploy.rewrite import order
+from mla_deploy.rewrite import mla_decode, mla_decode_body, order
 from mla_deploy.rewrite.release import composites_of, require_composites, require_operators
 from mla_deploy.rewrite.releases import find_release
 from mla_deploy.targets import find_target
@@ -79,6 +80,7 @@ def lowered(
         "decode": assemble(trace, form, lowering.decode, layout),
     }
     if release is not None:
+        _as_operator(graphs["decode"])
         for graph in graphs.values():
             require_operators(find_release(release), graph.model)
     return graphs
@@ -109,4 +111,29 @@ def _for_tensorrt(trace: Trace, options: ExportOptions, name: str) -> Lowering:
     release = find_release(name)
     require_composites(release, composites_of(layer.model for layer in trace.layers))
     builder = typed_builder(options.capacity, release.opset, release.ir_version)
-    return Lowering(release.prefill, release.decode, release.trunk, builder)
+    decode = release.decode
+    if release.has_plugin_override:
+        blocks = mla_decode.MULTIPROCESSORS[str(find_target(options.target).sm)]
+        names = [rule.name for rule in decode]
+        place = names.index("lower_latent_attention")
+        decode = (*decode[:place], *mla_decode.rules(blocks), *decode[place:])
+    return Lowering(release.prefill, decode, release.trunk, builder)
+
+
+def _as_operator(decode: Assembled) -> None:
+    """The function of MlaDecode, at the top of the graph, where a plugin can take its place."""
+    fired = decode.counts.get("to_mla_decode", 0)
+    if fired:
+        decode.counts["lower_latent_attention"] += fired
+        decode.counts["lower_cache_update"] += fired
+        mla_decode_body.add_tensorrt_body(decode.model, _stored(decode.model))
+        mla_decode_body.expose(decode.model)
+
+
+def _stored(model: ir.Model) -> ir.DataType:
+    """The dtype that latent caches are stored in."""
+    dtypes = {v.dtype for v in model.graph.inputs if str(v.name).startswith("latent_cache.")}
+    (dtype,) = dtypes
+    if dtype is None:
+        raise MlaDeployError("REW-TYPE", "the dtype of the caches is not known")
+    return dtype

@@ -23,6 +23,7 @@ from mla_deploy.rewrite import (
     lower_ring,
     raise_norm,
 )
+from mla_deploy.rewrite.mla_decode_body import OPERATOR
 from mla_deploy.rewrite.rule import DOMAIN
 
 Rules = tuple[Any, ...]
@@ -100,7 +101,13 @@ def require_counts(counts: dict[str, int], wanted: dict[str, int]) -> None:
 
 def require_lowered(model: ir.Model) -> None:
     """Raises: REW-LEFT when a composite is still there after lowering."""
-    left = sorted({node.op_type for node in model.graph.all_nodes() if node.domain == DOMAIN})
+    left = sorted(
+        {
+            node.op_type
+            for node in model.graph.all_nodes()
+            if node.domain == DOMAIN and node.op_type != OPERATOR
+        }
+    )
     if left:
         raise MlaDeployError(
             "REW-LEFT",

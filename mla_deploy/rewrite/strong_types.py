@@ -22,6 +22,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mla_deploy.errors import MlaDeployError
+from mla_deploy.rewrite.mla_decode_body import OPERATOR
 from mla_deploy.rewrite.rule import DOMAIN
 
 FLOAT, BOOL, INT64 = ir.DataType.FLOAT, ir.DataType.BOOL, ir.DataType.INT64
@@ -84,6 +85,8 @@ class _Typing:
             self.followers.add(node.outputs[0])
         elif node.op_type == "Cast":
             self._give(node, ir.DataType(node.attributes["to"].as_int()))
+        elif node.domain == DOMAIN and node.op_type == OPERATOR:
+            self._operator(node)
         elif node.domain == DOMAIN:
             self._layer(node)
         elif not floats:
@@ -142,6 +145,16 @@ class _Typing:
         node.outputs[0].const_value = tensor
         self._give(node, tensor.dtype)
         self.followers.add(node.outputs[0])
+
+    def _operator(self, node: ir.Node) -> None:
+        """MlaDecode: query and new rows as the cache is stored, and so are its results."""
+        cache = node.inputs[2]
+        dtype = self.half if cache is None else _known(cache)
+        for place, value in enumerate(node.inputs[:2]):
+            if value is not None and value.dtype != dtype:
+                node.replace_input_with(place, self.cast(value, dtype, node))
+        for value in node.outputs:
+            value.type = ir.TensorType(dtype)
 
     def _layer(self, node: ir.Node) -> None:
         """What a decoder layer gives: hidden states in half, positions as they are."""
