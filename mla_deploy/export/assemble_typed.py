@@ -93,7 +93,11 @@ class TypedBuilder(Builder):
 
     def finished(self) -> ir.Model:
         _prune_arguments(self.model)
-        return super().finished()
+        model = super().finished()
+        # What rules made is named last, and an initializer of the trace may have such a name.
+        common_passes.NameFixPass()(model)
+        _name_apart(model)
+        return model
 
     def _cache_dtype(self, buffer: CacheBuffer) -> ir.DataType:
         return _FLOAT if buffer.is_state else self.dtype
@@ -144,6 +148,16 @@ def _allow_decomposition(graph: ir.Graph) -> None:
     for node in graph:
         if node.op_type in ("Attention", "TRT_Attention"):
             node.attributes["TRT_decomposable"] = ir.AttrInt64("TRT_decomposable", 1)
+
+
+def _name_apart(model: ir.Model) -> None:
+    """No value of a function is called what one outside is: a parser was seen to mix them up."""
+    for function in model.functions.values():
+        for value in function.inputs:
+            value.name = f"{function.name}.{value.name}"
+        for node in function:
+            for value in node.outputs:
+                value.name = f"{function.name}.{value.name}"
 
 
 def _prune_arguments(model: ir.Model) -> None:
