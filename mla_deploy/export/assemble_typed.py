@@ -85,8 +85,7 @@ class TypedBuilder(Builder):
         caches = zip(graph.outputs[made:], own, strict=True)
         wanted.update({value: self._cache_dtype(buffer) for value, buffer in caches})
         assign_types(graph, self.dtype, list(arguments), wanted)
-        if self.dtype == _FLOAT:
-            _allow_decomposition(graph)
+        _allow_decomposition(graph)
 
     def rows(self, out: bool) -> int:
         return self.capacity
@@ -144,7 +143,8 @@ def typed_builder(capacity: int, opset: int, ir_version: int) -> type[TypedBuild
 
 
 def _allow_decomposition(graph: ir.Graph) -> None:
-    """No fused kernel computes in fp32: the builder may take the operator apart."""
+    """Where no fused kernel fits (fp32, one new token over a long cache) the builder may take the
+    operator apart; where one does it still takes that."""
     for node in graph:
         if node.op_type in ("Attention", "TRT_Attention"):
             node.attributes["TRT_decomposable"] = ir.AttrInt64("TRT_decomposable", 1)

@@ -83,6 +83,7 @@ def test_prefill_needs_little(v2_lite: dict[int, Path]) -> None:
     assert activation(v2_lite[4096], "prefill", CHUNK) <= 100 * MB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_published_shapes_build(tmp_path: Path, name: str) -> None:
     """One layer in fp16 and bf16; attention is one fused kernel in prefill, none in decode."""
