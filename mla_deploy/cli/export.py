@@ -27,7 +27,8 @@ from mla_deploy.cli.verb import verb
 @click.option(
     "--dtype",
     type=click.Choice(["fp32", "fp16", "bf16"]),
-    help="Storage of weights and cache.  [fp32; in place or kept, the checkpoint's own]",
+    help="Storage of weights and cache.  [fp32; fp16 for TensorRT; in place or kept, the "
+    "checkpoint's own]",
 )
 @click.option(
     "--weights",
