@@ -27,8 +27,7 @@ from mla_deploy.cli.verb import verb
 @click.option(
     "--dtype",
     type=click.Choice(["fp32", "fp16", "bf16"]),
-    help="Storage of weights and cache.  [fp32; fp16 for TensorRT; in place or kept, the "
-    "checkpoint's own]",
+    help="Storage of weights and cache.  [fp32; TensorRT: fp16; in place, kept: as they are]",
 )
 @click.option(
     "--weights",
