@@ -22,7 +22,7 @@ def assemble_module(
     builder = Builder(model, form, layout, trace)
     for value in model.graph.inputs:
         if value.name in caches:
-            value.dtype = builder.dtype
+            value.type = ir.TensorType(builder.dtype)
     counts = order.apply_rules(model, rules)
     given = {*INPUTS, *caches}
     uses = collect_weights(model, given)

@@ -127,14 +127,16 @@ def _require_one_source(
         (in_place == (out is not None), "goes to an output or in place; wanted one of the two"),
         ((module is None) == (checkpoint is None), "takes a checkpoint or a module; wanted one"),
         (module is not None and in_place, "of a module goes to an output, not in place"),
+        (
+            module is None and weights is not None and weights not in WAYS,
+            f"of a checkpoint takes weights {' or '.join(WAYS)}, not {weights!r}",
+        ),
     ):
         if is_wrong:
             raise InputError("EXP-OPTION", f"an export {told}")
 
 
 def _dtype(source: Checkpoint, asked: str | None, in_place: bool, weights: object) -> str | None:
-    if weights is not None and weights not in WAYS:
-        raise InputError("EXP-OPTION", f"weights is {weights!r}; wanted {' or '.join(WAYS)}")
     if in_place:
         return own_dtype(source, asked)
     return asked if weights is None else kept_dtype(source, asked)

@@ -197,7 +197,9 @@ def test_the_child_goes_with_its_parent(
     monkeypatch.setenv("STAND_IN_MODE", "hangs")
     root = str(Path(__file__).parents[2])
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import signal, sys; sys.path.insert(0, sys.argv[1])\n"
+        # A shell's background job would have it ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from mla_deploy.engine.request import BuildRequest\n"
         "from mla_deploy.engine.supervise import run_worker\n"
         "run_worker(BuildRequest.from_json(sys.argv[2].encode()), "

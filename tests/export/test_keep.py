@@ -22,10 +22,10 @@ from tests.checkpoint import quantizers
 from tests.checkpoint.edits import edit_weights
 from tests.export.test_in_place import fp8, fuse, int8_rows
 from tests.families import write_family
-from tests.faults.conftest import Refuses, command
+from tests.faults.conftest import Refuses, command, refuses, untraced
 from tests.tiny import write_preset
 
-__all__ = ["command"]
+__all__ = ["command", "refuses", "untraced"]
 
 WEIGHTS = "weights.safetensors"
 EXPERT = "model.layers.1.mlp.experts.3.gate_proj.weight"
@@ -174,7 +174,8 @@ def test_targets_that_have_no_fp8() -> None:
     assert caught.value.code == "TARGET-DTYPE"
     takes = {target.name for target in TARGETS if "fp8" in (*target.dtypes, *target.stores)}
     assert takes == {
-        "cpu", "jetson-thor-jp7", "h100", "h200", "b200", "rtx-40", "rtx-50", "dgx-spark",
+        "cpu", "jetson-thor-jp7", "jetson-thor-jp71", "h100", "h200", "b200", "rtx-40", "rtx-50",
+        "dgx-spark",
     }  # fmt: skip
     for name in takes:
         check_stored(find_target(name), "fp8")
