@@ -13,6 +13,7 @@ from mla_deploy import __version__
 from mla_deploy.bundle import Bundle, EngineStage, check_engine_output, open_bundle, stage_engine
 from mla_deploy.engine.audit import AuditLine, audit
 from mla_deploy.engine.build_graph import Recipe, build_graph
+from mla_deploy.engine.built_on import built_on, library_digest
 from mla_deploy.engine.estimate import Estimate, estimate, require_disk, require_room
 from mla_deploy.engine.lint import lint_graph, require_clean
 from mla_deploy.engine.lint_finding import LintFinding
@@ -21,6 +22,7 @@ from mla_deploy.engine.report import BuildReport
 from mla_deploy.errors import EnvironmentFailure, GateError, InputError, quoted
 from mla_deploy.rewrite.releases import find_release
 from mla_deploy.targets import Target, find_target
+from mla_deploy.trust import remember
 
 Progress = Callable[[str, int, int], None]
 AuditMode = Literal["off", "warn", "fail"]
@@ -159,6 +161,8 @@ def build(
         report = _built(planned, recipe, stage, progress)
         lines = () if audit_mode == "off" else _audited(planned, report, limits, audit_mode)
         made = stage.publish(_record(planned, report, lines, recipe))
+    if made.engine is not None:
+        remember(made.engine.digest, "built")
     return EngineBuild(made, planned, report, lines)
 
 
@@ -205,9 +209,11 @@ def _record(
         "release": planned.release,
         "runtime": {"package": report.package, "version": report.version},
         "sms": list(planned.sms),
+        "device": built_on(report.package),
         "options": {
             "weight_streaming": recipe.weight_streaming,
             "plugin": recipe.plugin_library is not None,
+            "plugin_sha256": library_digest(recipe.plugin_library),
         },
         "graphs": {
             graph: {

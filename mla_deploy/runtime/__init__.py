@@ -5,7 +5,8 @@ bundle must not load torch.
 """
 
 from mla_deploy.runtime.generation import generate
-from mla_deploy.runtime.onnx_runner import OnnxRunner, RunnerMemory, open_runner
+from mla_deploy.runtime.onnx_runner import OnnxRunner, RunnerMemory
+from mla_deploy.runtime.opening import open_runner
 from mla_deploy.runtime.protocol import Runner
 
 __all__ = ["OnnxRunner", "Runner", "RunnerMemory", "generate", "open_runner"]

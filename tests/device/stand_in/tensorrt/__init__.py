@@ -171,7 +171,10 @@ class _Engine:
         self.path, self.profiles = path, profiles
         graph = onnx.load(path, load_external_data=False).graph
         self.values: dict[str, tuple[TensorIOMode, int, tuple[int, ...]]] = {}
-        for mode, values in ((TensorIOMode.INPUT, graph.input), (TensorIOMode.OUTPUT, graph.output)):
+        for mode, values in (
+            (TensorIOMode.INPUT, graph.input),
+            (TensorIOMode.OUTPUT, graph.output),
+        ):
             for value in values:
                 dims = value.type.tensor_type.shape.dim
                 sizes = tuple(d.dim_value if d.HasField("dim_value") else -1 for d in dims)
