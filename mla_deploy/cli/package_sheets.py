@@ -1,4 +1,4 @@
-"""`build --package` and `validate --device-report`: what they print."""
+"""`build --package`: one call of the library, and what it prints."""
 
 from __future__ import annotations
 
@@ -33,19 +33,3 @@ def packaged(
             ("on the device", "./build.sh or python3 build.py, then python3 verify.py"),
             ("back here", f"mla-deploy validate {bundle} --device-report report.json")]  # fmt: skip
     return Outcome(summary, {"dry_run": False, **made.to_dict()}, (Sheet("", ("", ""), rows),))
-
-
-def judged(bundle: Path, report: Path) -> Outcome:
-    """The verdict on a device's report."""
-    from mla_deploy.device_package import judge_report
-
-    verdict = judge_report(bundle, report)
-    answer = "passed" if verdict.passed else "NOT passed"
-    lines = [(line.name, line.status, line.told) for line in verdict.lines]
-    return Outcome(
-        f"{bundle}: {answer} on {verdict.device} ({verdict.tensorrt}), golden outputs from "
-        f"{verdict.golden_from}",
-        verdict.to_dict(),
-        (Sheet("What the device's report shows", ("what", "", "told"), lines),),
-        verdict.refusal,
-    )

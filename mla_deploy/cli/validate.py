@@ -14,33 +14,37 @@ from mla_deploy.cli.verb import verb
 
 @click.command(short_help="Is the bundle equal to its PyTorch source? Exit 3 if not.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--source", required=True, type=click.Path(path_type=Path), help="The checkpoint.")
+@click.option("--source", type=click.Path(path_type=Path), help="The checkpoint.")
 @click.option("--junit", type=click.Path(path_type=Path), help="Write the cases as JUnit XML.")
 @click.option("--report", type=click.Path(path_type=Path), help="Write the report as JSON.")
 @click.option("--verify", type=click.Choice(["full", "sizes"]), help="By hash, or by size.  [full]")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of ONNX Runtime.")
+@click.option(
+    "--engine", is_flag=True, default=None, help="Its engines: on their GPU, else what can be said."
+)
+@click.option("--trust", metavar="DIGEST", multiple=True, help="--engine: though others built it.")
+@click.option(
+    "--device-report",
+    type=click.Path(path_type=Path),
+    help="Judge a device package's report.",
+)
 @verb
 def validate(
-    screen: Screen,
-    bundle: Path,
-    *,
-    source: Path,
-    junit: Path | None = None,
-    report: Path | None = None,
+    screen: Screen, bundle: Path, *, engine: bool = False, device_report: Path | None = None,
     **options: Any,
-) -> Outcome:
-    """Run BUNDLE against CHECKPOINT over prefill, chunks, decode steps and ragged batches."""
-    import mla_deploy
-    from mla_deploy.cli.report_sheets import report_refusal, report_sheets, report_summary
-    from mla_deploy.validate import write_json, write_junit
+) -> Outcome:  # fmt: skip
+    """Run BUNDLE against its source over prefill, chunks, decode steps and ragged batches.
 
+    --engine and --device-report ask about its TensorRT engines instead; --source is then optional.
+    """
+    from mla_deploy.cli import validate_sheets
+
+    options = {name: value for name, value in options.items() if value != ()}
+    if device_report is not None:
+        return validate_sheets.judged(bundle, device_report, **options)
     with progress_bar(screen) as progress:
-        found = mla_deploy.validate(bundle, source=source, progress=progress, **options)
-    if report is not None:
-        write_json(found, report)
-    if junit is not None:
-        write_junit(found, junit)
-    result = found.to_dict()
-    return Outcome(
-        f"{bundle}: {report_summary(result)}", result, report_sheets(result), report_refusal(result)
-    )
+        if engine:
+            return validate_sheets.engines_checked(bundle, progress=progress, **options)
+        if "source" not in options or "trust" in options:
+            raise click.UsageError("wanted --source CHECKPOINT, --engine or --device-report")
+        return validate_sheets.validated(bundle, progress=progress, **options)

@@ -9,14 +9,13 @@ import numpy as np
 
 from .contract import Contract, alias_differences, differences
 from .failure import DeviceFailure
-from .golden import Golden
 from .model import DeviceModel
 from .numbers import broken_gates
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from .files import Package
+    from .golden import Golden
 
 _WARM_STEPS = 5
 _PREFILLS = 5
@@ -57,11 +56,20 @@ def engine_checks(checks: Checks, graph: str, engine: Any, contract: Contract) -
                    "; ".join(aliased) or "caches lie in place")  # fmt: skip
 
 
-def golden_checks(checks: Checks, package: Package, parts: Any) -> None:
+def memory_checks(checks: Checks, profiles: Any, engines: Any) -> None:
+    """Activation bytes of each profile against its limit."""
+    for graph, rows in profiles.items():
+        for index, profile in enumerate(rows):
+            found = int(engines[graph].get_device_memory_size_for_profile_v2(index))
+            limit = int(profile["activation_limit_bytes"])
+            checks.add(f"memory {graph} {index}", found <= limit,
+                       f"{found:,} bytes of activations, at most {limit:,}",
+                       found=found, limit=limit, profile=profile["name"])  # fmt: skip
+
+
+def golden_checks(checks: Checks, golden: Golden, gate: Any, parts: Any) -> None:
     """Every golden case through both engines, its numbers against the dtype's gate."""
     cuda, engines, contract = parts
-    golden, gate = Golden(package), package.facts["gate"]
-    source = package.facts["golden"]["from"]
     for case in golden.cases:
         name = f"numbers {case['name']}"
         try:
@@ -76,7 +84,8 @@ def golden_checks(checks: Checks, package: Package, parts: Any) -> None:
             continue
         broken = broken_gates(found, gate)
         told = "; ".join(broken) or (
-            f"{found['positions']} positions against {source}: relative L2 {found['rel_l2']:.2g}"
+            f"{found['positions']} positions against {golden.origin}: relative L2 "
+            f"{found['rel_l2']:.2g}"
         )
         checks.add(name, not broken, told, cache_bytes=memory, batch=int(case["batch"]), **found)
 

@@ -13,16 +13,17 @@ import numpy as np
 from .numbers import as_float32, logit_numbers, relative_l2
 
 if TYPE_CHECKING:
-    from .files import Package
     from .model import DeviceModel
 
 
 class Golden:
-    """The open golden.npz and what package.json says of it."""
+    """Golden outputs and the cases that they are of."""
 
-    def __init__(self, package: Package) -> None:
-        self.cases = package.facts["golden"]["cases"]
-        self._arrays: Any = np.load(package.path("golden.npz"), allow_pickle=False)
+    def __init__(self, cases: Any, file: Any, origin: str) -> None:
+        """`file`: golden.npz, its path or open; `origin`: what its outputs come from."""
+        self.cases = cases
+        self.origin = origin
+        self._arrays: Any = np.load(file, allow_pickle=False)
 
     def run(self, case: dict[str, Any], model: DeviceModel, noise: float) -> dict[str, Any]:
         """Every call of a case on a model that was reset; its numbers as `broken_gates` takes

@@ -21,7 +21,7 @@ class DeviceModel:
     """`batch` rows. All methods raise DeviceFailure."""
 
     def __init__(
-        self, cuda: Cuda, engines: Mapping[str, Any], contract: Contract, batch: int
+        self, cuda: Cuda, engines: Mapping[Any, Any], contract: Contract, batch: int
     ) -> None:
         """Reserve the caches (zeroed) and the small buffers; contexts are made when first used."""
         self.cuda, self.contract, self.batch = cuda, contract, batch

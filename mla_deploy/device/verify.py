@@ -13,11 +13,12 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from .checks import Checks, engine_checks, golden_checks, latency_checks
+from .checks import Checks, engine_checks, golden_checks, latency_checks, memory_checks
 from .contract import GRAPHS, Contract
 from .cuda import Cuda
 from .failure import DeviceFailure
 from .files import FORMAT, HERE, REPORT, Package, sealed, sha256_of, write_whole
+from .golden import Golden
 from .library import Library
 from .power import power_state
 
@@ -105,24 +106,15 @@ def _run(checks: Checks, parts: Any, plans: dict[str, bytes], steps: int) -> Non
     engines = {graph: library.engine(plans[graph]) for graph in GRAPHS}
     for graph in GRAPHS:
         engine_checks(checks, graph, engines[graph], contract)
-    _memory(checks, package, engines)
+    memory_checks(checks, package.facts["profiles"], engines)
     if any(check["status"] == "failed" for check in checks.rows if check["name"].startswith("io")):
         checks.skip("numbers", "not run: inputs and outputs are not the manifest's")
         checks.skip("latency", "not run: inputs and outputs are not the manifest's")
         return
-    golden_checks(checks, package, (cuda, engines, contract))
+    facts = package.facts["golden"]
+    golden = Golden(facts["cases"], package.path("golden.npz"), facts["from"])
+    golden_checks(checks, golden, package.facts["gate"], (cuda, engines, contract))
     latency_checks(checks, (cuda, engines, contract), steps)
-
-
-def _memory(checks: Checks, package: Package, engines: Any) -> None:
-    """Activation bytes of each profile against what package.json allows."""
-    for graph in GRAPHS:
-        for index, profile in enumerate(package.facts["profiles"][graph]):
-            found = int(engines[graph].get_device_memory_size_for_profile_v2(index))
-            limit = int(profile["activation_limit_bytes"])
-            checks.add(f"memory {graph} {index}", found <= limit,
-                       f"{found:,} bytes of activations, at most {limit:,}",
-                       found=found, limit=limit, profile=profile["name"])  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -92,7 +92,10 @@ def write_package(
     refuse_overlap(out, opened.path)
     contract = _contract(planned)
     needed = sum(record.bytes for record in opened.files.values()) + _GOLDEN_ROOM
-    with stage_package(out, needed_bytes=needed) as stage, _source(source, opened) as checkpoint:
+    with (
+        stage_package(out, needed_bytes=needed) as stage,
+        bundle_source(source, opened) as checkpoint,
+    ):
         made = golden(opened, contract, checkpoint)
         found = _plugin(stage, planned, plugin)
         _copy_bundle(stage, opened)
@@ -228,10 +231,10 @@ def _readme(planned: BuildPlan) -> str:
 
 
 @contextlib.contextmanager
-def _source(
+def bundle_source(
     source: str | os.PathLike[str] | Checkpoint | None, bundle: Bundle
 ) -> Iterator[Checkpoint | None]:
-    """The open checkpoint that the bundle was made from, or None."""
+    """The open checkpoint that `bundle` was made from, or None. Raises: CKPT-*, VAL-SOURCE."""
     if source is None or isinstance(source, Checkpoint):
         yield source
         return

@@ -70,7 +70,7 @@ def admit(
             hint="`mla-deploy build BUNDLE` makes them, on the device that they are for",
         )
     loaded = _require_trust(record, trust)
-    contract = _contract(bundle, record)
+    contract = engine_contract(bundle, record)
     plugin = _plugin(record, plugin_library)
     try:
         library = Library(str(record.facts["runtime"]["package"]))
@@ -115,8 +115,11 @@ def _require_trust(record: EngineRecord, trust: Sequence[str]) -> bool:
     return "loaded" in why
 
 
-def _contract(bundle: Bundle, record: EngineRecord) -> Contract:
-    """The manifest's inputs with the record's profiles, which must be sizes of these inputs."""
+def engine_contract(bundle: Bundle, record: EngineRecord) -> Contract:
+    """The manifest's inputs with the record's profiles.
+
+    Raises: IntegrityError ENG-RECORD (no sizes of these inputs); IncompatibleError ENG-CACHE.
+    """
     try:
         profiles = {
             graph: [dict(p["shapes"]) for p in record.facts["graphs"][graph]["profiles"]]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mla_deploy.bundle import Bundle
-from mla_deploy.device.contract import GRAPHS, differences
+from mla_deploy.device.contract import differences
 from mla_deploy.device.failure import DeviceFailure
 from mla_deploy.device.model import DeviceModel
 from mla_deploy.device.numbers import as_float32
@@ -30,6 +30,9 @@ from mla_deploy.runtime.guards import (
 )
 from mla_deploy.runtime.trial_load import trial_load
 from mla_deploy.trust import remember
+
+Graph = Literal["prefill", "decode"]
+ENGINE_GRAPHS: tuple[Graph, ...] = ("prefill", "decode")
 
 
 def open_tensorrt_runner(
@@ -50,14 +53,31 @@ def open_tensorrt_runner(
     admitted = admit(bundle, trust=trust, plugin_library=plugin_library)
     checked_sizes(batch, admitted.contract.capacity, chunk)
     widest = _widest(admitted, batch, chunk)
+    engines = load_engines(bundle, admitted, plugin_library)
+    try:
+        model = DeviceModel(admitted.cuda, engines, admitted.contract, int(batch))
+    except DeviceFailure as failure:
+        raise coded(failure, "ENG-STEP", hint="a smaller batch needs less memory") from None
+    return TensorRtRunner(model, chunk=widest, check_finite=check_finite)
+
+
+def load_engines(
+    bundle: Bundle,
+    admitted: Admitted,
+    plugin_library: str | os.PathLike[str] | None = None,
+) -> dict[Graph, Any]:
+    """Both engines, deserialised; in a child first, where they were never loaded here.
+
+    Raises: IntegrityError ENG-LOAD, ENG-IO, BUN-HASH.
+    """
     record = admitted.record
     if not admitted.was_loaded:
         plugin = None if plugin_library is None else os.path.realpath(plugin_library)
         trial_load(bundle.path, record.digest, admitted.library.package, plugin)
         remember(record.digest, "loaded")
-    engines = {}
+    engines: dict[Graph, Any] = {}
     told = []
-    for graph in ("prefill", "decode"):
+    for graph in ENGINE_GRAPHS:
         try:
             engines[graph] = admitted.library.engine(record.read_plan(graph))
         except DeviceFailure as failure:
@@ -69,11 +89,7 @@ def open_tensorrt_runner(
             f"the engines are not of this bundle's graphs: {'; '.join(told)}",
             hint="build them again: `mla-deploy build BUNDLE --replace`",
         )
-    try:
-        model = DeviceModel(admitted.cuda, engines, admitted.contract, int(batch))
-    except DeviceFailure as failure:
-        raise coded(failure, "ENG-STEP", hint="a smaller batch needs less memory") from None
-    return TensorRtRunner(model, chunk=widest, check_finite=check_finite)
+    return engines
 
 
 def _widest(admitted: Admitted, batch: int, chunk: int) -> int:
@@ -176,7 +192,7 @@ class TensorRtRunner:
         new_tokens = ids_BS.shape[1]
         if self._contract.writes_padding:
             checked_padding(self._lengths_B, new_tokens, self.capacity)
-        graph = GRAPHS[1] if new_tokens == 1 else GRAPHS[0]
+        graph = "decode" if new_tokens == 1 else "prefill"
         logits = self._asked(self._model.run, graph, ids_BS, self._lengths_B, new_B)
         self._lengths_B = self._lengths_B + new_B
         if self._contract.all_logits:

@@ -3,7 +3,7 @@ engine is that graph on ONNX Runtime's CPU provider, read from and written to ra
 
 So the numbers are real and whoever binds a wrong buffer gets wrong ones; that TensorRT itself takes
 these calls is not shown. Calls that a test asks about go to $STAND_IN_RECORD; $STAND_IN_MODE makes
-an engine go wrong, in one way or several. Its CUDA runtime is `cudart.c`, named by $STAND_IN_CUDART.
+an engine go wrong, in one way or several. Its CUDA runtime is `cudart.c`, at $STAND_IN_CUDART.
 """
 
 from __future__ import annotations
