@@ -17,15 +17,14 @@ _TENSORRT = {"JetPack 7.2": "10.16", "JetPack 7.0 or 7.1": "10.13", "JetPack 6":
 
 
 def jetson_probes() -> tuple[tuple[str, Callable[[], Finding]], ...]:
-    """(what, probe) pairs for `examine_machine`; the power mode only on a Jetson."""
-    probes: tuple[tuple[str, Callable[[], Finding]], ...] = (("JetPack", _jetpack),)
-    return (*probes, ("power mode", _power_mode)) if system_file(_RELEASE_FILE) else probes
+    """(what, probe) pairs for `examine_machine`; none where this is no Jetson."""
+    if not system_file(_RELEASE_FILE):
+        return ()
+    return ("JetPack", _jetpack), ("power mode", _power_mode)
 
 
 def _jetpack() -> Finding:
     text = system_file(_RELEASE_FILE)
-    if not text:
-        return Finding("JetPack", "absent", "no Jetson")
     match = _RELEASE.search(text)
     if match is None:
         return Finding("JetPack", "broken", text.splitlines()[0][:200])

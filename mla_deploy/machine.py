@@ -193,6 +193,11 @@ def _disk() -> Finding:
     return Finding("disk", "ok", found, "", {"free_bytes": usage.free})
 
 
+def gpu_rows() -> list[str]:
+    """Name, compute capability, memory and driver of each GPU, as nvidia-smi tells them."""
+    return list(_guarded("GPU", _gpu).facts.get("gpus", []))
+
+
 def peak_bytes() -> int:
     """The most memory this process has held, in bytes; 0 where the system does not say."""
     fields = dict(_field(line) for line in _proc("self/status").splitlines() if ":" in line)

@@ -2,9 +2,10 @@
 
 The builder says nothing when a fusion is missed or a cache is copied; its list of kernels and its
 memory figures do. Limits are those of a sound engine: no attention operator without its fused
-kernel, each cache copied once a layer (TensorRT-RTX transposes it; the plugin does not), the latent
-and the up-projections repeated nowhere, activations within a quarter of the prediction, host memory
-within 3x the weights + 1 GiB (2x the weights more for each further profile).
+kernel; each cache copied once a layer (TensorRT-RTX transposes it, the plugin does not); the latent
+and the up-projections repeated nowhere (prefill may pad W_uk and W_uv once a call); activations
+within a quarter of the prediction; host memory within 3x the weights + 1 GiB, and 2x the weights
+more for each further profile.
 """
 
 from __future__ import annotations
@@ -126,6 +127,11 @@ def _kernel_counts(
         "weights_replicated",
         sum(1 for k in lifted if "Repl" in k.name and min(map(min, k.outputs), default=0) < 0), 0,
         "kernels: W_uk, W_uv per row",
+    )  # fmt: skip
+    yield (
+        "weights_copied", sum(1 for k in lifted if not k.inputs),
+        0 if graph.graph == "decode" else 2 * layers,
+        "kernels: W_uk, W_uv laid out anew in each call",
     )  # fmt: skip
 
 

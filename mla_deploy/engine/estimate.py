@@ -70,28 +70,26 @@ def activation_bytes(bundle: Bundle, profile: BuildProfile) -> int:
 
 
 def _absorbed_bytes(bundle: Bundle, batch: int, tokens: int) -> int:
-    """The cache as it lies and transposed, and the scores in both types."""
+    """The cache once more, transposed, and the scores in both types."""
     config, cache = bundle.config, bundle.manifest["cache"]
     item, rows = int(cache["itemsize"]), int(cache["capacity"])
     scores = batch * config.num_heads * tokens * rows * (_FP32 + item)
-    return 2 * batch * rows * int(cache["row_width"]) * item + scores
+    return batch * rows * int(cache["row_width"]) * item + scores
 
 
 def _expanded_bytes(bundle: Bundle, batch: int, tokens: int) -> int:
     """Keys and values of the whole capacity, the values padded to the keys' width, and the product
-    they are cut from (moved once more for several rows); the mask, the queries and the result. The
-    scores stand only where the release has no fused operator."""
+    they are cut from; the mask, the queries and the result. The scores stand only where the release
+    has no fused operator."""
     config, cache = bundle.config, bundle.manifest["cache"]
     item, rows = int(cache["itemsize"]), int(cache["capacity"])
     head = config.qk_nope_head_dim + config.qk_rope_head_dim
     product = config.qk_nope_head_dim + config.v_head_dim
-    cached = (
-        batch * rows * config.num_heads * (2 * head + product * (1 if batch == 1 else 2)) * item
-    )
+    cached = batch * rows * config.num_heads * (2 * head + product) * item
     release = find_release(bundle.manifest["engine"]["release"])
     fused = any(name.endswith("Attention") for name in release.operators)
     scores = 0 if fused else batch * config.num_heads * tokens * rows * (_FP32 + item)
-    mask = batch * tokens * rows * _FP32
+    mask = batch * tokens * rows * item
     return cached + scores + mask + 2 * batch * tokens * config.num_heads * head * item
 
 

@@ -112,7 +112,7 @@ def _flat(node: ir.Node) -> FlatNode:
     operator = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
     calls = sorted(key for key in node.metadata_props if key.startswith(_CALL))
     name = node.metadata_props.get(_NAME) or node.name or ""
-    path = [node.metadata_props[key] for key in calls] + [f"{name} ({operator})"]
+    path = [node.metadata_props[key] for key in calls] + [f"{name} ({operator})".strip()]
     return FlatNode(operator, " > ".join(path), node)
 
 
@@ -130,9 +130,8 @@ def _mark_calls(model: ir.Model) -> None:
     for depth, body in enumerate(bodies):
         for index, node in enumerate(body.all_nodes()):
             if node.op_identifier() in model.functions:
-                node.metadata_props[f"{_CALL}{depth:04}.{index:06}"] = (
-                    f"{node.name or ''} ({node.op_type})"
-                )
+                call = f"{node.name or ''} ({node.op_type})".strip()
+                node.metadata_props[f"{_CALL}{depth:04}.{index:06}"] = call
             else:
                 node.metadata_props[_NAME] = node.name or ""
 

@@ -20,7 +20,13 @@ from mla_deploy.engine.lint_operators import (
     unsigned_weights,
 )
 from mla_deploy.engine.lint_profiles import profile_inputs, profile_sizes, profile_words
-from mla_deploy.engine.lint_types import rotation_types, scales, types_alike, types_of_gpu
+from mla_deploy.engine.lint_types import (
+    products_of_gpu,
+    rotation_types,
+    scales,
+    types_alike,
+    types_of_gpu,
+)
 from mla_deploy.engine.profiles import Shapes
 from mla_deploy.errors import InputError, quoted
 
@@ -53,6 +59,7 @@ CHECKS: tuple[Check, ...] = (
     types_alike,
     rotation_types,
     types_of_gpu,
+    products_of_gpu,
     profile_inputs,
     profile_sizes,
     profile_words,

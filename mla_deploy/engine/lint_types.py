@@ -20,6 +20,7 @@ _ALIKE: dict[str, tuple[int, ...]] = {
 }  # fmt: skip
 _ROPE = ("RotaryEmbedding",)
 _SCALED = ("QuantizeLinear", "DequantizeLinear")
+_FIRST_FP32_PRODUCT = (8, 0)
 _NEEDS_SM = {
     ir.DataType.FLOAT8E4M3FN: (8, 9),
     ir.DataType.FLOAT8E5M2: (8, 9),
@@ -71,6 +72,20 @@ def types_of_gpu(subject: Subject) -> Iterator[LintFinding]:
             yield LintFinding(
                 "types-of-gpu", where, f"{dtype.name.lower()} on SM {', '.join(old)}",
                 f"SM {major}.{minor} or newer", "export with --dtype fp16 for this GPU",
+            )  # fmt: skip
+
+
+def products_of_gpu(subject: Subject) -> Iterator[LintFinding]:
+    """SM 7.5 has no fp32 products; a router of experts is one."""
+    old = [sm for sm in subject.sms if _version(sm) < _FIRST_FP32_PRODUCT]
+    if not old:
+        return
+    for node in subject.graph.named("MatMul", "Gemm"):
+        left = node.input(0)
+        if left is not None and left.dtype == ir.DataType.FLOAT:
+            yield LintFinding(
+                "products-of-gpu", node.path, f"a product in fp32 on SM {', '.join(old)}",
+                "SM 8.0 or newer", "leave that --sm out",
             )  # fmt: skip
 
 

@@ -90,6 +90,9 @@ _ROWS = (
          "{type} does not exist on {sm}",
          "fp8 needs SM 8.9 and up, fp4 SM 10.0 and up: export with another --dtype, or build for "
          "another target"),
+    _row(r"Cannot compile operation '(?P<name>[^']*)' for Turing \(SM75\): FP32 GEMM",
+         "{name} is a product in fp32, which SM 7.5 has no kernels for",
+         "leave SM 7.5 out; the oldest GPU with them is SM 8.0"),
     _row(r"decompose_composite_ops|not supported by a dedicated kernel",
          "no fused attention kernel for this shape (heads wider than 256, or a context too long)",
          "mark the node decomposable (TRT_decomposable=1), or write it as MatMul and Softmax"),

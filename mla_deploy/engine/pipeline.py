@@ -11,22 +11,27 @@ from typing import Any, Literal
 
 from mla_deploy import __version__
 from mla_deploy.bundle import Bundle, EngineStage, check_engine_output, open_bundle, stage_engine
+from mla_deploy.bundle.content import record_of_descriptor
+from mla_deploy.door import open_folder
 from mla_deploy.engine.audit import AuditLine, audit
 from mla_deploy.engine.build_graph import Recipe, build_graph
-from mla_deploy.engine.built_on import built_on, library_digest
+from mla_deploy.engine.built_on import built_on
 from mla_deploy.engine.estimate import Estimate, estimate, require_disk, require_room
 from mla_deploy.engine.lint import lint_graph, require_clean
 from mla_deploy.engine.lint_finding import LintFinding
 from mla_deploy.engine.profiles import GRAPHS, BuildProfile, Graph, bundle_profiles
 from mla_deploy.engine.report import BuildReport
 from mla_deploy.errors import EnvironmentFailure, GateError, InputError, quoted
+from mla_deploy.machine import gpu_rows
 from mla_deploy.rewrite.releases import find_release
 from mla_deploy.targets import Target, find_target
 from mla_deploy.trust import remember
 
 Progress = Callable[[str, int, int], None]
 AuditMode = Literal["off", "warn", "fail"]
+PluginMode = Literal["auto", "on", "off"]
 
+PLUGIN_OPERATOR = "mla_deploy::MlaDecode"
 # What TensorRT-RTX 1.7 compiles for; it has no other.
 RTX_SMS = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
@@ -126,7 +131,7 @@ def build(
     *,
     profiles: Sequence[str | BuildProfile] = (),
     sms: Sequence[str] = (),
-    plugin: Literal["auto", "on", "off"] = "auto",
+    plugin: PluginMode = "auto",
     plugin_library: str | os.PathLike[str] | None = None,
     weight_streaming: bool = False,
     audit_mode: AuditMode = "fail",
@@ -147,9 +152,10 @@ def build(
     planned = plan_build(bundle, profiles=profiles, sms=sms)
     if planned.missing:
         raise _no_runtime(planned)
-    for graph in GRAPHS:
-        require_clean(planned.findings[graph], f"{graph}.onnx")
     library = _plugin(planned, plugin, plugin_library)
+    for graph, findings in planned.findings.items():
+        left = [f for f in findings if library is None or not _is_plugin_node(f)]
+        require_clean(left, f"{graph}.onnx")
     home = Path(os.path.realpath(planned.bundle.path))
     check_engine_output(home, replace=replace)
     require_room(planned.predicted.host_bytes)
@@ -210,10 +216,10 @@ def _record(
         "runtime": {"package": report.package, "version": report.version},
         "sms": list(planned.sms),
         "device": built_on(report.package),
+        "gpus": gpu_rows() if planned.package == "tensorrt" else [],  # it builds for these
         "options": {
             "weight_streaming": recipe.weight_streaming,
-            "plugin": recipe.plugin_library is not None,
-            "plugin_sha256": library_digest(recipe.plugin_library),
+            "plugin": _plugin_record(recipe.plugin_library),
         },
         "graphs": {
             graph: {
@@ -229,7 +235,7 @@ def _record(
             for graph in GRAPHS
         },
         "predicted": asdict(planned.predicted),
-        "report": report.to_dict(),
+        "report": report.to_record(),
         "audit": [line.to_dict() for line in lines],
     }  # fmt: skip
 
@@ -273,26 +279,46 @@ def _no_runtime(planned: BuildPlan) -> EnvironmentFailure:
 
 
 def _plugin(
-    planned: BuildPlan, mode: Literal["auto", "on", "off"], library: str | os.PathLike[str] | None
+    planned: BuildPlan, mode: PluginMode, library: str | os.PathLike[str] | None
 ) -> str | None:
     """The plugin library to build with, None to build the function of plain operators.
 
-    Raises: InputError BLD-PLUGIN (asked for, and the graph, the release or the library lacks it).
+    Raises: InputError BLD-PLUGIN (it is not there; or asked for, and the release has no place).
     """
-    if mode == "off" or (mode == "auto" and library is None):
-        return None
-    release = find_release(planned.release)
-    reason = ""
-    if library is None:
-        reason = "no library is given"
-    elif not os.path.isfile(library):
-        reason = f"there is no library {quoted(os.fspath(library))}"
-    elif not release.has_plugin_override:
-        reason = f"TensorRT {planned.release} cannot put a plugin in a function's place"
-    if reason and mode == "on":
+    reason = "no library is given" if library is None and mode == "on" else ""
+    if library is not None and mode != "off":
+        if not os.path.isfile(library):
+            reason = f"there is no library {quoted(os.fspath(library))}"
+        elif not (find_release(planned.release).has_plugin_override or _has_plugin_node(planned)):
+            if mode == "auto":
+                return None
+            reason = f"TensorRT {planned.release} cannot put a plugin in a function's place"
+    if reason:
         raise InputError(
             "BLD-PLUGIN",
-            f"--plugin on: {reason}",
-            hint="build plugins/mla_decode and pass --plugin-library, or leave --plugin out",
+            f"the plugin cannot be used: {reason}",
+            hint="build plugins/mla_decode and pass --plugin-library, or --plugin off",
         )
-    return None if reason or library is None else os.path.realpath(library)
+    return None if library is None or mode == "off" else os.path.realpath(library)
+
+
+def _has_plugin_node(planned: BuildPlan) -> bool:
+    """Whether a graph holds the plugin's node without a function of its name."""
+    return any(_is_plugin_node(finding) for found in planned.findings.values() for finding in found)
+
+
+def _is_plugin_node(finding: LintFinding) -> bool:
+    return finding.check == "operator" and finding.found.endswith(f" {PLUGIN_OPERATOR}")
+
+
+def _plugin_record(library: str | None) -> dict[str, Any] | None:
+    """What an engine with plugins is bound to: the library's name and bytes."""
+    if library is None:
+        return None
+    path = Path(library)
+    with open_folder(path.parent) as folder:
+        descriptor = folder.open(path.name, "checkpoint")
+        try:
+            return {"file": path.name, **record_of_descriptor(descriptor).to_dict()}
+        finally:
+            os.close(descriptor)

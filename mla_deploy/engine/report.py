@@ -77,3 +77,11 @@ class BuildReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, texts and numbers."""
         return asdict(self)
+
+    def to_record(self) -> dict[str, Any]:
+        """The same for engine.json, each kernel as one text: a large model has 100,000 of them."""
+        told = asdict(self)
+        for graph in told["graphs"]:
+            for profile in graph["profiles"]:
+                profile["kernels"] = [f"{k['type']} {k['name']}" for k in profile["kernels"]]
+        return told

@@ -42,8 +42,9 @@ class TensorRt:
         flag = getattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         network = self._builder.create_network(0 if flag is None else 1 << int(flag))
         parser = self.trt.OnnxParser(network, self._logger)
-        if plugin:
-            parser.set_flag(self.trt.OnnxParserFlag.ENABLE_PLUGIN_OVERRIDE)
+        override = getattr(self.trt.OnnxParserFlag, "ENABLE_PLUGIN_OVERRIDE", None)  # since 10.15
+        if plugin and override is not None:
+            parser.set_flag(override)
         if parser.parse_from_file(onnx):
             return network, []
         return None, [_error(parser.get_error(index)) for index in range(parser.num_errors)]

@@ -85,6 +85,8 @@ class TypedBuilder(Builder):
         caches = zip(graph.outputs[made:], own, strict=True)
         wanted.update({value: self._cache_dtype(buffer) for value, buffer in caches})
         assign_types(graph, self.dtype, list(arguments), wanted)
+        if self.dtype == _FLOAT:
+            _allow_decomposition(graph)
 
     def rows(self, out: bool) -> int:
         return self.capacity
@@ -135,6 +137,13 @@ def typed_builder(capacity: int, opset: int, ir_version: int) -> type[TypedBuild
     """The builder of graphs of that capacity, for a release of that opset."""
     numbers = {"capacity": capacity, "opset": opset, "ir_version": ir_version}
     return type("TypedBuilder", (TypedBuilder,), numbers)
+
+
+def _allow_decomposition(graph: ir.Graph) -> None:
+    """No fused kernel computes in fp32: the builder may take the operator apart."""
+    for node in graph:
+        if node.op_type in ("Attention", "TRT_Attention"):
+            node.attributes["TRT_decomposable"] = ir.AttrInt64("TRT_decomposable", 1)
 
 
 def _prune_arguments(model: ir.Model) -> None:

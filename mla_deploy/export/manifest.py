@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 _LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "safetensors", "numpy")
 
-# (least, usual, most) rows, and new tokens of a call, of each graph unless a build says otherwise.
-_PROFILES = {"prefill": ((1, 1, 1), (1, 512, 1024)), "decode": ((1, 1, 4), (1, 1, 1))}
+# (least, usual, most) rows, and new tokens of a call: a runner prefills in chunks of 512.
+_PROFILES = {"prefill": ((1, 1, 1), (1, 512, 512)), "decode": ((1, 1, 4), (1, 1, 1))}
 
 
 def manifest_of(

@@ -165,7 +165,10 @@ def _blocks(weight: StoredWeight, source: WeightMap, last: _LastRead) -> Iterato
         yield _half(last.read(use.parameter), use)
         return
     if use.parameter not in source.slices:
-        yield from map(source.read, source.stacked_parts(use.parameter))
+        parts = source.stacked_parts(use.parameter)
+        if not parts:
+            raise MlaDeployError("EXP-WEIGHT", f"no weight {use.parameter} to fill {weight.name}")
+        yield from map(source.read, parts)
         return
     part = source.slices[use.parameter]
     rows = part.shape[0] if part.shape else 1

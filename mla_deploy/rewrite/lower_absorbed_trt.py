@@ -1,11 +1,13 @@
 """lower: attention over the latent cache -> MatMul / Softmax / MatMul, for TensorRT.
 
     # before:  [q_latent | q_rope], rows_B1MW --LatentAttention--> out_BHSL
-    # after:   scores = [B, H*S, W] x [B, M, W]^T --fp32 Softmax--> [B, H*S, M] x [B, M, W] [:L]
+    # after:   scores = (rows query^T)^T [B, 1, H*S, M] --fp32 Softmax--> MatMul(rows) [..., :L]
 
 Heads are folded into rows, so that one product serves all heads and the cache is never repeated for
-each. The scale goes into the query, the smallest operand. Scores are masked and their softmax taken
-in fp32; the products take what the cache is stored in and accumulate in fp32.
+each. The cache is the first operand of the scores: as the second the builder transposes it, which
+is one more copy of it (84.8 against 49.1 MB for one row of 32768 tokens in fp16). The scale goes
+into the query, the smallest operand. Scores are masked and their softmax taken in fp32; the
+products take what the cache is stored in and accumulate in fp32.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 import onnx_ir as ir
 
 from mla_deploy.rewrite.lower_attention import LowerLatentAttention, row_source
-from mla_deploy.rewrite.rule import MASKED, attribute, ints, required_node, static
+from mla_deploy.rewrite.rule import MASKED, attribute, ints, required_node, static, swapped
 
 
 class FoldHeads(LowerLatentAttention):
@@ -40,22 +42,16 @@ class FoldHeads(LowerLatentAttention):
         width = rank + static(rope_key, -1)
         query = q_latent if width == rank else op.Concat(q_latent, q_rope, axis=-1)
         scale = op.Constant(value_float=float(attribute(node, "scale")))
-        query_BXW = op.Reshape(op.Mul(query, scale), ints(op, [0, -1, width]))
-        rows_BMW = op.Squeeze(row_source(latent, rope_key), ints(op, [1]))
-        scores_BXM = op.MatMul(query_BXW, op.Transpose(rows_BMW, perm=[0, 2, 1]))
-        weights_BHSM = masked_softmax(op, apart(op, scores_BXM, heads, visible), visible, sinks)
-        weights_BXM = op.Reshape(weights_BHSM, op.Shape(scores_BXM))
-        out_BXW = op.MatMul(weights_BXM, rows_BMW)
+        query_B1XW = op.Reshape(op.Mul(query, scale), ints(op, [0, 1, -1, width]))
+        rows_B1MW = row_source(latent, rope_key)
+        scores_B1XM = swapped(op, op.MatMul(rows_B1MW, swapped(op, query_B1XW)))
+        apart = op.Concat(ints(op, [0, heads]), op.Shape(visible, start=2), axis=0)
+        weights_BHSM = masked_softmax(op, op.Reshape(scores_B1XM, apart), visible, sinks)
+        weights_B1XM = op.Reshape(weights_BHSM, op.Shape(scores_B1XM))
+        out_B1XW = op.MatMul(weights_B1XM, rows_B1MW)
         if width != rank:
-            out_BXW = op.Slice(out_BXW, ints(op, [0]), ints(op, [rank]), ints(op, [2]))
-        return op.Reshape(out_BXW, ints(op, [0, heads, -1, rank]))
-
-
-def apart(op: Any, scores_BXM: ir.Value, heads: int, visible_B1SM: ir.Value) -> ir.Value:
-    """[B, H*S, M] -> [B, H, S, M]."""
-    shape = op.Concat(ints(op, [0, heads]), op.Shape(visible_B1SM, start=2), axis=0)
-    out: ir.Value = op.Reshape(scores_BXM, shape)
-    return out
+            out_B1XW = op.Slice(out_B1XW, ints(op, [0]), ints(op, [rank]), ints(op, [3]))
+        return op.Reshape(out_B1XW, ints(op, [0, heads, -1, rank]))
 
 
 def masked_softmax(

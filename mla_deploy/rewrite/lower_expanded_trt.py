@@ -5,13 +5,14 @@
     #          Attention(query, key, value, visible)[..., :V]
 
 A fused kernel wants one width for query, key and value, so the narrower ones are padded with zeros:
-a zero in query and key adds nothing to a score, and a zero of the value is cut off. The value's
-zeros come from the weight, so that nothing per token is padded. Releases without the operator, and
-attention with sinks, which no fused kernel has, get the primitives with an fp32 softmax.
+a zero in query and key adds nothing to a score, and a zero of the value is cut off. Releases
+without the operator, and attention with sinks, which no fused kernel has, get the primitives with
+an fp32 softmax.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -70,18 +71,23 @@ class ExpandAndFuse(LowerExpanded):
         out: ir.Value,
         **_: Any,
     ) -> Any:
-        heads, nope, value, _rank = expansion_sizes(key, latent, w_kv_b)
+        heads, nope, value, rank = expansion_sizes(key, latent, w_kv_b)
         rope = static(rope_key, -1)
         width = max(nope + rope, value)
         w_uk_HNL, w_uv_HLV = split_heads(op, w_kv_b, heads, nope, value)
-        query_BHSE = padded(op, query, width - nope - rope)
-        key_BHMN = op.MatMul(latent, op.Transpose(w_uk_HNL, perm=[0, 2, 1]))
-        key_BHME = _joined(op, key_BHMN, rope_key, width - nope - rope)
-        value_BHME = op.MatMul(latent, padded(op, w_uv_HLV, width - value, rank=3))
+        latent_BML = op.Squeeze(latent, ints(op, [1]))
+        expand = Expansion(latent_BML, heads, rank)
+        key_BHMN = expand.times(op, op.Transpose(w_uk_HNL, perm=[2, 0, 1]), nope)
+        value_BHMV = expand.times(op, op.Transpose(w_uv_HLV, perm=[1, 0, 2]), value)
+        operands = (
+            padded(op, query, width - nope - rope),
+            padded(op, _joined(op, key_BHMN, rope_key), width - nope - rope),
+            padded(op, value_BHMV, width - value),
+        )
         scale = float(attribute(required_node(out), "scale"))
         if visible.is_graph_input():  # the plan's own mask; a layer's own never is empty
             visible = step_input("attended_B1SM")
-        out_BHSE = self._attend(op, (query_BHSE, key_BHME, value_BHME), visible, scale)
+        out_BHSE = self._attend(op, operands, visible, scale)
         if width == value:
             return out_BHSE
         return op.Slice(out_BHSE, ints(op, [0]), ints(op, [value]), ints(op, [3]))
@@ -94,7 +100,11 @@ class ExpandAndFuse(LowerExpanded):
 
 
 class ExpandAndFuseTrt(ExpandAndFuse):
-    """TensorRT's own operator, which has no scale: the query takes it, and not the keys."""
+    """TensorRT's own operator, which has no scale: the query takes it, and not the keys.
+
+    The mask is given. The operator could make its own of lengths, but what its lower-right mask
+    means beside them is written nowhere, and it takes as much memory.
+    """
 
     def _attend(
         self, op: Any, operands: tuple[ir.Value, ...], visible: ir.Value, scale: float
@@ -105,21 +115,37 @@ class ExpandAndFuseTrt(ExpandAndFuse):
         return out
 
 
-def _joined(op: Any, key_BHMN: ir.Value, rope_key_B1MR: ir.Value, zeros: int) -> ir.Value:
-    """[key | rope key | zeros], the rope key repeated for every head."""
+@dataclass(frozen=True)
+class Expansion:
+    """Latents times a weight for each head, as one product: no head gets a copy of the latents."""
+
+    latent_BML: ir.Value
+    heads: int
+    rank: int
+
+    def times(self, op: Any, w_LHI: ir.Value, width: int) -> ir.Value:
+        """[B, H, M, I]."""
+        flat = op.Reshape(w_LHI, ints(op, [self.rank, self.heads * width]))
+        out_BMHI = op.Reshape(op.MatMul(self.latent_BML, flat), ints(op, [0, 0, self.heads, width]))
+        out: ir.Value = op.Transpose(out_BMHI, perm=[0, 2, 1, 3])
+        return out
+
+
+def _joined(op: Any, key_BHMN: ir.Value, rope_key_B1MR: ir.Value) -> ir.Value:
+    """[key | rope key], the rope key repeated for every head."""
     rope = static(rope_key_B1MR, -1)
     if not rope:
-        return padded(op, key_BHMN, zeros)
+        return key_BHMN
     shape = op.Concat(op.Shape(key_BHMN, start=0, end=3), ints(op, [rope]), axis=0)
-    joined: ir.Value = op.Concat(key_BHMN, op.Expand(rope_key_B1MR, shape), axis=-1)
-    return padded(op, joined, zeros)
+    out: ir.Value = op.Concat(key_BHMN, op.Expand(rope_key_B1MR, shape), axis=-1)
+    return out
 
 
-def padded(op: Any, value: ir.Value, zeros: int, rank: int = 4) -> ir.Value:
+def padded(op: Any, value: ir.Value, zeros: int) -> ir.Value:
     """`value` with zeros behind its last axis."""
     if zeros == 0:
         return value
-    out: ir.Value = op.Pad(value, ints(op, [0] * (2 * rank - 1) + [zeros]))
+    out: ir.Value = op.Pad(value, ints(op, [0] * 7 + [zeros]))
     return out
 
 

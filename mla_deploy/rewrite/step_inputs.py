@@ -16,23 +16,27 @@ _KINDS = {
     "attended_B1SM": (ir.DataType.BOOL, ("batch", 1, "new_tokens", "capacity")),
 }
 STEP_INPUTS = tuple(_KINDS)
+_MARK = "mla_deploy.step_input"
 
 
 def step_input(name: str) -> ir.Value:
     """A free value of that name, one of STEP_INPUTS, for a rule to read."""
     dtype, shape = _KINDS[name]
-    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+    value.meta[_MARK] = name  # a second one in the graph is given another name
+    return value
 
 
 def lift_step_inputs(graph: ir.Graph) -> tuple[str, ...]:
     """Make one input of each that `graph` reads; their names, in the order of STEP_INPUTS."""
     lifted: dict[str, ir.Value] = {}
-    known = set(graph.inputs)
     for node in ir.traversal.RecursiveGraphIterator(graph):
         for place, value in enumerate(node.inputs):
-            if value is None or value.name not in _KINDS or value.producer() or value in known:
-                continue
-            node.replace_input_with(place, lifted.setdefault(str(value.name), value))
+            if value is not None and _MARK in value.meta:
+                name = str(value.meta[_MARK])
+                node.replace_input_with(place, lifted.setdefault(name, value))
     names = tuple(name for name in STEP_INPUTS if name in lifted)
-    graph.inputs.extend(lifted[name] for name in names)
+    for name in names:
+        lifted[name].name = name
+        graph.inputs.append(lifted[name])
     return names

@@ -156,10 +156,10 @@ def _foreign(reason: str) -> IntegrityError:
 
 def _plugin(record: EngineRecord, library: str | os.PathLike[str] | None) -> str | None:
     """The plugin library, the very one that the engines were built with. Raises: ENG-PLUGIN."""
-    options = record.facts.get("options", {})
-    if not options.get("plugin"):
+    plugin = record.facts.get("options", {}).get("plugin")
+    if not plugin:
         return None
-    wanted, found = options.get("plugin_sha256"), None
+    wanted, found = plugin.get("sha256"), None
     path = None if library is None else Path(os.path.realpath(library))
     if path is not None:
         with open_folder(path.parent) as folder:

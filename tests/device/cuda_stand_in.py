@@ -101,7 +101,7 @@ def with_engines(bundle: Bundle, **changes: Any) -> Bundle:
                 "release": planned.release, "sms": list(planned.sms), "graphs": graphs,
                 "runtime": {"package": "tensorrt", "version": tensorrt.__version__},
                 "device": {"name": "Stand-in GPU", "multiprocessors": 16},
-                "options": {"plugin": False, "plugin_sha256": None}, **changes,
+                "options": {"plugin": None}, **changes,
             }
         )  # fmt: skip
     return open_bundle(bundle.path)

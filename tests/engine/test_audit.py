@@ -102,6 +102,10 @@ def test_weights_are_repeated_for_each_row(bundle: Bundle) -> None:
     small = kernel("__myl_Repl_myl1_9", [], [(1,)], [(-1, 4)])
     once = kernel("__myl_ReplConc_myl1_9", [], [(4, 16, 8)], [(4, 16, 24)])
     assert lines(bundle, small, once)["weights_replicated"].passed
+    line = lines(bundle, small, once)["weights_copied"]
+    assert (line.value, line.limit, line.passed) == (1, 0, False)
+    beside = kernel("__myl_ReplConc_myl1_9", [CACHE], [(4, 16, 8)], [(4, 16, 24)])
+    assert lines(bundle, small, beside)["weights_copied"].passed
 
 
 def test_limits_can_be_given(bundle: Bundle) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -14,11 +15,12 @@ import pytest
 
 import mla_deploy
 from mla_deploy.bundle import Bundle, open_bundle
-from mla_deploy.engine import estimate, pipeline
+from mla_deploy.engine import estimate, lint, pipeline
+from mla_deploy.engine.lint_operators import operators
 from mla_deploy.engine.pipeline import RTX_SMS, plan_build
 from mla_deploy.errors import MlaDeployError
 from tests.engine.engine_bundle import manifest, write_engine_bundle
-from tests.engine.small_graphs import CAPACITY, ROW, decode_layer, node
+from tests.engine.small_graphs import CAPACITY, ROW, chain, decode_layer, node, weight
 from tests.small_bundle import names_in, write_bundle
 
 STAND_IN = Path(__file__).with_name("stand_in")
@@ -70,7 +72,10 @@ def test_both_engines_are_built_and_known_to_the_bundle(tmp_path: Path) -> None:
     assert facts["graphs"]["prefill"]["profiles"][0]["axes"]["new_tokens"]["max"] == 32
     plan = (tmp_path / "b" / "engine" / "decode.plan").read_bytes()
     assert opened.engine.read_plan("decode") == plan
-    assert all(line.passed for line in made.audit) and len(made.audit) == 14
+    assert all(line.passed for line in made.audit) and len(made.audit) == 16
+    told = facts["report"]["graphs"][1]["profiles"][0]["kernels"]
+    ran = made.report.graphs[1].profiles[0].kernels
+    assert told == [f"{kernel.type} {kernel.name}" for kernel in ran] and len(told) > 5
     json.dumps(made.to_dict())
     refused(tmp_path / "b", "BUN-EXISTS", 8)
     again = mla_deploy.build(tmp_path / "b", replace=True, audit_mode="off")
@@ -125,8 +130,8 @@ def test_what_would_be_built(tmp_path: Path) -> None:
     assert planned.sms == ("8.9",) and planned.package == "tensorrt_rtx"
     weights = planned.predicted.weights_bytes
     assert planned.predicted.host_bytes == 3 * weights + 2**30
-    # 2 x 4 rows of cache [64, 24] in fp16; 4 x 4 heads x 64 scores in fp32 and fp16; logits.
-    decode = 8_192_000 + 2 * 4 * 64 * 24 * 2 + 4 * 4 * 64 * 6 + 4 * 32 * 6
+    # 4 rows of cache [64, 24] in fp16; 4 x 4 heads x 64 scores in fp32 and fp16; logits.
+    decode = 8_192_000 + 4 * 64 * 24 * 2 + 4 * 4 * 64 * 6 + 4 * 32 * 6
     assert planned.predicted.activation_bytes["decode:batch=1..4@1,new_tokens=1"] == decode
     assert planned.findings == {"prefill": (), "decode": ()}
     json.dumps(planned.to_dict())
@@ -156,8 +161,13 @@ def test_tensorrt_builds_through_the_stand_in(
     monkeypatch.setenv("PYTHONPATH", str(STAND_IN))
     monkeypatch.setattr(pipeline.importlib.util, "find_spec", lambda name: object())
     write_engine_bundle(tmp_path / "b", target="jetson-orin-jp7", release="10.16")
-    made = mla_deploy.build(tmp_path / "b")
+    library = tmp_path / "libmla.so"
+    library.write_bytes(b"a plugin")
+    made = mla_deploy.build(tmp_path / "b", plugin_library=library)
     assert made.bundle.engine is not None
+    assert made.bundle.engine.facts["options"]["plugin"] == {
+        "file": "libmla.so", "bytes": 8, "sha256": hashlib.sha256(b"a plugin").hexdigest(),
+    }  # fmt: skip
     assert made.bundle.engine.facts["runtime"] == {"package": "tensorrt", "version": "10.16.2.1"}
     assert made.report.graphs[1].profiles[0].activation_bytes == 1000
 
@@ -187,14 +197,18 @@ def test_too_little_memory_and_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     ("options", "told"),
-    [({}, "no library"), ({"plugin_library": "missing.so"}, "there is no library")],
+    [
+        ({"plugin": "on"}, "no library"),
+        ({"plugin": "on", "plugin_library": "missing.so"}, "there is no library"),
+        ({"plugin_library": "missing.so"}, "there is no library"),
+    ],
 )
 def test_a_plugin_that_is_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, str], told: str
 ) -> None:
     monkeypatch.setattr(pipeline, "_missing", lambda *_: "")
     write_engine_bundle(tmp_path / "b")
-    assert told in refused(tmp_path / "b", "BLD-PLUGIN", 4, plugin="on", **options).message
+    assert told in refused(tmp_path / "b", "BLD-PLUGIN", 4, **options).message
 
 
 def test_a_release_without_plugin_override(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +218,24 @@ def test_a_release_without_plugin_override(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "lib.so").write_bytes(b"")
     options = {"plugin": "on", "plugin_library": tmp_path / "lib.so"}
     assert "in a function's place" in refused(tmp_path / "b", "BLD-PLUGIN", 4, **options).message
+    planned = plan_build(tmp_path / "b")
+    assert pipeline._plugin(planned, "auto", tmp_path / "lib.so") is None  # plain operators then
+
+
+def test_a_node_that_is_the_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the override a graph names the plugin and has no function: with its library it builds,
+    without it the linter says no."""
+    monkeypatch.setenv("PYTHONPATH", str(STAND_IN))
+    monkeypatch.setenv("STAND_IN_VERSION", "10.3.0.26")
+    monkeypatch.setattr(pipeline.importlib.util, "find_spec", lambda name: object())
+    made = chain(("MlaDecode", {"domain": "mla_deploy", "name": "attend"}), opset=20)
+    made.graph.initializer.append(weight("unused", 4))
+    write_engine_bundle(tmp_path / "b", made, target="jetson-orin-jp6", release="10.3")
+    monkeypatch.setattr(lint, "CHECKS", (operators,))
+    assert "mla_deploy::MlaDecode" in refused(tmp_path / "b", "BLD-LINT", 4).message
+    (tmp_path / "lib.so").write_bytes(b"")
+    built = mla_deploy.build(tmp_path / "b", plugin_library=tmp_path / "lib.so")
+    assert built.report.version == "10.3.0.26"
 
 
 def test_a_bundle_that_changed_while_it_was_looked_at(

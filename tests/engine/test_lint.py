@@ -165,6 +165,12 @@ GRAPHS: dict[str, tuple[str, Any, str, str]] = {
         ),
         "float16 and float", "cos",
     ),
+    "fp32 product on SM 7.5": (
+        "products-of-gpu",
+        model([node("MatMul", ["x", "w"], ["y"], name="mm")], [("x", F32, ["B", 16])],
+              [("y", F32, ["B", 16])], [weight("w", 16, 16, dtype=np.float32)]),
+        "SM 7.5", "--sm",
+    ),
     "fp8 on SM 8.6": ("types-of-gpu", quantised(1.0, TensorProto.FLOAT8E4M3FN), "8.6", "fp16"),
 }  # fmt: skip
 
@@ -172,7 +178,7 @@ GRAPHS: dict[str, tuple[str, Any, str, str]] = {
 @pytest.mark.parametrize("case", GRAPHS)
 def test_a_graph_is_refused(case: str, tmp_path: Path) -> None:
     check, made, named, fix = GRAPHS[case]
-    finding = found(made, tmp_path, ONE, sms=("8.9", "8.6"))[check]
+    finding = found(made, tmp_path, ONE, sms=("8.9", "8.6", "7.5"))[check]
     assert named in finding.found and fix in finding.fix, str(finding)
 
 

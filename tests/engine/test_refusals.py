@@ -26,9 +26,10 @@ X = [("x", F16, ["B", 16])]
 
 
 def refusal(made: onnx.ModelProto | Path, folder: Path, *profiles: Any) -> MlaDeployError:
+    """What a build for SM 7.5 and 8.6 is refused with."""
     path = made if isinstance(made, Path) else saved(made, folder)
     request = BuildRequest("tensorrt_rtx", "rtx-1.7", str(path), str(folder / "decode.plan"),
-                           ("8.6",), profiles)  # fmt: skip
+                           ("7.5", "8.6"), profiles)  # fmt: skip
     with pytest.raises(MlaDeployError) as caught:
         build_engine(request, [str(index) for index in range(len(profiles))])
     assert not (folder / "decode.plan").exists()
@@ -133,7 +134,11 @@ CASES: dict[str, tuple[str, onnx.ModelProto, Any, str, str, str]] = {
                       "dq (DequantizeLinear)", "zero or negative", "positive"),
     "uint4": ("BLD-PARSE", product_of(packed(TensorProto.UINT4), 1.0), ONE, "", "uint4", "int4"),
     "fp8 on SM 8.6": ("BLD-BUILD", product_of(packed(TensorProto.FLOAT8E4M3FN), 1.0), ONE, "",
-                      "fp8_e4m3 does not exist on sm86", "8.9"),
+                      "fp8_e4m3 does not exist on", "8.9"),
+    "fp32 product on SM 7.5": (
+        "BLD-BUILD", model([node("MatMul", ["x", "w"], ["y"], name="mm")], [("x", F32, [4, 16])],
+                           [("y", F32, [4, 16])], [weight("w", 16, 16, dtype=np.float32)]),
+        None, "", "mm is a product in fp32", "7.5"),
     "no profile": ("BLD-BUILD", chain(("Relu", {})), None, "", "no profile", "--profile"),
     "min above max": ("BLD-PROFILE", chain(("Relu", {})), {"x": ((4, 16), (1, 16), (1, 16))}, "",
                       "min <= opt <= max", "order"),

@@ -283,7 +283,7 @@ def test_the_plugin_is_the_one_it_was_built_with(bundle: Bundle, device: Path) -
     library = bundle.path.parent / "libmla.so"
     library.write_bytes(b"right")
     wanted = hashlib.sha256(b"right").hexdigest()
-    made = changed(options={"plugin": True, "plugin_sha256": wanted})(bundle)
+    made = changed(options={"plugin": {"file": "libmla.so", "sha256": wanted}})(bundle)
     assert "none is given" in refused(made, "ENG-PLUGIN", 5).message
     library.write_bytes(b"wrong")
     refused(made, "ENG-PLUGIN", 5, plugin_library=library)
