@@ -52,6 +52,8 @@ TARGETS: tuple[Target, ...] = (
            "ScatterND or concat", "AGX Orin 64 GB, JetPack 6; opset 20; no fp8", "10.3"),
     Target("jetson-orin-jp7", "TensorRT 10.16", "8.7", 64, 204.8, ("fp32", "fp16", "int8", "int4"),
            _SCATTER, "AGX Orin 64 GB, JetPack 7.2; no fp8", "10.16"),
+    Target("jetson-thor-jp71", "TensorRT 10.13", "11.0", 128, 273.0, _FP4,
+           "ScatterND or concat", "AGX Thor T5000, JetPack 7.0 and 7.1; opset 20", "10.13"),
     Target("jetson-thor-jp7", "TensorRT 10.16", "11.0", 128, 273.0, _FP4, _SCATTER,
            "AGX Thor T5000, JetPack 7.2", "10.16"),
     Target("a100", "TensorRT 11", "8.0", 80, 2039.0, _AMPERE, _SCATTER, "SXM 80 GB", "11"),
