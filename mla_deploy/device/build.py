@@ -45,7 +45,7 @@ def build(package: Package, workspace_mib: int | None, plugin: str | None) -> An
     library = Library(facts["package"])
     library.require_release(facts["release"])
     if plugin is not None:
-        if not facts["plugin"]["override"]:
+        if not facts["plugin"]["called"]:
             raise DeviceFailure("incompatible", "these graphs call no plugin")
         library.load_plugin(os.path.abspath(plugin))
     os.makedirs(package.path(ENGINES), exist_ok=True)

@@ -23,13 +23,14 @@ def build_conf(
     has_plugin: bool,
 ) -> bytes:
     """Assignments that bash reads."""
+    override = has_plugin and release.has_plugin_override
     lines = [
         "# What build.sh gives the tool; written by mla-deploy.",
         f"RELEASE={shlex.quote(release.name)}",
         f"TOOL={tool(release)}",
         f"HAS_PLUGIN={'yes' if has_plugin else 'no'}",
         _array("COMMON_FLAGS", common_flags(release, weight_streaming=weight_streaming)),
-        _array("PLUGIN_FLAGS", ("--enablePluginOverride",) if has_plugin else ()),
+        _array("PLUGIN_FLAGS", ("--enablePluginOverride",) if override else ()),
         *(_array(f"{graph.upper()}_FLAGS", profile_flags(found))
           for graph, found in profiles.items()),
     ]  # fmt: skip

@@ -17,7 +17,6 @@ import onnx_ir as ir
 from mla_deploy.bundle import Bundle
 from mla_deploy.device_package.stage import PackageStage
 from mla_deploy.errors import EnvironmentFailure, quoted
-from mla_deploy.rewrite.release import Release
 
 OPERATOR = "MlaDecode"
 _PLUGINS = Path(__file__).parents[2] / "plugins"  # beside the package, in a checkout or a wheel
@@ -28,29 +27,29 @@ _SKIPPED = ("__pycache__", ".pyc", ".so", ".o")
 
 @dataclass(frozen=True)
 class PluginFiles:
-    """What was put in. `override`: whether the graphs call the operator and the release swaps it.
+    """What was put in. `called`: whether the graphs call the operator.
 
     `told` says in a sentence what is there and what is not.
     """
 
-    override: bool
+    called: bool
     source: bool
     kernels: tuple[str, ...]
     told: str
 
     def to_dict(self) -> dict[str, Any]:
         """For package.json."""
-        return {"override": self.override, "source": self.source, "kernels": list(self.kernels),
+        return {"called": self.called, "source": self.source, "kernels": list(self.kernels),
                 "told": self.told}  # fmt: skip
 
 
-def add_plugin(stage: PackageStage, bundle: Bundle, release: Release, sm: str) -> PluginFiles:
+def add_plugin(stage: PackageStage, bundle: Bundle, sm: str) -> PluginFiles:
     """Copy the source into `plugin/`; compile the kernels where the graphs call the operator.
 
     Raises: EnvironmentFailure PKG-KERNELS (the compiler is there and failed).
     """
     variant = called_variant(bundle)
-    override = variant is not None and release.has_plugin_override
+    called = variant is not None
     source = _PLUGINS / "mla_decode"
     if not source.is_dir():
         return PluginFiles(False, False, (), "no plugin: this installation has no source of it")
@@ -59,11 +58,11 @@ def add_plugin(stage: PackageStage, bundle: Bundle, release: Release, sm: str) -
             name = path.relative_to(source).as_posix()
             stage.copy(f"plugin/mla_decode/{name}", path.parent, path.name)
     if variant is None:
-        return PluginFiles(override, True, (), f"source only: the graphs call no {OPERATOR}")
+        return PluginFiles(called, True, (), f"source only: the graphs call no {OPERATOR}")
     if importlib.util.find_spec("triton") is None:
-        return PluginFiles(override, True, (), "source only: triton is not installed here")
+        return PluginFiles(called, True, (), "source only: triton is not installed here")
     kernels = _compiled(stage, variant, sm)
-    return PluginFiles(override, True, kernels, f"source, and kernels compiled for SM {sm}")
+    return PluginFiles(called, True, kernels, f"source, and kernels compiled for SM {sm}")
 
 
 def called_variant(bundle: Bundle) -> Mapping[str, Any] | None:

@@ -132,15 +132,9 @@ def _shapes(planned: BuildPlan) -> dict[str, list[dict[str, Any]]]:
 def _plugin(stage: PackageStage, planned: BuildPlan, mode: str) -> PluginFiles:
     if mode == "off":
         return PluginFiles(False, False, (), "left out, as asked")
-    release = find_release(planned.release)
-    found = add_plugin(stage, planned.bundle, release, planned.sms[0])
-    if mode == "on" and not found.override:
-        raise InputError(
-            "BLD-PLUGIN",
-            f"--plugin on: {found.told}, or TensorRT {release.name} cannot put a plugin in a "
-            "function's place",
-            hint="leave --plugin out",
-        )
+    found = add_plugin(stage, planned.bundle, planned.sms[0])
+    if mode == "on" and not (found.called and found.source):
+        raise InputError("BLD-PLUGIN", f"--plugin on: {found.told}", hint="leave --plugin out")
     return found
 
 
@@ -175,9 +169,7 @@ def _write_scripts(
         graph: [profile.shapes(bundle.inputs(graph)) for profile in planned.profiles[graph]]
         for graph in GRAPHS
     }
-    conf = build_conf(
-        release, shapes, weight_streaming=weight_streaming, has_plugin=plugin.override
-    )
+    conf = build_conf(release, shapes, weight_streaming=weight_streaming, has_plugin=plugin.called)
     stage.write("build.conf", conf)
     stage.write("README.txt", _readme(planned).encode("ascii"))
 

@@ -338,12 +338,19 @@ def _ort_value(array: NDArray[Any]) -> ort.OrtValue:
     if array.dtype == ml_dtypes.bfloat16:
         words = np.ascontiguousarray(array).view(np.uint16)
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(words, onnx.TensorProto.BFLOAT16)
+    if array.dtype == ml_dtypes.float8_e4m3fn:
+        codes = np.ascontiguousarray(array).view(np.uint8)
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(codes, onnx.TensorProto.FLOAT8E4M3FN)
     return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
 
 
 def _numpy(value: ort.OrtValue) -> NDArray[Any]:
     if value.data_type() == "tensor(bfloat16)":
         return _bf16_to_fp32(value)
+    if value.data_type() == "tensor(float8e4m3fn)":
+        codes = (ctypes.c_uint8 * int(np.prod(value.shape()))).from_address(value.data_ptr())
+        held = np.frombuffer(codes, np.uint8).copy().reshape(value.shape())
+        return held.view(ml_dtypes.float8_e4m3fn)
     return value.numpy()
 
 

@@ -1,0 +1,62 @@
+"""The tables of plugins/mla_decode/README.md: what the script prints, and no spilled register."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import re
+
+import pytest
+
+from tests.plugins.conftest import SOURCES
+from tests.plugins.host import STORAGES, Sizes
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("needs triton, and found none", allow_module_level=True)
+
+from plugins.mla_decode import aot, resources
+
+README = (SOURCES / "README.md").read_text(encoding="utf-8")
+TABLES = README[README.index(resources.BEGIN) + len(resources.BEGIN) : README.index(resources.END)]
+
+
+def test_nothing_spills_and_every_sm_is_there() -> None:
+    assert "spilled)" not in TABLES
+    for sm in aot.SMS:
+        rows = re.findall(rf"^\| {sm // 10}\.{sm % 10} \| (.*) \|$", TABLES, re.MULTILINE)
+        cuda, triton = (row.split(" | ") for row in rows)
+        assert (len(cuda), len(triton)) == (8, 6)
+        assert all(0 < int(registers) <= 255 for registers in (*cuda, *triton))
+    # A block fits the smallest shared memory of the list, 99 KiB of 8.6, 8.9 and 12.x.
+    shared = re.findall(r"^\| shared KiB \| (.*) \|$", TABLES, re.MULTILINE)
+    assert len(shared) == 2
+    assert all(float(kib) < 99 for row in shared for kib in row.split(" | "))
+
+
+def test_shared_memory_is_what_the_kernels_ask_for(host_kernels: ctypes.CDLL) -> None:
+    host_kernels.mla_decode_shared.restype = ctypes.c_uint64
+    sizes = Sizes(1, 1, 16, 4096, resources.LATENT, resources.ROPE, 128, 32, 1)
+    for _, storage, rows in resources.ATTEND:
+        asked = host_kernels.mla_decode_shared(ctypes.byref(sizes), STORAGES.index(storage), rows)
+        assert asked == resources.shared_bytes(storage, rows)
+
+
+def test_the_roofline_is_that_of_the_targets() -> None:
+    """By hand: 32768 rows of 1152 bytes, 16 splits of 16 rows of 513 floats twice, 204.8 GB/s."""
+    assert all(line in TABLES for line in resources.roofline_lines())
+    moved = 32768 * 1152 + 2 * 16 * 16 * 513 * 4
+    (row,) = [line for line in TABLES.splitlines() if line.startswith("| jetson-orin-jp7 |")]
+    assert row.split(" | ")[5] == f"{moved / 204.8e3:.1f}" == "189.4"
+
+
+def test_a_report_of_another_form_is_no_table() -> None:
+    with pytest.raises(ValueError, match="another form"):
+        list(resources._reported("Compiling entry function 'x' for 'sm_80'\nall is well"))
+    assert str(resources.Used(40, 12)) == "40 (12 spilled)"
+
+
+@pytest.mark.slow
+def test_the_tables_are_what_the_script_prints() -> None:
+    if resources.versions() not in TABLES:
+        pytest.skip(f"the tables are of other compilers than {resources.versions()}")
+    assert resources.tables() == TABLES
