@@ -85,6 +85,12 @@ def _prepared(library: Library, package: Package, graph: str, plugin: bool) -> A
         told = parser.get_error(0).desc() if parser.num_errors else "no reason given"
         raise DeviceFailure("incompatible", f"{graph}.onnx is not taken: {told[:300]}")
     config = builder.create_builder_config()
+    if library.package == "tensorrt_rtx":
+        sms = package.facts["sms"]
+        config.num_compute_capabilities = len(sms)
+        for index, sm in enumerate(sms):
+            wanted = getattr(trt.ComputeCapability, "SM" + sm.replace(".", ""))
+            config.set_compute_capability(wanted, index)
     config.max_aux_streams = 0
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if package.facts["weight_streaming"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from mla_deploy.device_package import write_package
 from mla_deploy.device_package.build_conf import build_conf, profile_flags
 from mla_deploy.rewrite.releases import find_release
 from tests.device.cuda_stand_in import model_bundle
+from tests.exported import exported
 
 DEVICE = Path(mla_deploy.device.__file__).parent
 SHAPES = {"input_ids": ((1, 1), (1, 8), (4, 16)), "c.0": ((1, 1, 9, 3), (1, 1, 9, 3), (4, 1, 9, 3))}
@@ -90,6 +92,28 @@ def test_modules_run_on_python_3_8_where_it_is(package: Path) -> None:
         pytest.skip("python3.8 is not here")
     done = ran([old, "-m", "compileall", "-q", str(package / "mla_device")])
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed"
+)
+def test_build_py_with_tensorrt_rtx(tmp_path: Path) -> None:
+    """As far as it goes with no GPU: both plans are real, and verify.py has nothing to run them."""
+    if any(Path(name).exists() for name in ("/dev/nvidia0", "/dev/nvhost-gpu")):
+        pytest.skip("there is a GPU here")
+    made = exported("v3-yarn-all-dim", target="rtx-40", dtype="fp16", capacity=64)
+    place = write_package(made.bundle, tmp_path / "p", plugin="off").path
+    done = ran([sys.executable, str(place / "build.py"), "--workspace", "256"])
+    assert done.returncode == 0, done.stderr
+    note = json.loads((place / "engines" / "build.json").read_text())
+    assert note["package"] == "tensorrt_rtx" and note["version"].startswith("1.7")
+    for graph in ("prefill", "decode"):
+        plan = (place / "engines" / f"{graph}.plan").read_bytes()
+        assert len(plan) == note["plans"][graph]["bytes"] > 100_000
+        assert plan[:4] in (b"ptrt", b"vtrt")
+    done = ran([sys.executable, str(place / "verify.py")])
+    assert done.returncode == 7 and done.stderr.count("\n") == 1
+    assert "no GPU" in done.stderr or "no CUDA runtime" in done.stderr
 
 
 def test_build_sh_is_bash(package: Path) -> None:
