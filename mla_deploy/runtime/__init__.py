@@ -1,4 +1,4 @@
-"""Running a bundle: one `Runner` protocol, ONNX Runtime behind it, and greedy generation.
+"""Running a bundle: one `Runner` protocol, ONNX Runtime or TensorRT behind it, greedy generation.
 
 The PyTorch runner is `mla_deploy.runtime.torch_runner`; it is not named here because running a
 bundle must not load torch.

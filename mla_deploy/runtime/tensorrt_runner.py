@@ -14,10 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mla_deploy.bundle import Bundle
+from mla_deploy.bundle.engine_record import read_engine
 from mla_deploy.device.contract import differences
 from mla_deploy.device.failure import DeviceFailure
 from mla_deploy.device.model import DeviceModel
 from mla_deploy.device.numbers import as_float32
+from mla_deploy.door import open_folder
 from mla_deploy.errors import GateError, InputError, IntegrityError
 from mla_deploy.runtime.chunks import padded_chunks
 from mla_deploy.runtime.engine_guard import Admitted, admit, coded
@@ -71,6 +73,9 @@ def load_engines(
     Raises: IntegrityError ENG-LOAD, ENG-IO, BUN-HASH.
     """
     record = admitted.record
+    if bundle.verified != "full":  # both, before TensorRT is given either
+        with open_folder(record.path) as folder:
+            read_engine(folder, record.path, bundle_digest=bundle.digest, hashed=True)
     if not admitted.was_loaded:
         plugin = None if plugin_library is None else os.path.realpath(plugin_library)
         trial_load(bundle.path, record.digest, admitted.library.package, plugin)

@@ -20,12 +20,14 @@ import numpy as np
 import pytest
 
 from mla_deploy.bundle import Bundle
+from mla_deploy.device import build, verify
 from mla_deploy.device.files import sealed
 from mla_deploy.device_package import judge_report, write_package
 from mla_deploy.errors import MlaDeployError
-from tests.device.cuda_stand_in import environment, model_bundle
+from tests.device.cuda_stand_in import deserialised, device, environment, model_bundle
 from tests.exported import exported
 
+__all__ = ["device"]
 PROFILES = ("prefill:batch=1..4,new_tokens=1..32", "decode:batch=1..4")
 
 
@@ -80,7 +82,7 @@ def test_the_package_is_whole_and_needs_nothing_of_ours(made: Made) -> None:
     assert limits["activation_limit_bytes"] == (
         limits["activation_predicted_bytes"] * 5 // 4 + 4 * 2**20
     )
-    for path in made.package.rglob("*.py"):
+    for path in (*made.package.glob("*.py"), *made.package.glob("mla_device/*.py")):
         text = path.read_text()
         assert "mla_deploy" not in text and "import torch" not in text, path
     assert sorted(os.listdir(made.package.parent)) == ["bundle", "p"]  # no stage, no lock
@@ -118,20 +120,28 @@ def test_a_right_report_is_judged_so(made: Made) -> None:
     assert report["built"]["by"] == "build.py"
 
 
+def test_the_script_ends_with_3(made: Made, package: Path) -> None:
+    ran = run(package, "verify.py", "--steps", "2", STAND_IN_MODE="is wrong")
+    assert ran.returncode == 3, ran.stderr
+    assert "failed   numbers batch-1" in ran.stdout and "FAILED" in ran.stdout
+    assert not judge_report(made.bundle, package / "report.json").passed
+
+
 @pytest.mark.parametrize(
     ("mode", "failed"),
     [
-        ("is wrong", "numbers batch-1"),
         ("gives NaN", "numbers prompt-32"),
         ("forgets", "numbers batch-3"),
         ("lacks an output", "io decode"),
         ("aliases elsewhere, is hungry", "alias prefill; memory prefill 0; memory decode 0"),
     ],
 )
-def test_a_wrong_engine_fails(made: Made, package: Path, mode: str, failed: str) -> None:
-    ran = run(package, "verify.py", "--steps", "2", STAND_IN_MODE=mode)
-    assert ran.returncode == 3, ran.stderr
-    assert "FAILED" in ran.stdout
+def test_a_wrong_engine_fails(
+    made: Made, package: Path, device: Path, monkeypatch: pytest.MonkeyPatch, mode: str, failed: str
+) -> None:
+    """In this process, which has loaded what the stand-ins need; the script is the same."""
+    monkeypatch.setenv("STAND_IN_MODE", mode)
+    assert verify.main(["--package", str(package), "--steps", "2"]) == 3
     verdict = judge_report(made.bundle, package / "report.json")
     assert not verdict.passed
     assert set(failed.split("; ")) <= {x.name for x in verdict.lines if x.status == "failed"}
@@ -147,13 +157,15 @@ def test_a_wrong_engine_fails(made: Made, package: Path, mode: str, failed: str)
     ],
 )
 def test_another_device_runs_nothing(
-    made: Made, package: Path, tmp_path: Path, more: dict[str, str], failed: str, told: str
-) -> None:
-    record = tmp_path / "record"
-    ran = run(package, "verify.py", STAND_IN_RECORD=str(record), **more)
-    assert ran.returncode == 3 and told in ran.stdout
-    assert "not run  numbers" in ran.stdout
-    assert not record.exists()  # TensorRT was given no plan
+    made: Made, package: Path, device: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], more: dict[str, str], failed: str, told: str,
+) -> None:  # fmt: skip
+    for name, value in more.items():
+        monkeypatch.setenv(name, value)
+    assert verify.main(["--package", str(package)]) == 3
+    said = capsys.readouterr().out
+    assert told in said and "not run  numbers" in said
+    assert deserialised(device) == 0
     verdict = judge_report(made.bundle, package / "report.json")
     assert failed in {line.name for line in verdict.lines if line.status == "failed"}
     assert not verdict.passed
@@ -175,13 +187,20 @@ def test_a_damaged_package_runs_nothing(package: Path) -> None:
     ("mode", "told"),
     [("does not parse", "No importer registered"), ("does not build", "nobody knows why")],
 )
-def test_a_build_that_fails_says_why(package: Path, mode: str, told: str) -> None:
-    ran = run(package, "build.py", STAND_IN_MODE=mode)
-    assert ran.returncode == 6 and told in ran.stderr and ran.stderr.count("\n") == 1
-    ran = run(package, "build.py", "--plugin", "libmla.so")
-    assert ran.returncode == 6 and "call no plugin" in ran.stderr
-    ran = run(package, "build.py", "--workspace", "64")
-    assert ran.returncode == 0
+def test_a_build_that_fails_says_why(
+    package: Path, device: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], mode: str, told: str,
+) -> None:  # fmt: skip
+    where = ["--package", str(package)]
+    assert build.main([*where, "--workspace", "64"]) == 0
+    assert '["set_memory_pool_limit", "WORKSPACE", 67108864]' in device.read_text()
+    monkeypatch.setenv("STAND_IN_MODE", mode)
+    capsys.readouterr()
+    assert build.main(where) == 6
+    said = capsys.readouterr().err
+    assert told in said and said.count("\n") == 1
+    assert build.main([*where, "--plugin", "libmla.so"]) == 6
+    assert "call no plugin" in capsys.readouterr().err
 
 
 def edited(package: Path, **changes: Any) -> Path:
