@@ -26,7 +26,7 @@ from mla_deploy.cli.verb import verb
 @click.option(
     "--dtype",
     type=click.Choice(["fp32", "fp16", "bf16"]),
-    help="Storage of weights and cache.  [fp32; in place, the checkpoint's own]",
+    help="Storage of weights and cache.  [fp32; fp16 for TensorRT; in place, the checkpoint's own]",
 )
 @click.option(
     "--cache",

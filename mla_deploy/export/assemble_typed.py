@@ -85,15 +85,18 @@ class TypedBuilder(Builder):
         caches = zip(graph.outputs[made:], own, strict=True)
         wanted.update({value: self._cache_dtype(buffer) for value, buffer in caches})
         assign_types(graph, self.dtype, list(arguments), wanted)
-        if self.dtype == _FLOAT:
-            _allow_decomposition(graph)
+        _allow_decomposition(graph)
 
     def rows(self, out: bool) -> int:
         return self.capacity
 
     def finished(self) -> ir.Model:
         _prune_arguments(self.model)
-        return super().finished()
+        model = super().finished()
+        # What rules made is named last, and an initializer of the trace may have such a name.
+        common_passes.NameFixPass()(model)
+        _name_apart(model)
+        return model
 
     def _cache_dtype(self, buffer: CacheBuffer) -> ir.DataType:
         return _FLOAT if buffer.is_state else self.dtype
@@ -140,10 +143,21 @@ def typed_builder(capacity: int, opset: int, ir_version: int) -> type[TypedBuild
 
 
 def _allow_decomposition(graph: ir.Graph) -> None:
-    """No fused kernel computes in fp32: the builder may take the operator apart."""
+    """Where no fused kernel fits (fp32, one new token over a long cache) the builder may take the
+    operator apart; where one does it still takes that."""
     for node in graph:
         if node.op_type in ("Attention", "TRT_Attention"):
             node.attributes["TRT_decomposable"] = ir.AttrInt64("TRT_decomposable", 1)
+
+
+def _name_apart(model: ir.Model) -> None:
+    """No value of a function is called what one outside is: a parser was seen to mix them up."""
+    for function in model.functions.values():
+        for value in function.inputs:
+            value.name = f"{function.name}.{value.name}"
+        for node in function:
+            for value in node.outputs:
+                value.name = f"{function.name}.{value.name}"
 
 
 def _prune_arguments(model: ir.Model) -> None:

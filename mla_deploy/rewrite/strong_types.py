@@ -76,7 +76,7 @@ class _Typing:
         self.made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def node(self, node: ir.Node) -> None:
-        floats = [v for v in node.inputs if v is not None and v.dtype in _FLOATS]
+        floats = [v for v in node.inputs if v is not None and _known(v) in _FLOATS]
         if node.op_type == "Constant" and node.domain == "":
             self._constant(node)
         elif node.op_type == "ConstantOfShape":

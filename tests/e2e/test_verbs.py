@@ -64,7 +64,7 @@ def test_export_and_its_refusals(command: Command, checkpoint: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("options", "code"),
     [
-        (("--target", "jetson-orin-jp6"), "TARGET-NOT-BUILT"),
+        (("--target", "cuda"), "TARGET-NOT-BUILT"),
         (("--target", "toaster"), "TARGET-UNKNOWN"),
         (("--capacity", "0"), "EXP-OPTION"),
     ],

@@ -45,7 +45,7 @@ def refused(checkpoint: Path, code: str, **options: Any) -> MlaDeployError:
         ("TARGET-DTYPE", {"dtype": "int4"}),
         ("TARGET-DTYPE", {"dtype": "float32"}),
         ("TARGET-UNKNOWN", {"target": "toaster"}),
-        ("TARGET-NOT-BUILT", {"target": "jetson-orin-jp6"}),
+        ("TARGET-NOT-BUILT", {"target": "cuda"}),
     ],
 )
 def test_options(checkpoint: Path, code: str, options: dict[str, Any]) -> None:

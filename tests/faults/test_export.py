@@ -279,7 +279,7 @@ def test_tokenizer_of_65_mebibytes(model: Path, refuses: Refuses) -> None:
     ("options", "exit_status", "code", "named"),
     [
         (("--target", "toaster"), 4, "TARGET-UNKNOWN", "toaster"),
-        (("--target", "h100"), 4, "TARGET-NOT-BUILT", "h100"),
+        (("--target", "cuda"), 4, "TARGET-NOT-BUILT", "cuda"),
         (("--dtype", "fp8"), 2, "CLI-USAGE", "'fp8'"),
         (("--cache", "paged"), 2, "CLI-USAGE", "'paged'"),
         (("--cache-layout", "ragged"), 2, "CLI-USAGE", "'ragged'"),
