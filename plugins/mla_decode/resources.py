@@ -113,7 +113,7 @@ def triton_table() -> tuple[Table, dict[str, int]]:
 
 
 def shared_bytes(storage: str, rows: int) -> int:
-    """What a CUDA block asks for: `Shared` of src/kernels.h, written once more in bytes."""
+    """What a CUDA block asks for: `Shared` of src/tile.h, written once more in bytes."""
     tokens, pad = 32, 8
     wide = 2 * tokens * (_ROW + pad)
     if storage == "plain":
