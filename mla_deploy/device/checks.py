@@ -50,7 +50,7 @@ def engine_checks(checks: Checks, graph: str, engine: Any, contract: Contract) -
     checks.add(f"io {graph}", not told, "; ".join(told) or f"{engine.num_io_tensors} tensors")
     aliased = alias_differences(contract, graph, engine)
     if aliased is None:
-        checks.skip(f"alias {graph}", "this TensorRT does not tell; both are bound to one buffer")
+        checks.skip(f"alias {graph}", "it updates no cache in place: each gets two buffers")
     else:
         checks.add(f"alias {graph}", not aliased,
                    "; ".join(aliased) or "caches lie in place")  # fmt: skip
@@ -87,7 +87,8 @@ def golden_checks(checks: Checks, golden: Golden, gate: Any, parts: Any) -> None
             f"{found['positions']} positions against {golden.origin}: relative L2 "
             f"{found['rel_l2']:.2g}"
         )
-        checks.add(name, not broken, told, cache_bytes=memory, batch=int(case["batch"]), **found)
+        checks.add(name, not broken, told, cache_bytes=memory, in_place=model.in_place,
+                   batch=int(case["batch"]), **found)  # fmt: skip
 
 
 def latency_checks(checks: Checks, parts: Any, steps: int) -> None:

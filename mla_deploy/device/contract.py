@@ -112,17 +112,29 @@ def differences(contract: Contract, graph: str, engine: Any) -> list[str]:
     return told + [f"{graph}: {name} is not in the manifest" for name in sorted(found)]
 
 
-def alias_differences(contract: Contract, graph: str, engine: Any) -> list[str] | None:
-    """Cache outputs that the engine does not place in their input; None where it cannot say."""
+def is_in_place(contract: Contract, engine: Any, taken: str, given: str) -> bool:
+    """Whether an engine writes cache output `given` where its input `taken` lies.
+
+    A TensorRT that cannot say so is older than the operator that does it.
+    """
     ask = getattr(engine, "get_aliased_input_tensor", None)
-    if ask is None:
+    return ask is not None and ask(given) == taken
+
+
+def alias_differences(contract: Contract, graph: str, engine: Any) -> list[str] | None:
+    """Cache outputs that an engine does not place in their input; None where none is in place.
+
+    In none is right: the engine copies, and the caches get two buffers each.
+    """
+    ask = getattr(engine, "get_aliased_input_tensor", None)
+    found = {given: ask(given) if ask is not None else None for _, given, _ in contract.caches}
+    if not any(found.values()):
         return None
-    told = []
-    for taken, given, _ in contract.caches:
-        found = ask(given)
-        if found and found != taken:
-            told.append(f"{graph}: {given} lies in {found}, wanted {taken}")
-    return told
+    return [
+        f"{graph}: {given} lies in {found[given]}, wanted {taken}"
+        for taken, given, _ in contract.caches
+        if found[given] != taken
+    ]
 
 
 def _within(shape: Sequence[int], ends: Ends) -> bool:

@@ -1,8 +1,10 @@
 """Two engines on one stream over one set of cache buffers, and a CUDA graph for decode.
 
-Cache inputs and outputs of both engines are bound to the same buffer, so nothing is copied between
-a prefill and the steps after it. A decode step is recorded once for its batch and then launched;
-what it reads from the host lies at addresses that never change.
+Both engines are bound to the same buffers, so nothing is copied between a prefill and the steps
+after it. An engine that updates a cache in place has its input and output in one buffer; one that
+does not gets a second, and the two change places with every step. A decode step is recorded once
+for its batch (and place of the buffers) and then launched; what it reads from the host lies at
+addresses that never change.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .contract import STORAGE, Contract
+from .contract import STORAGE, Contract, is_in_place
 from .cuda import Cuda
 from .failure import DeviceFailure
 
@@ -31,28 +33,42 @@ class DeviceModel:
         self._owned: list[int] = []
         self._small: dict[str, tuple[int, int]] = {}
         self._caches: dict[str, tuple[int, int]] = {}
-        self._graph: int | None = None
-        self.use_graphs = True
+        self._seconds: dict[str, int] = {}
+        self._in_place = {
+            graph: all(is_in_place(contract, engine, *names[:2]) for names in contract.caches)
+            for graph, engine in self._engines.items()
+        }
+        self._turn = 0  # which of two buffers holds the rows
+        self._graphs: dict[int, int] = {}
         self.graph_refused = ""  # why decode steps are not recorded
         for name, _, _ in contract.caches:
             dtype, sizes = contract.cache_type(name)
             count = batch * int(np.prod(sizes)) * np.dtype(STORAGE[dtype][0]).itemsize
             self._caches[name] = (self._reserved(count), count)
+            if not all(self._in_place.values()):
+                self._seconds[name] = self._reserved(count)
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the cache buffers."""
+        """Bytes of the caches; as much again is scratch where an engine is not `in_place`."""
         return sum(count for _, count in self._caches.values())
+
+    @property
+    def in_place(self) -> bool:
+        """Whether every cache is updated where it lies."""
+        return not self._seconds
 
     @property
     def is_recorded(self) -> bool:
         """Whether decode steps run as one CUDA graph by now."""
-        return self._graph is not None
+        return bool(self._graphs)
 
     def reset(self) -> None:
         """Zero every cache: stale slots must be finite."""
-        for address, count in self._caches.values():
+        for name, (address, count) in self._caches.items():
             self.cuda.clear(address, count)
+            if name in self._seconds:
+                self.cuda.clear(self._seconds[name], count)
         self.cuda.wait()
 
     def run(self, graph: str, ids_BS: Any, lengths_B: Any, new_B: Any) -> Any:
@@ -78,12 +94,12 @@ class DeviceModel:
         """A copy of one cache, [batch, 1, capacity, W] in its storage type."""
         dtype, sizes = self.contract.cache_type(name)
         array = np.empty((self.batch, *sizes), STORAGE[dtype][0])
-        self.cuda.to_host(array, self._caches[name][0])
+        self.cuda.to_host(array, self._held(name, self._turn))
         return array
 
     def close(self) -> None:
         """Let buffers and contexts go."""
-        self._drop_graph()
+        self._drop_graphs()
         self._contexts.clear()
         for address in self._owned:
             self.cuda.free(address)
@@ -91,17 +107,22 @@ class DeviceModel:
 
     def _step(self, graph: str, new_tokens: int, logits_bytes: int) -> None:
         recorded = graph == "decode" and new_tokens == 1
-        if recorded and self._graph is not None:
-            self.cuda.launch(self._graph)
-            return
-        context, fresh = self._bound(graph, new_tokens, logits_bytes)
-        # The first step of a shape runs plainly: a context settles in it and may not be recorded.
-        if recorded and not fresh and self.use_graphs and not self.graph_refused:
-            self._record(context)
-        if recorded and self._graph is not None:
-            self.cuda.launch(self._graph)
+        if not (recorded and self._turn in self._graphs):
+            context, fresh = self._bound(graph, new_tokens, logits_bytes)
+            # The first step of a shape runs plainly: a context settles in it, not in a record.
+            if recorded and not fresh and not self.graph_refused and self._may_record(context):
+                self._record(context)
+        if recorded and self._turn in self._graphs:
+            self.cuda.launch(self._graphs[self._turn])
         else:
             self._enqueue(context)
+        if not self._in_place[graph]:
+            self._turn = 1 - self._turn
+
+    def _may_record(self, context: Any) -> bool:
+        """TensorRT-RTX says when it is still compiling kernels; others take what they are given."""
+        ask = getattr(context, "is_stream_capturable", None)
+        return ask is None or bool(ask(self.cuda.stream))
 
     def _record(self, context: Any) -> None:
         try:
@@ -109,7 +130,8 @@ class DeviceModel:
             try:
                 self._enqueue(context)
             finally:
-                self._graph = self.cuda.end_capture()
+                made = self.cuda.end_capture()
+            self._graphs[self._turn] = made
         except DeviceFailure as failure:
             self.graph_refused = failure.message
 
@@ -124,18 +146,24 @@ class DeviceModel:
             name: self._buffer(name, 0) for name in ("input_ids", "cache_lengths", "new_lengths")
         }
         addresses["logits"] = self._buffer("logits", logits_bytes)
+        other = self._turn if self._in_place[graph] else 1 - self._turn
         for taken, given, _ in self.contract.caches:
-            addresses[taken] = addresses[given] = self._caches[taken][0]
-        if self._shapes.get(key) == (shapes, addresses):
+            addresses[taken] = self._held(taken, self._turn)
+            addresses[given] = self._held(taken, other)
+        for name, address in addresses.items():
+            if not context.set_tensor_address(name, address):
+                raise DeviceFailure("integrity", f"{graph} has no tensor {name}")
+        if self._shapes.get(key) == shapes:
             return context, False
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
                 raise DeviceFailure("input", f"{graph} does not take {name} {shape}")
-        for name, address in addresses.items():
-            if not context.set_tensor_address(name, address):
-                raise DeviceFailure("integrity", f"{graph} has no tensor {name}")
-        self._shapes[key] = (shapes, addresses)
+        self._shapes[key] = shapes
         return context, True
+
+    def _held(self, name: str, turn: int) -> int:
+        """The address of one of the two buffers of a cache."""
+        return self._seconds[name] if turn else self._caches[name][0]
 
     def _context(self, graph: str, profile: int) -> Any:
         context = self._engines[graph].create_execution_context()
@@ -154,7 +182,7 @@ class DeviceModel:
         """The address of a small buffer of at least `count` bytes; a larger one moves."""
         address, held = self._small.get(name, (0, 0))
         if count > held:
-            self._drop_graph()  # it was recorded with the old address
+            self._drop_graphs()  # they were recorded with the old address
             address = self._reserved(count)
             self._small[name] = (address, count)
         return address
@@ -164,7 +192,7 @@ class DeviceModel:
         self._owned.append(address)
         return address
 
-    def _drop_graph(self) -> None:
-        if self._graph is not None:
-            self.cuda.drop_graph(self._graph)
-            self._graph = None
+    def _drop_graphs(self) -> None:
+        for graph in self._graphs.values():
+            self.cuda.drop_graph(graph)
+        self._graphs.clear()

@@ -19,7 +19,11 @@ from mla_deploy.device_package.stage import PackageStage
 from mla_deploy.errors import EnvironmentFailure, quoted
 
 OPERATOR = "MlaDecode"
-_PLUGINS = Path(__file__).parents[2] / "plugins"  # beside the package, in a checkout or a wheel
+# Inside the package where it is installed, beside it in a checkout.
+_PLUGINS = next(
+    (place for place in (Path(__file__).parents[1] / "plugins",) if place.is_dir()),
+    Path(__file__).parents[2] / "plugins",
+)
 _COMPILER = "plugins.mla_decode.aot"
 _SECONDS = 1200
 _SKIPPED = ("__pycache__", ".pyc", ".so", ".o")

@@ -171,7 +171,7 @@ def _write_scripts(
     }
     conf = build_conf(release, shapes, weight_streaming=weight_streaming, has_plugin=plugin.called)
     stage.write("build.conf", conf)
-    stage.write("README.txt", _readme(planned).encode("ascii"))
+    stage.write("README.txt", _readme(planned, plugin).encode("ascii"))
 
 
 def _facts(
@@ -209,7 +209,12 @@ def activation_limit(predicted_bytes: int) -> int:
     return predicted_bytes * 5 // 4 + _SLACK_BYTES
 
 
-def _readme(planned: BuildPlan) -> str:
+def _readme(planned: BuildPlan, plugin: PluginFiles) -> str:
+    build_plugin = (
+        "The graphs call a plugin; build it first and name it to each of the three:\n"
+        "  cmake -S plugin/mla_decode -B plugin/build && cmake --build plugin/build\n"
+        "  ./build.sh --plugin LIBRARY; python3 verify.py --plugin LIBRARY\n\n"
+    )
     return (
         f"Device package of mla-deploy {__version__} for {planned.target.name}: TensorRT "
         f"{planned.release}, SM {', '.join(planned.sms)}.\n"
@@ -217,6 +222,7 @@ def _readme(planned: BuildPlan) -> str:
         "  ./build.sh          build both engines with the command line tool, or\n"
         "  python3 build.py    build them with TensorRT's Python package\n"
         "  python3 verify.py   verify them and write report.json\n\n"
+        f"{build_plugin if plugin.called else ''}"
         "Needed: TensorRT, its Python package, numpy, Python 3.8 or newer. No torch.\n"
         "Send report.json back: mla-deploy validate BUNDLE --device-report report.json\n"
     )

@@ -120,6 +120,17 @@ def test_a_right_report_is_judged_so(made: Made) -> None:
     assert report["built"]["by"] == "build.py"
 
 
+def test_engines_that_copy_caches_are_right_too(
+    made: Made, package: Path, device: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAND_IN_MODE", "copies caches")
+    assert verify.main(["--package", str(package), "--steps", "2"]) == 0
+    verdict = judge_report(made.bundle, package / "report.json")
+    assert verdict.passed
+    assert {x.name for x in verdict.lines if x.status == "not run"} == {
+        "alias prefill", "alias decode"}  # fmt: skip
+
+
 def test_the_script_ends_with_3(made: Made, package: Path) -> None:
     ran = run(package, "verify.py", "--steps", "2", STAND_IN_MODE="is wrong")
     assert ran.returncode == 3, ran.stderr

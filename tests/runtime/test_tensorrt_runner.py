@@ -62,7 +62,7 @@ def on_cpu(bundle: Bundle, batch: int) -> OnnxRunner:
 
 def same(found: Any, wanted: Any) -> None:
     """In fp16 another graph (the CPU's runner may take the absorbed one) rounds otherwise."""
-    assert relative_l2(wanted, found) < 2e-3
+    assert relative_l2(wanted, found) < 1e-2  # the gate of fp16
 
 
 def test_equal_to_the_graphs_on_onnx_runtime(model: Bundle, device: Path) -> None:
@@ -112,6 +112,27 @@ def test_a_decode_step_is_recorded_once(model: Bundle) -> None:
     assert cuda_counts()[1] == launched + 4  # the first step runs plainly
     same(runner.prefill([[1] * 9]), cpu.prefill([[1] * 9]))
     same(runner.decode([9]), cpu.decode([9]))
+
+
+@pytest.mark.parametrize(("how", "plain"), [("copies caches", 1), ("compiles late", 3)])
+def test_engines_that_do_not_work_in_place_or_at_once(
+    model: Bundle, monkeypatch: pytest.MonkeyPatch, how: str, plain: int
+) -> None:
+    """Caches change places with every step, and each place is recorded."""
+    monkeypatch.setenv("STAND_IN_MODE", how)
+    runner, cpu = open_runner(model, runtime="tensorrt", batch=2), on_cpu(model, 2)
+    for one in (runner, cpu):
+        one.prefill([[7, 3, 5, 1], [2, 2]])
+    launched = cuda_counts()[1]
+    for step in range(6):
+        same(runner.decode([step, 9]), cpu.decode([step, 9]))
+    assert cuda_counts()[1] == launched + 6 - plain
+    same(runner.prefill([[1] * 9, [4]]), cpu.prefill([[1] * 9, [4]]))
+    for step in range(3):
+        same(runner.decode([step, 9]), cpu.decode([step, 9]))
+    for row in range(2):
+        same(runner.cached_rows(1, row), cpu.cached_rows(1, row))
+    assert runner.cache_bytes == 2 * 64 * int(model.manifest["cache"]["bytes_per_token"])
 
 
 def test_decode_runs_plainly_where_recording_is_refused(model: Bundle) -> None:

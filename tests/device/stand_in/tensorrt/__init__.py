@@ -8,6 +8,7 @@ an engine go wrong, in one way or several. Its CUDA runtime is `cudart.c`, at $S
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import enum
 import json
@@ -198,7 +199,7 @@ class _Engine:
         return self.values[name][2]
 
     def get_aliased_input_tensor(self, name: str) -> str | None:
-        if "_out." not in name:
+        if "_out." not in name or _goes_wrong("copies caches"):
             return None
         return "latent_cache.99" if _goes_wrong("aliases elsewhere") else name.replace("_out.", ".")
 
@@ -225,6 +226,7 @@ class _Context:
         self._profile: int | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
+        self._asked = 0
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         self._profile = index
@@ -239,16 +241,30 @@ class _Context:
         self._addresses[name] = address
         return name in self._engine.values and address != 0
 
+    def is_stream_capturable(self, stream: int) -> bool:
+        """Some kernels are compiled late, as in TensorRT-RTX."""
+        self._asked += 1
+        return not _goes_wrong("compiles late") or self._asked > 2
+
     def execute_async_v3(self, stream: int) -> bool:
         library = _cuda()
         if library.stand_in_is_capturing():
-            _recorded.append(self)
+            kept = copy.copy(self)  # a record keeps the addresses it was made with
+            kept._addresses, kept._shapes = dict(self._addresses), dict(self._shapes)
+            _recorded.append(kept)
             library.stand_in_record(ctypes.c_long(len(_recorded) - 1))
         else:
             self.run()
         return stream != 0
 
     def run(self) -> None:
+        if _goes_wrong(
+            "copies caches"
+        ):  # an output that is not aliased may be scratch until the end
+            for name in (name for name in self._addresses if "_out." in name):
+                kind = self._engine.values[name][1]
+                shape = self._shapes[name.replace("_out.", ".")]
+                self._array(name, kind, shape).view(np.uint8)[...] = 0xFF
         given = {}
         for name, (mode, kind, _) in self._engine.values.items():
             if mode is TensorIOMode.INPUT:
