@@ -59,12 +59,12 @@ def build(package: Package, workspace_mib: int | None, plugin: str | None) -> An
         del parser  # it owns the weights until the plan is made
         if plan is None:
             raise DeviceFailure("incompatible", f"{graph} cannot be built{library.reason()}")
-        data = bytes(plan)
+        data = memoryview(plan)  # not copied: it holds the weights
         write_whole(package.path(ENGINES, f"{graph}.plan"), data)
         seconds = round(time.perf_counter() - started, 3)
-        plans[graph] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(),
+        plans[graph] = {"bytes": data.nbytes, "sha256": hashlib.sha256(data).hexdigest(),
                         "seconds": seconds}  # fmt: skip
-        yield f"{graph}.plan: {len(data):,} bytes in {seconds:.1f} s"
+        yield f"{graph}.plan: {data.nbytes:,} bytes in {seconds:.1f} s"
     note = {"by": "build.py", "package": library.package, "version": library.version,
             "package_digest": package.digest, "plugin": plugin is not None,
             "plans": plans}  # fmt: skip

@@ -59,14 +59,14 @@ class Package:
         """manifest.json of the bundle inside."""
         return json.loads(read_bytes(self.path("bundle/manifest.json")).decode("ascii"))
 
-    def plan(self, graph: str) -> bytes:
+    def plan_path(self, graph: str) -> str:
         """Raises: DeviceFailure "environment" (not built)."""
         path = self.path(ENGINES, f"{graph}.plan")
         if not os.path.isfile(path):
             raise DeviceFailure(
                 "environment", f"{ENGINES}/{graph}.plan is not there: run build.sh or build.py"
             )
-        return read_bytes(path)
+        return path
 
     def built(self) -> Any:
         """What build.sh or build.py noted; None when nothing did."""
@@ -83,7 +83,7 @@ def read_bytes(path: str) -> bytes:
         raise DeviceFailure("integrity", f"{path}: {problem.strerror}") from None
 
 
-def write_whole(path: str, data: bytes) -> None:
+def write_whole(path: str, data: bytes | memoryview) -> None:
     """The old file or the new one, never a part. Raises: DeviceFailure "environment"."""
     partial = f"{path}.partial-{os.getpid()}"
     try:

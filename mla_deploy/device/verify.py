@@ -17,7 +17,7 @@ from .checks import Checks, engine_checks, golden_checks, latency_checks, memory
 from .contract import GRAPHS, Contract
 from .cuda import Cuda
 from .failure import DeviceFailure
-from .files import FORMAT, HERE, REPORT, Package, sealed, sha256_of, write_whole
+from .files import FORMAT, HERE, REPORT, Package, read_bytes, sealed, sha256_of, write_whole
 from .golden import Golden
 from .library import Library
 from .power import power_state
@@ -69,13 +69,13 @@ def verify(package: Package, plugin: str | None, steps: int, hashed: bool) -> di
         checks.add("version", True, f"{library.package} {library.version}")
     except DeviceFailure as failure:
         checks.add("version", False, failure.message)
-    plans = {graph: package.plan(graph) for graph in GRAPHS}
+    plans = {graph: package.plan_path(graph) for graph in GRAPHS}
     contract = Contract(
         package.manifest(),
         {graph: [row["shapes"] for row in facts["profiles"][graph]] for graph in GRAPHS},
     )
     if all(check["status"] == "passed" for check in checks.rows):
-        _run(checks, (package, library, cuda, contract), plans, steps)
+        _run(checks, (package, library, cuda, contract), steps)
     else:
         for name in ("io", "memory", "numbers", "latency"):
             checks.skip(name, "not run: what is above did not pass")
@@ -88,9 +88,8 @@ def verify(package: Package, plugin: str | None, steps: int, hashed: bool) -> di
         "device": device,
         "tensorrt": {"package": library.package, "version": library.version},
         "built": package.built(),
-        "plans": {graph: {"bytes": len(plans[graph]),
-                          "sha256": sha256_of(package.path("engines", f"{graph}.plan"))}
-                  for graph in GRAPHS},
+        "plans": {graph: {"bytes": os.path.getsize(path), "sha256": sha256_of(path)}
+                  for graph, path in plans.items()},
         "plugin": plugin is not None,
         "files_by": "hash" if hashed else "size",
         "power": {"before": before, "after": power_state()},
@@ -101,9 +100,10 @@ def verify(package: Package, plugin: str | None, steps: int, hashed: bool) -> di
     }  # fmt: skip
 
 
-def _run(checks: Checks, parts: Any, plans: dict[str, bytes], steps: int) -> None:
+def _run(checks: Checks, parts: Any, steps: int) -> None:
     package, library, cuda, contract = parts
-    engines = {graph: library.engine(plans[graph]) for graph in GRAPHS}
+    # One plan in memory at a time: each holds the weights.
+    engines = {graph: library.engine(read_bytes(package.plan_path(graph))) for graph in GRAPHS}
     for graph in GRAPHS:
         engine_checks(checks, graph, engines[graph], contract)
     memory_checks(checks, package.facts["profiles"], engines)
