@@ -33,6 +33,12 @@ def pytest_sessionfinish() -> None:
         shared.leave()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_config(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What a test builds is not listed among the engines that its user trusts."""
+    os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.mktemp("config"))
+
+
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test runs offline: an attempt to connect is a failure with its address."""

@@ -21,14 +21,15 @@ PACKAGE = ROOT / "mla_deploy"
 # Arrows point down this list only. The ground floor's modules may use one another.
 GROUND = ("errors", "strict_json", "shapes", "targets", "door", "fields", "text_fields", "rope",
           "experts", "layer_facts", "wrapper", "quantization", "config", "cache_plan", "machine",
-          "jetson", "callable_package")  # fmt: skip
+          "jetson", "callable_package", "trust")  # fmt: skip
 FLOORS: tuple[tuple[str, ...], ...] = (
     GROUND,
-    ("bundle", "checkpoint"),
+    ("bundle", "checkpoint", "device"),
     ("source",),
     ("export", "rewrite"),
     ("runtime", "engine"),
     ("validate",),
+    ("device_package",),
     ("cli",),
 )
 # Third-party libraries a package may load when it is imported, and those it may load in a function.
@@ -38,6 +39,8 @@ AT_IMPORT = {
     "rewrite": {"numpy", "onnx", "onnx_ir", "onnxscript"},
     "engine": {"numpy", "onnx_ir"},  # tensorrt by name, in the worker: `tensorrt_api.py`
     "runtime": {"numpy", "onnxruntime", "torch", "ml_dtypes"},
+    "device": {"numpy"},  # tensorrt by name: `device/library.py`
+    "device_package": {"numpy", "onnx_ir"},
     "validate": {"numpy", "torch", "onnx_ir"},  # onnx_ir: the mutants are graph surgery
     "cli": {"click"},
     # One file, imported in functions only.
@@ -60,6 +63,8 @@ LONGER = {
 FRAMEWORK_CALLS = {"forward", "pattern", "check", "rewrite"}
 OPENERS = {
     "mla_deploy/door.py": "it is the door",
+    "mla_deploy/device/files.py": "runs on a device, without the door",
+    "mla_deploy/device/power.py": "runs on a device, without the door",
     "mla_deploy/machine.py": "reads /proc, the kernel's own words",
     "mla_deploy/cli/entry.py": "the null device, when the reader of our output is gone",
 }
@@ -104,6 +109,8 @@ def _imports(tree: ast.Module) -> Iterator[tuple[str, bool, bool]]:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.Import):
                 yield from ((alias.name, types, inside) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom) and child.level == 1:
+                continue  # of the same package: `device/`, whose files are copied to a device
             elif isinstance(child, ast.ImportFrom) and child.module:
                 names = [alias.name for alias in child.names]
                 whole = child.module == "mla_deploy"

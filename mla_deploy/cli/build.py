@@ -44,6 +44,10 @@ from mla_deploy.cli.verb import verb
 @click.option("--timeout", type=click.FloatRange(min=1), help="Seconds for each engine.  [14400]")
 @click.option("--replace", is_flag=True, default=None, help="Swap out engines that are there.")
 @click.option("--dry-run", is_flag=True, help="What would be built, and its memory; no TensorRT.")
+@click.option("--package", type=click.Path(path_type=Path), help="Write a folder that"
+              " is built and verified on the device, with no torch.")  # fmt: skip
+@click.option("--source", type=click.Path(path_type=Path), help="The checkpoint that"
+              " --package takes golden outputs from.  [ONNX Runtime]")  # fmt: skip
 @verb
 def build(screen: Screen, bundle: Path, *, dry_run: bool, **options: Any) -> Outcome:
     """Build BUNDLE's prefill and decode engines, into its folder engine/.
@@ -54,6 +58,10 @@ def build(screen: Screen, bundle: Path, *, dry_run: bool, **options: Any) -> Out
     """
     from mla_deploy.cli.build_sheets import built_outcome, planned_outcome
 
+    if "package" in options or "source" in options:
+        from mla_deploy.cli.package_sheets import packaged
+
+        return packaged(bundle, dry_run=dry_run, **options)
     if dry_run:
         from mla_deploy.engine.pipeline import plan_build
 

@@ -19,6 +19,10 @@ from mla_deploy.cli.verb import verb
 @click.option("--capacity", type=int, help="Tokens to reserve in the cache.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of ONNX Runtime.")
 @click.option("--verify", type=click.Choice(["full", "sizes"]), help="By hash, or by size.  [full]")
+@click.option(
+    "--engine", is_flag=True, default=None, help="Its TensorRT engines, on this machine's GPU."
+)
+@click.option("--trust", metavar="DIGEST", multiple=True, help="Engines that others built.")
 @verb
 def run(
     screen: Screen,
@@ -38,6 +42,8 @@ def run(
     tokenizer = open_tokenizer(opened)
     words = sys.stdin.read() if prompt == "-" else prompt
     ids = prompt_ids(tokenizer, opened, words)
+    if options.pop("engine", False):
+        options["runtime"] = "tensorrt"
     runner = open_runner(opened, **options)
     stream = TextStream(tokenizer, _nothing if screen.as_json else _write_now)
     if not screen.as_json:

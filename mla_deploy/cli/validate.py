@@ -21,36 +21,33 @@ from mla_deploy.cli.verb import verb
 @click.option("--report", type=click.Path(path_type=Path), help="Write the report as JSON.")
 @click.option("--verify", type=click.Choice(["full", "sizes"]), help="By hash, or by size.  [full]")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of ONNX Runtime.")
+@click.option(
+    "--engine", is_flag=True, default=None, help="Its engines: on their GPU, else what can be said."
+)
+@click.option("--trust", metavar="DIGEST", multiple=True, help="--engine: though others built it.")
+@click.option(
+    "--device-report",
+    type=click.Path(path_type=Path),
+    help="Judge a device package's report.",
+)
 @verb
 def validate(
-    screen: Screen,
-    bundle: Path,
-    *,
-    source: Path | None = None,
-    module: str | None = None,
-    junit: Path | None = None,
-    report: Path | None = None,
+    screen: Screen, bundle: Path, *, engine: bool = False, device_report: Path | None = None,
     **options: Any,
-) -> Outcome:
+) -> Outcome:  # fmt: skip
     """Run BUNDLE against its source over prefill, chunks, decode steps and ragged batches.
 
-    The source is the checkpoint or the module that BUNDLE was exported from.
+    The source is the checkpoint or the module that BUNDLE was exported from. --engine and
+    --device-report ask about its TensorRT engines instead; a source is then optional.
     """
-    if (source is None) == (module is None):
-        raise click.UsageError("one of --source and --module is needed.")
-    import mla_deploy
-    from mla_deploy.cli.report_sheets import report_refusal, report_sheets, report_summary
-    from mla_deploy.validate import write_json, write_junit
+    from mla_deploy.cli import validate_sheets
 
+    options = {name: value for name, value in options.items() if value != ()}
+    if device_report is not None:
+        return validate_sheets.judged(bundle, device_report, **options)
     with progress_bar(screen) as progress:
-        found = mla_deploy.validate(
-            bundle, source=source, module=module, progress=progress, **options
-        )
-    if report is not None:
-        write_json(found, report)
-    if junit is not None:
-        write_junit(found, junit)
-    result = found.to_dict()
-    return Outcome(
-        f"{bundle}: {report_summary(result)}", result, report_sheets(result), report_refusal(result)
-    )
+        if engine:
+            return validate_sheets.engines_checked(bundle, progress=progress, **options)
+        if ("source" in options) == ("module" in options) or "trust" in options:
+            raise click.UsageError("wanted one of --source, --module, --engine, --device-report")
+        return validate_sheets.validated(bundle, progress=progress, **options)

@@ -15,6 +15,7 @@ from mla_deploy.bundle.content import record_of_descriptor
 from mla_deploy.door import open_folder
 from mla_deploy.engine.audit import AuditLine, audit
 from mla_deploy.engine.build_graph import Recipe, build_graph
+from mla_deploy.engine.built_on import built_on
 from mla_deploy.engine.estimate import Estimate, estimate, require_disk, require_room
 from mla_deploy.engine.lint import lint_graph, require_clean
 from mla_deploy.engine.lint_finding import LintFinding
@@ -24,6 +25,7 @@ from mla_deploy.errors import EnvironmentFailure, GateError, InputError, quoted
 from mla_deploy.machine import gpu_rows
 from mla_deploy.rewrite.releases import find_release
 from mla_deploy.targets import Target, find_target
+from mla_deploy.trust import remember
 
 Progress = Callable[[str, int, int], None]
 AuditMode = Literal["off", "warn", "fail"]
@@ -165,6 +167,8 @@ def build(
         report = _built(planned, recipe, stage, progress)
         lines = () if audit_mode == "off" else _audited(planned, report, limits, audit_mode)
         made = stage.publish(_record(planned, report, lines, recipe))
+    if made.engine is not None:
+        remember(made.engine.digest, "built")
     return EngineBuild(made, planned, report, lines)
 
 
@@ -211,6 +215,7 @@ def _record(
         "release": planned.release,
         "runtime": {"package": report.package, "version": report.version},
         "sms": list(planned.sms),
+        "device": built_on(report.package),
         "gpus": gpu_rows() if planned.package == "tensorrt" else [],  # it builds for these
         "options": {
             "weight_streaming": recipe.weight_streaming,

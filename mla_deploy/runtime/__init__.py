@@ -1,11 +1,12 @@
-"""Running a bundle: one `Runner` protocol, ONNX Runtime behind it, and greedy generation.
+"""Running a bundle: one `Runner` protocol, ONNX Runtime or TensorRT behind it, greedy generation.
 
 The PyTorch runner is `mla_deploy.runtime.torch_runner`; it is not named here because running a
 bundle must not load torch.
 """
 
 from mla_deploy.runtime.generation import generate
-from mla_deploy.runtime.onnx_runner import OnnxRunner, RunnerMemory, open_runner
+from mla_deploy.runtime.onnx_runner import OnnxRunner, RunnerMemory
+from mla_deploy.runtime.opening import open_runner
 from mla_deploy.runtime.protocol import Runner
 
 __all__ = ["OnnxRunner", "Runner", "RunnerMemory", "generate", "open_runner"]

@@ -8,7 +8,7 @@ also moves more memory, so in measurements it wins somewhat later than the arith
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from mla_deploy.bundle import Bundle, open_bundle
 from mla_deploy.errors import EnvironmentFailure, GateError, InputError, quoted
 from mla_deploy.runtime.cache import Window, open_cache
 from mla_deploy.runtime.cache_spec import spec_from_manifest
+from mla_deploy.runtime.chunks import padded_chunks
 from mla_deploy.runtime.guards import (
     Rows,
     checked_padding,
@@ -33,7 +34,7 @@ _ABSORBED_SHARE = 0.75
 _ALLOCATION = ("bad_alloc", "Failed to allocate memory", "bad allocation")
 
 
-def open_runner(
+def open_cpu_runner(
     bundle: Bundle | str | os.PathLike[str],
     *,
     batch: int = 1,
@@ -206,7 +207,7 @@ class OnnxRunner:
         last_BV = np.zeros((self._batch, self._vocab_size), np.float32)
         every: list[list[NDArray[np.float32]]] = [[] for _ in rows]
         try:
-            for ids_BS, new_B, ends_B in _chunks(rows, self._chunk):
+            for ids_BS, new_B, ends_B in padded_chunks(rows, self._chunk):
                 logits = self.step(ids_BS, new_B, self._graph_for(ids_BS.shape[1]))
                 if self._check_finite:
                     self._require_finite(logits, new_B)
@@ -259,19 +260,6 @@ class OnnxRunner:
 def _absorbed_until(crossover_tokens: float | None) -> float:
     """The widest chunk that the absorbed graph takes; no crossover means it always wins."""
     return float("inf") if crossover_tokens is None else _ABSORBED_SHARE * crossover_tokens
-
-
-def _chunks(
-    rows: Rows, chunk: int
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]]:
-    """ids_BS right padded with token 0, new_B, and which rows end here."""
-    counts_B = np.array([len(row) for row in rows], np.int64)
-    for start in range(0, int(counts_B.max()), chunk):
-        new_B = np.clip(counts_B - start, 0, chunk)
-        ids_BS = np.zeros((len(rows), int(new_B.max())), np.int64)
-        for index, row in enumerate(rows):
-            ids_BS[index, : new_B[index]] = row[start : start + chunk]
-        yield ids_BS, new_B, (new_B > 0) & (start + new_B == counts_B)
 
 
 def _bind(bind: Any, name: str, element_type: Any, array: NDArray[Any]) -> None:

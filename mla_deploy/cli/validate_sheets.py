@@ -1,0 +1,70 @@
+"""The three questions of `validate`, each a call of the library and what it prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mla_deploy.cli.output import Outcome, Sheet
+
+
+def validated(
+    bundle: Path, *, junit: Path | None = None, report: Path | None = None, **options: Any
+) -> Outcome:
+    """The bundle against its source."""
+    import mla_deploy
+    from mla_deploy.cli.report_sheets import report_refusal, report_sheets, report_summary
+    from mla_deploy.validate import write_json, write_junit
+
+    found = mla_deploy.validate(bundle, **options)
+    if report is not None:
+        write_json(found, report)
+    if junit is not None:
+        write_junit(found, junit)
+    result = found.to_dict()
+    return Outcome(
+        f"{bundle}: {report_summary(result)}", result, report_sheets(result), report_refusal(result)
+    )
+
+
+def judged(bundle: Path, report: Path, **options: Any) -> Outcome:
+    """The verdict on a device's report."""
+    from mla_deploy.device_package import judge_report
+
+    _only((), options, "--device-report")
+    verdict = judge_report(bundle, report)
+    answer = "passed" if verdict.passed else "NOT passed"
+    lines = [(line.name, line.status, line.told) for line in verdict.lines]
+    return Outcome(
+        f"{bundle}: {answer} on {verdict.device} ({verdict.tensorrt}), golden outputs from "
+        f"{verdict.golden_from}",
+        verdict.to_dict(),
+        (Sheet("What the device's report shows", ("what", "", "told"), lines),),
+        verdict.refusal,
+    )
+
+
+def engines_checked(bundle: Path, **options: Any) -> Outcome:
+    """The engines, as far as this machine goes."""
+    from mla_deploy.device_package import check_engines
+
+    _only(("source", "trust", "progress"), options, "--engine")
+    verdict = check_engines(bundle, **options)
+    lines = [(line.name, line.status, line.told) for line in verdict.lines]
+    checked = sum(1 for line in verdict.lines if line.status == "passed")
+    answer = f"{checked} checks passed" if verdict.passed else "NOT passed"
+    place = "run on this device" if verdict.on_device else "NOT RUN ON A DEVICE"
+    return Outcome(
+        f"{bundle}: engines {answer}; {place}",
+        verdict.to_dict(),
+        (Sheet("What was checked of the engines", ("what", "", "told"), lines),),
+        verdict.refusal,
+    )
+
+
+def _only(taken: tuple[str, ...], options: dict[str, Any], mode: str) -> None:
+    odd = [name for name in options if name not in taken]
+    if odd:
+        raise click.UsageError(f"--{odd[0].replace('_', '-')} does not go with {mode}")

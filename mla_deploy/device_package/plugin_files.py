@@ -1,0 +1,101 @@
+"""The plugin in a device package: its source, and machine code compiled here where that can be."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from mla_deploy.bundle import Bundle
+from mla_deploy.device_package.stage import PackageStage
+from mla_deploy.errors import EnvironmentFailure, quoted
+
+OPERATOR = "MlaDecode"
+# Inside the package where it is installed, beside it in a checkout.
+_PLUGINS = next(
+    (place for place in (Path(__file__).parents[1] / "plugins",) if place.is_dir()),
+    Path(__file__).parents[2] / "plugins",
+)
+_COMPILER = "plugins.mla_decode.aot"
+_SECONDS = 1200
+_SKIPPED = ("__pycache__", ".pyc", ".so", ".o")
+
+
+@dataclass(frozen=True)
+class PluginFiles:
+    """What was put in. `called`: whether the graphs call the operator.
+
+    `told` says in a sentence what is there and what is not.
+    """
+
+    called: bool
+    source: bool
+    kernels: tuple[str, ...]
+    told: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """For package.json."""
+        return {"called": self.called, "source": self.source, "kernels": list(self.kernels),
+                "told": self.told}  # fmt: skip
+
+
+def add_plugin(stage: PackageStage, bundle: Bundle, sm: str) -> PluginFiles:
+    """Copy the source into `plugin/`; compile the kernels where the graphs call the operator.
+
+    Raises: EnvironmentFailure PKG-KERNELS (the compiler is there and failed).
+    """
+    variant = called_variant(bundle)
+    called = variant is not None
+    source = _PLUGINS / "mla_decode"
+    if not source.is_dir():
+        return PluginFiles(False, False, (), "no plugin: this installation has no source of it")
+    for path in sorted(source.rglob("*")):
+        if path.is_file() and not any(mark in str(path) for mark in _SKIPPED):
+            name = path.relative_to(source).as_posix()
+            stage.copy(f"plugin/mla_decode/{name}", path.parent, path.name)
+    if variant is None:
+        return PluginFiles(called, True, (), f"source only: the graphs call no {OPERATOR}")
+    if importlib.util.find_spec("triton") is None:
+        return PluginFiles(called, True, (), "source only: triton is not installed here")
+    kernels = _compiled(stage, variant, sm)
+    return PluginFiles(called, True, kernels, f"source, and kernels compiled for SM {sm}")
+
+
+def called_variant(bundle: Bundle) -> Mapping[str, Any] | None:
+    """The attributes of the decode graph's first MlaDecode; None when it calls none."""
+    model = ir.load(bundle.graph("decode"))
+    graphs = (model.graph, *(function.graph for function in model.functions.values()))
+    for graph in graphs:
+        for node in ir.traversal.RecursiveGraphIterator(graph):
+            if node.op_type == OPERATOR:
+                return {name: value.value for name, value in node.attributes.items()}
+    return None
+
+
+def _compiled(stage: PackageStage, variant: Mapping[str, Any], sm: str) -> tuple[str, ...]:
+    named = ("scale", "latent", "storage", "tile", "rope_tile")
+    flags = [f"--{name.replace('_', '-')}={variant[name]}" for name in named if name in variant]
+    environment = {**os.environ, "PYTHONPATH": str(_PLUGINS.parent)}
+    with tempfile.TemporaryDirectory(prefix="mla-deploy-") as out:
+        done = subprocess.run(
+            [sys.executable, "-m", _COMPILER, "--out", out, "--sm", sm.replace(".", ""), *flags],
+            env=environment, capture_output=True, text=True, timeout=_SECONDS, check=False,
+        )  # fmt: skip
+        if done.returncode != 0:
+            raise EnvironmentFailure(
+                "PKG-KERNELS",
+                f"the plugin's kernels were not compiled: {quoted(done.stderr.strip()[-150:])}",
+                hint="--plugin off leaves the plugin out",
+            )
+        names = tuple(sorted(os.listdir(out)))
+        for name in names:
+            stage.copy(f"plugin/kernels/{name}", Path(out), name)
+    return names
