@@ -30,6 +30,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, tree)
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "mla_deploy", tree / "mla_deploy", ignore=ignored)
+    shutil.copytree(ROOT / "plugins", tree / "plugins", ignore=ignored)
     shutil.copytree(ROOT / "tests", tree / "tests", ignore=ignored)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "out", "."]
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
@@ -43,8 +44,13 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     wanted = {
         path.relative_to(ROOT).as_posix()
-        for pattern in ("*.py", "py.typed", "*.json")
+        for pattern in ("*.py", "py.typed", "*.json", "*.sh")
         for path in (ROOT / "mla_deploy").rglob(pattern)
+    }
+    wanted |= {
+        f"mla_deploy/{path.relative_to(ROOT).as_posix()}"
+        for path in (ROOT / "plugins").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
     }
     assert names == wanted
 
