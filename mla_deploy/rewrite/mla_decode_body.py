@@ -201,7 +201,8 @@ _ATTEND = """
 
 # The same as TensorRT runs it best without the plugin: TensorScatter becomes its in-place cache
 # update, products are of the cache's dtype, scores and softmax fp32. It writes padding too, behind
-# the row's length, and reads stale slots, of weight zero: a cache begins as zeros.
+# the row's length, and reads stale slots, of weight zero: a cache begins as zeros. The rows are the
+# first operand of the scores: as the second the builder copies them once more, transposed.
 _TENSOR_SCATTER = """
 MlaDecode <scale, latent, storage, tile, rope_tile, multiprocessors, plugin_namespace,
            plugin_version>
@@ -225,7 +226,6 @@ MlaDecode <scale, latent, storage, tile, rope_tile, multiprocessors, plugin_name
     room = Sub (capacity, new)
     index_B = Min (cache_lengths_B, room)
     cache_out_B1ME = TensorScatter <axis: int = -2> (cache_B1ME, new_row_B1SE, index_B)
-    rows_BME = Squeeze (cache_out_B1ME, axis1)
     cached_B1 = Unsqueeze (cache_lengths_B, axis1)
     fresh_B1 = Unsqueeze (new_lengths_B, axis1)
     position_BS = Add (cached_B1, step_S)
@@ -238,26 +238,28 @@ MlaDecode <scale, latent, storage, tile, rope_tile, multiprocessors, plugin_name
     scale = Constant <value_float: float = @scale> ()
     scale_like = Cast <to: int = STORED> (scale)
     scaled_BSHE = Mul (query_BSHE, scale_like)
-    fold = Constant <value_ints: ints = [0, -1]> ()
+    fold = Constant <value_ints: ints = [0, 1, -1]> ()
     width = Shape <start: int = 3> (query_BSHE)
-    shape_BXE = Concat <axis: int = 0> (fold, width)
-    query_BXE = Reshape (scaled_BSHE, shape_BXE)
-    rows_BEM = Transpose <perm: ints = [0, 2, 1]> (rows_BME)
-    scores_BXM = MatMul (query_BXE, rows_BEM)
+    shape_B1XE = Concat <axis: int = 0> (fold, width)
+    query_B1XE = Reshape (scaled_BSHE, shape_B1XE)
+    query_B1EX = Transpose <perm: ints = [0, 1, 3, 2]> (query_B1XE)
+    scores_B1MX = MatMul (cache_out_B1ME, query_B1EX)
+    scores_B1XM = Transpose <perm: ints = [0, 1, 3, 2]> (scores_B1MX)
     shape_BSH = Shape <start: int = 0, end: int = 3> (query_BSHE)
     shape_BSHM = Concat <axis: int = 0> (shape_BSH, capacity)
-    scores_BSHM = Reshape (scores_BXM, shape_BSHM)
+    scores_BSHM = Reshape (scores_B1XM, shape_BSHM)
     wide_BSHM = Cast <to: int = 1> (scores_BSHM)
     masked = Constant <value_float: float = MASKED> ()
     seen_scores = Where (seen_BS1M, wide_BSHM, masked)
     wide_weights = Softmax <axis: int = -1> (seen_scores)
     weights_BSHM = Cast <to: int = STORED> (wide_weights)
-    shape_BXM = Concat <axis: int = 0> (fold, capacity)
-    weights_BXM = Reshape (weights_BSHM, shape_BXM)
-    gathered_BXE = MatMul (weights_BXM, rows_BME)
-    gathered_BXL = Slice (gathered_BXE, axis0, latent, axis2)
+    shape_B1XM = Concat <axis: int = 0> (fold, capacity)
+    weights_B1XM = Reshape (weights_BSHM, shape_B1XM)
+    gathered_B1XE = MatMul (weights_B1XM, cache_out_B1ME)
+    axis3 = Constant <value_ints: ints = [3]> ()
+    gathered_B1XL = Slice (gathered_B1XE, axis0, latent, axis3)
     shape_BSHL = Concat <axis: int = 0> (shape_BSH, latent)
-    gathered_BSHL = Reshape (gathered_BXL, shape_BSHL)
+    gathered_BSHL = Reshape (gathered_B1XL, shape_BSHL)
     none = Constant <value_float: float = 0.0> ()
     none_like = Cast <to: int = STORED> (none)
     out_BSHL = Where (valid_BS11, gathered_BSHL, none_like)

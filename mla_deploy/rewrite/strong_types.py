@@ -26,6 +26,7 @@ from mla_deploy.rewrite.mla_decode_body import OPERATOR
 from mla_deploy.rewrite.rule import DOMAIN
 
 FLOAT, BOOL, INT64 = ir.DataType.FLOAT, ir.DataType.BOOL, ir.DataType.INT64
+LAYER = "DecoderLayer"  # the trunk's node for a layer
 _HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _FLOATS = (FLOAT, *_HALVES)
 
@@ -75,6 +76,14 @@ class _Typing:
         # What follows the dtype of the values it meets: constants, and vectors among the weights.
         self.followers = {w for w in self.weights if len(w.shape or ()) < 2}
         self.made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+        # Arguments that one layer hands to the next: of one dtype, whoever makes the first.
+        self.handed = {
+            place
+            for node in graph
+            if node.op_type == LAYER
+            for place, value in enumerate(node.inputs)
+            if value is not None and _is_layer(value.producer())
+        }
 
     def node(self, node: ir.Node) -> None:
         floats = [v for v in node.inputs if v is not None and _known(v) in _FLOATS]
@@ -157,7 +166,11 @@ class _Typing:
             value.type = ir.TensorType(dtype)
 
     def _layer(self, node: ir.Node) -> None:
-        """What a decoder layer gives: hidden states in half, positions as they are."""
+        """What a decoder layer takes and gives: hidden states in half, positions as they are."""
+        for place in sorted(self.handed):
+            value = node.inputs[place]
+            if value is not None and value.dtype == FLOAT:
+                node.replace_input_with(place, self.cast(value, self.half, node))
         for value in node.outputs:
             if value.dtype == FLOAT:
                 value.type = ir.TensorType(self.half)
@@ -171,6 +184,10 @@ class _Typing:
                 value.type = ir.TensorType(INT64)
             else:
                 value.type = ir.TensorType(dtype)
+
+
+def _is_layer(node: ir.Node | None) -> bool:
+    return node is not None and node.domain == DOMAIN and node.op_type == LAYER
 
 
 def _plain(node: ir.Node) -> ir.DataType:

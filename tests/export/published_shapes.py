@@ -1,4 +1,4 @@
-"""Checkpoints of one layer in the shape of published models: what engines are measured on.
+"""Checkpoints in the shape of published models, of one layer or more: what engines are measured on.
 
 Attention and the dense MLP have their published sizes (V3's MLP is cut); the vocabulary is small.
 Weights are noise: a builder looks at shapes and dtypes only.
@@ -40,7 +40,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def write_shape(folder: Path, name: str) -> Path:
+def write_shape(folder: Path, name: str, layers: int = 1) -> Path:
     """Write the checkpoint `name` of SHAPES in fp16 into `folder`, which is created; returns it."""
     import torch
     from safetensors.torch import save_file
@@ -48,7 +48,7 @@ def write_shape(folder: Path, name: str) -> Path:
 
     family, sizes = SHAPES[name]
     config = tiny_config(
-        family, num_hidden_layers=1, vocab_size=512, max_position_embeddings=40960, **sizes
+        family, num_hidden_layers=layers, vocab_size=512, max_position_embeddings=40960, **sizes
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

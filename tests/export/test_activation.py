@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from mla_deploy import build
 from mla_deploy.export import export
 from tests.export.published_shapes import SHAPES, write_shape
 from tests.exported import exported
@@ -95,3 +96,16 @@ def test_published_shapes_build(tmp_path: Path, name: str) -> None:
         assert decode["activation_bytes"][0] <= 20 * MB
         assert [any("_mha_" in n for n in r["kernels"]) for r in (decode, prefill)] == [False, True]
         assert decode["cache_updates"] == prefill["cache_updates"] == 1
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", ["minicpm3", "youtu"])
+def test_eight_layers_build_within_three_times_their_weights(tmp_path: Path, name: str) -> None:
+    """Both engines by the product's own builder, audit passed, host memory as the README says."""
+    checkpoint = write_shape(tmp_path / "checkpoint", name, layers=8)
+    bundle = export(checkpoint, tmp_path / "bundle", target="rtx-40", capacity=4096)
+    weights = int(bundle.manifest["weights"]["bytes"])
+    made = build(bundle.path, audit_mode="fail")
+    for graph in made.report.graphs:
+        assert graph.peak_host_bytes <= 3 * weights + 10**9, graph.graph
+        assert graph.layers["KV_CACHE_UPDATE"] == 8

@@ -16,8 +16,10 @@ import torch
 from numpy.typing import NDArray
 
 from mla_deploy.checkpoint import open_checkpoint
+from mla_deploy.engine.lint import lint_graph
 from mla_deploy.errors import IncompatibleError, InputError, MlaDeployError
 from mla_deploy.export import export
+from mla_deploy.rewrite.releases import find_release
 from mla_deploy.runtime import OnnxRunner, open_runner
 from mla_deploy.targets import TARGETS, find_target
 from mla_deploy.validate import validate
@@ -72,6 +74,18 @@ def test_every_release_line_equals_the_source(release: str) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_composite_of_the_plain_families_is_lowered(preset: str) -> None:
     check_equal(lowered("rtx-1.7", preset))
+
+
+@pytest.mark.parametrize("release", LINES)
+def test_half_graphs_of_every_family_are_clean(release: str) -> None:
+    """Strong types hold from layer to layer, whatever the trunk hands to the first."""
+    for preset in PRESETS:
+        made = lowered(release, preset, "fp16")
+        for graph in GRAPHS:
+            path = made.bundle.graph(graph)
+            found = lint_graph(path, find_release(release))
+            codes = [finding.check for finding in found if finding.check != "profile-missing"]
+            assert codes == [], (preset, graph)
 
 
 def test_a_row_without_tokens_stays_out_of_the_others() -> None:
