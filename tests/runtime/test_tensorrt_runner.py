@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import pytest
 
 from mla_deploy import open_runner
 from mla_deploy.bundle import Bundle, open_bundle
+from mla_deploy.device.cuda import Cuda
+from mla_deploy.device.failure import DeviceFailure
 from mla_deploy.device.numbers import relative_l2
 from mla_deploy.errors import MlaDeployError
 from mla_deploy.runtime import OnnxRunner, Runner
@@ -66,6 +69,7 @@ def same(found: Any, wanted: Any) -> None:
 
 
 def test_equal_to_the_graphs_on_onnx_runtime(model: Bundle, device: Path) -> None:
+    live, _ = cuda_counts()
     runner = open_runner(model, runtime="tensorrt", batch=3, chunk=4)
     assert isinstance(runner, Runner)
     assert (runner.batch, runner.capacity, runner.vocab_size) == (
@@ -92,7 +96,7 @@ def test_equal_to_the_graphs_on_onnx_runtime(model: Bundle, device: Path) -> Non
     assert deserialised(device) == 6  # tried once a machine
     again.close()
     runner.close()
-    assert cuda_counts()[0] == 0
+    assert cuda_counts()[0] == live
 
 
 def cuda_counts() -> tuple[int, int]:
@@ -340,6 +344,45 @@ def test_a_plan_that_kills_its_process(
     assert deserialised(device) == 1
     assert bundle.engine is not None
     assert "loaded" not in trusted_digests()[bundle.engine.digest]
+
+
+def test_a_cache_that_engines_do_not_have(bundle: Bundle, device: Path) -> None:
+    cache = json.loads(json.dumps(bundle.manifest["cache"]))
+    cache["tensors"][0]["rows"] = 8
+    refused(replace(bundle, manifest={**bundle.manifest, "cache": cache}), "ENG-CACHE", 6)
+    assert deserialised(device) == 0
+
+
+def test_a_plugin_library_that_registers_nothing(bundle: Bundle, device: Path) -> None:
+    library = bundle.path.parent / "empty.so"
+    library.write_bytes(b"")
+    wanted = hashlib.sha256(b"").hexdigest()
+    made = changed(options={"plugin": {"file": "empty.so", "sha256": wanted}})(bundle)
+    assert "registers no plugin" in refused(made, "ENG-RUNTIME", 7, plugin_library=library).message
+    assert deserialised(device) == 0
+
+
+def test_a_step_that_fails_leaves_the_lengths(
+    model: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = open_runner(model, runtime="tensorrt")
+    runner.prefill([[1, 2, 3]])
+
+    def refuse(*_: Any) -> None:
+        raise DeviceFailure("environment", "cudaStreamSynchronize: unspecified launch failure")
+
+    with monkeypatch.context() as broken, pytest.raises(MlaDeployError) as caught:
+        broken.setattr(Cuda, "wait", refuse)
+        runner.decode([4])
+    assert (caught.value.code, caught.value.exit_status) == ("ENG-STEP", 7)
+    assert runner.lengths.tolist() == [3]
+    same(runner.decode([4]), on_cpu_after(model, [1, 2, 3], 4))
+
+
+def on_cpu_after(bundle: Bundle, prompt: list[int], token: int) -> Any:
+    cpu = on_cpu(bundle, 1)
+    cpu.prefill([prompt])
+    return cpu.decode([token])
 
 
 def test_engines_with_other_tensors(
