@@ -25,6 +25,7 @@ _PLUGINS = next(
     Path(__file__).parents[2] / "plugins",
 )
 _COMPILER = "plugins.mla_decode.aot"
+_DTYPES = {ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 _SECONDS = 1200
 _SKIPPED = ("__pycache__", ".pyc", ".so", ".o")
 
@@ -65,23 +66,45 @@ def add_plugin(stage: PackageStage, bundle: Bundle, sm: str) -> PluginFiles:
         return PluginFiles(called, True, (), f"source only: the graphs call no {OPERATOR}")
     if importlib.util.find_spec("triton") is None:
         return PluginFiles(called, True, (), "source only: triton is not installed here")
+    if not _is_compiled_for(variant):
+        told = "source only: the kernels are compiled for fp16 and bf16 and widths of powers of two"
+        return PluginFiles(called, True, (), told)
     kernels = _compiled(stage, variant, sm)
     return PluginFiles(called, True, kernels, f"source, and kernels compiled for SM {sm}")
 
 
 def called_variant(bundle: Bundle) -> Mapping[str, Any] | None:
-    """The attributes of the decode graph's first MlaDecode; None when it calls none."""
+    """What the decode graph's first MlaDecode is: its attributes, `rope` and `dtype`, by its cache.
+
+    None when it calls none.
+    """
     model = ir.load(bundle.graph("decode"))
     graphs = (model.graph, *(function.graph for function in model.functions.values()))
     for graph in graphs:
         for node in ir.traversal.RecursiveGraphIterator(graph):
             if node.op_type == OPERATOR:
-                return {name: value.value for name, value in node.attributes.items()}
+                found = {name: value.value for name, value in node.attributes.items()}
+                return {**found, **_of_cache(node, int(found["latent"]))}
     return None
 
 
+def _of_cache(node: ir.Node, latent: int) -> dict[str, Any]:
+    cache = node.inputs[2] if len(node.inputs) > 2 else None
+    if cache is None or cache.shape is None or cache.dtype not in _DTYPES:
+        return {}
+    width = cache.shape[-1]
+    rope = {"rope": width - latent} if isinstance(width, int) else {}
+    return {**rope, "dtype": _DTYPES[cache.dtype]}
+
+
+def _is_compiled_for(variant: Mapping[str, Any]) -> bool:
+    """Whether Triton's kernels take these sizes: see plugins/mla_decode/README.md."""
+    widths = [int(variant.get(name) or 0) for name in ("latent", "rope", "tile", "rope_tile")]
+    return {"rope", "dtype"} <= set(variant) and all(width & (width - 1) == 0 for width in widths)
+
+
 def _compiled(stage: PackageStage, variant: Mapping[str, Any], sm: str) -> tuple[str, ...]:
-    named = ("scale", "latent", "storage", "tile", "rope_tile")
+    named = ("scale", "latent", "rope", "storage", "tile", "rope_tile", "dtype")
     flags = [f"--{name.replace('_', '-')}={variant[name]}" for name in named if name in variant]
     environment = {**os.environ, "PYTHONPATH": str(_PLUGINS.parent)}
     with tempfile.TemporaryDirectory(prefix="mla-deploy-") as out:

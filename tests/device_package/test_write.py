@@ -131,14 +131,14 @@ def test_a_disk_that_fails_at_any_call_leaves_nothing(tmp_path: Path) -> None:
 def with_function(op_type: str = "MlaDecode") -> onnx.ModelProto:
     """A decode layer that calls a function by the plugin's name, to no purpose."""
     made = decode_layer()
-    body = helper.make_function("mla_deploy", op_type, ["x"], ["y"],
+    body = helper.make_function("mla_deploy", op_type, ["x", "q", "c"], ["y"],
                                 [helper.make_node("Identity", ["x"], ["y"])],
                                 [helper.make_opsetid("", 24)], ["scale", "latent"])  # fmt: skip
     made.functions.append(body)
     made.opset_import.append(helper.make_opsetid("mla_deploy", 1))
     made.graph.node.append(
-        helper.make_node(op_type, ["new_lengths"], ["idle"], domain="mla_deploy", name="mla",
-                         scale=0.25, latent=16)
+        helper.make_node(op_type, ["new_lengths", "", "latent_cache.0"], ["idle"],
+                         domain="mla_deploy", name="mla", scale=0.25, latent=16)
     )  # fmt: skip
     return made
 
@@ -163,7 +163,7 @@ def test_kernels_are_compiled_where_the_graph_calls_the_operator(
     made = write_package(called, tmp_path / "p", plugin="on")
     assert made.plugin.called and made.plugin.kernels == ("attend.sm87.cubin",)
     kernel = (tmp_path / "p" / "plugin" / "kernels" / "attend.sm87.cubin").read_text()
-    assert kernel == "--sm 87 --scale=0.25 --latent=16"
+    assert kernel == "--sm 87 --scale=0.25 --latent=16 --rope=8 --dtype=fp16"
     assert (tmp_path / "p" / "plugin" / "mla_decode" / "plugin.cpp").read_text() == "// source"
     assert b"HAS_PLUGIN=yes" in (tmp_path / "p" / "build.conf").read_bytes()
     (tmp_path / "compiler.py").write_text("import sys; sys.exit('no ptxas')")
