@@ -22,7 +22,7 @@ demo: venv
 	.venv/bin/mla-deploy validate demo-bundle --source models/tiny-deepseek-v3
 	.venv/bin/mla-deploy run demo-bundle --prompt "There was a man" --max-new-tokens 100
 docs: venv
-	$(PY) docs/reference.py
+	$(PY) docs/reference.py && $(PY) docs/devices.py
 faults: venv
 	$(PY) -m pytest -n 2 tests/faults
 bench: venv

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from mla_deploy.export import export, pipeline
+from mla_deploy.export import export, lowered, pipeline
 from mla_deploy.export.assemble import Assembled, assemble
 from mla_deploy.rewrite import absorb, lower_attention, mla_decode, order, raise_norm
 from mla_deploy.rewrite.mla_decode_body import add_body, expose
@@ -44,7 +44,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(order, "decode_cpu", with_plugin)
         patch.setattr(order, "require_lowered", lambda _model: None)
-        patch.setattr(pipeline, "assemble", assembled)
+        patch.setattr(lowered, "assemble", assembled)
         patch.setattr(pipeline, "_require_fired", lambda *_: None)
         # The promise is checked on the way: only the latent is stored.
         export(CHECKPOINT, folder / "fused", capacity=CAPACITY)
