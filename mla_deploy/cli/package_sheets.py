@@ -32,4 +32,8 @@ def packaged(
     rows = [("golden cases", ", ".join(made.cases)), ("plugin", made.plugin.told),
             ("on the device", "./build.sh or python3 build.py, then python3 verify.py"),
             ("back here", f"mla-deploy validate {bundle} --device-report report.json")]  # fmt: skip
-    return Outcome(summary, {"dry_run": False, **made.to_dict()}, (Sheet("", ("", ""), rows),))
+    return Outcome(
+        summary,
+        {"dry_run": False, **made.to_dict()},
+        (Sheet("What is in it, and what to do with it", ("", ""), rows),),
+    )
