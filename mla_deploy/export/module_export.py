@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import onnx_ir as ir
@@ -16,7 +17,14 @@ from mla_deploy.errors import InputError, quoted
 from mla_deploy.export.assemble import Assembled, Builder, GraphForm, bind_weights
 from mla_deploy.export.assemble_module import assemble_module
 from mla_deploy.export.manifest import manifest_of
-from mla_deploy.export.pipeline import TOKENIZER_TEXTS, ExportOptions, copy_texts
+from mla_deploy.export.pipeline import (
+    TOKENIZER_TEXTS,
+    ExportOptions,
+    Progress,
+    copy_texts,
+    widest_row,
+    write_weights,
+)
 from mla_deploy.export.trace import Trace
 from mla_deploy.export.trace_layer import CacheForm
 from mla_deploy.export.trace_module import EXPANSION, trace_raised
@@ -27,8 +35,6 @@ from mla_deploy.source.user.module_source import ModuleSource, open_module_sourc
 from mla_deploy.source.user.raised import RaisedModule
 from mla_deploy.targets import find_target
 
-Progress = Callable[[str, int, int], None]  # stage, done, total
-
 
 @dataclass(frozen=True)
 class ModuleWeights:
@@ -37,7 +43,7 @@ class ModuleWeights:
     raised: RaisedModule
     skipped: Mapping[str, int]
 
-    @property
+    @cached_property
     def slices(self) -> Mapping[str, torch.Tensor]:
         """What has a shape, by name."""
         module = self.raised.source.module
@@ -49,18 +55,21 @@ class ModuleWeights:
 
     def read(self, name: str) -> torch.Tensor:
         """A weight. Raises: InputError CKPT-NONFINITE."""
-        value = self.slices[name].detach()
-        if not bool(value.isfinite().all()):
-            raise InputError("CKPT-NONFINITE", f"{quoted(name)} holds NaN or infinity", tensor=name)
-        return value
+        return _finite(self.slices[name].detach(), name)
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows of a weight."""
-        return self.read(name)[start:stop]
+        """Rows of a weight. Raises: InputError CKPT-NONFINITE."""
+        return _finite(self.slices[name].detach()[start:stop], name)
 
     def stacked_parts(self, name: str) -> tuple[str, ...]:
         """None: a module's experts are its own parameters."""
         return ()
+
+
+def _finite(value: torch.Tensor, name: str) -> torch.Tensor:
+    if not bool(value.isfinite().all()):
+        raise InputError("CKPT-NONFINITE", f"{quoted(name)} holds NaN or infinity", tensor=name)
+    return value
 
 
 def export_module(
@@ -124,21 +133,12 @@ def _build(source: ModuleSource, stage: Stage, options: ExportOptions, report: P
     _require_fired(graphs, trace, len(source.raised.latents))
     report("rewrite", 1, 1)
     weights = ModuleWeights(source.raised, {})
-    written = 0
-
-    def done(count: int) -> None:
-        nonlocal written
-        written += count
-        report("weights", written, layout.total_bytes)
-
-    with stage.create(stage.named("weights")) as stream:
-        layout.write(stream, weights, done)
+    write_weights(weights, layout, stage, report)
     for name, graph in graphs.items():
         bind_weights(graph.model, layout, stage.path, stage.named("weights"))
         proto = ir.to_proto(graph.model)
         if name == "decode":
-            widest = max(buffer.shape[0] for buffer in trace.trunk_buffers)
-            require_latent_only(proto, source.config.num_heads, widest)
+            require_latent_only(proto, source.config.num_heads, widest_row(trace))
         stage.write_bytes(stage.named(f"{name}.onnx"), proto.SerializeToString(deterministic=True))
     report("publish", 0, 1)
     manifest = manifest_of(

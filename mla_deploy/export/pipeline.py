@@ -14,7 +14,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from mla_deploy.bundle import Bundle, Stage, refuse_overlap, stage_bundle, stage_in_place
-from mla_deploy.checkpoint import Checkpoint, WeightMap, open_checkpoint
+from mla_deploy.checkpoint import Checkpoint, open_checkpoint
 from mla_deploy.checkpoint.tied import check_tied
 from mla_deploy.config import MlaConfig
 from mla_deploy.door import open_folder
@@ -27,7 +27,7 @@ from mla_deploy.export.lowered import any_capacity, lowered, require_form
 from mla_deploy.export.manifest import manifest_of
 from mla_deploy.export.trace import Trace, trace_model
 from mla_deploy.export.trace_layer import CacheForm
-from mla_deploy.export.weights import DTYPES, WeightLayout
+from mla_deploy.export.weights import DTYPES, WeightLayout, WeightSource
 from mla_deploy.export.widen import point_in_place
 from mla_deploy.rewrite import order
 from mla_deploy.rewrite.ensures import require_latent_only
@@ -222,14 +222,14 @@ def _build(source: Checkpoint, stage: Stage, options: ExportOptions, report: Pro
         if not options.in_place:
             kept = copy_kept(layout, kept, source, stage.named("weights"))
         stage.require_space(layout.total_bytes)
-    _write_weights(source, weights, layout, stage, report)
+    write_weights(weights, layout, stage, report)
     for name, graph in graphs.items():
         bind_weights(graph.model, layout, stage.path, stage.named("weights"))
         point_in_place(graph.model, kept, place)
         proto = ir.to_proto(graph.model)
         if name == "decode":
             checked = any_capacity(proto, options.capacity)
-            require_latent_only(checked, _most_heads(config), _widest_row(trace))
+            require_latent_only(checked, _most_heads(config), widest_row(trace))
         stage.write_bytes(stage.named(f"{name}.onnx"), proto.SerializeToString(deterministic=True))
     report("publish", 0, 1)
     manifest = manifest_of(
@@ -271,13 +271,15 @@ def _most_heads(config: MlaConfig) -> int:
     return max(config.num_heads, *(int(config.raw.get(key) or 0) for key in keys))
 
 
-def _widest_row(trace: Trace) -> int:
+def widest_row(trace: Trace) -> int:
+    """The most numbers that one cache keeps of a token."""
     return max(b.shape[0] for b in trace.all_buffers if not b.is_state)
 
 
-def _write_weights(
-    source: Checkpoint, weights: WeightMap, layout: WeightLayout, stage: Stage, report: Progress
+def write_weights(
+    weights: WeightSource, layout: WeightLayout, stage: Stage, report: Progress
 ) -> None:
+    """The bundle's weight file, with progress."""
     written, total = 0, layout.total_bytes
 
     def done(count: int) -> None:

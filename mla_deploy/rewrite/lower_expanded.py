@@ -68,9 +68,15 @@ class LowerExpanded(Rule):
         if rope:
             turned_BHST = op.MatMul(op.Mul(q_rope_BHSR, scale), swapped(op, rope_key))
             scores_BHST = op.Add(scores_BHST, turned_BHST)
-        masked_BHST = op.Where(visible, scores_BHST, op.Constant(value_float=MASKED))
-        probabilities_BHST = _softmax(op, masked_BHST, sinks)
+        probabilities_BHST = self._probabilities(op, scores_BHST, visible, sinks)
         return op.MatMul(probabilities_BHST, op.MatMul(latent, w_uv_HLV))
+
+    def _probabilities(
+        self, op: Any, scores_BHST: ir.Value, visible: ir.Value, sinks: ir.Value | None
+    ) -> ir.Value:
+        masked_BHST = op.Where(visible, scores_BHST, op.Constant(value_float=MASKED))
+        out: ir.Value = _softmax(op, masked_BHST, sinks)
+        return out
 
 
 def _softmax(op: Any, scores_BHST: ir.Value, sinks_H: ir.Value | None) -> Any:

@@ -17,43 +17,22 @@ from typing import Any
 
 import onnx_ir as ir
 
-from mla_deploy.rewrite.absorb import expansion_sizes, split_heads, split_query
+from mla_deploy.rewrite.absorb import expansion_sizes, split_heads
 from mla_deploy.rewrite.lower_absorbed_trt import masked_softmax
 from mla_deploy.rewrite.lower_expanded import LowerExpanded
-from mla_deploy.rewrite.rule import attribute, ints, required_node, static, swapped
+from mla_deploy.rewrite.rule import attribute, ints, required_node, static
 from mla_deploy.rewrite.step_inputs import step_input
 
 TRT = "trt"
 
 
 class ExpandAndMultiply(LowerExpanded):
-    """Primitives."""
+    """Primitives, with the softmax in fp32."""
 
-    def rewrite(
-        self,
-        op: Any,
-        query: ir.Value,
-        latent: ir.Value,
-        rope_key: ir.Value,
-        w_kv_b: ir.Value,
-        visible: ir.Value,
-        key: ir.Value,
-        out: ir.Value,
-        sinks: ir.Value | None = None,
-        **_: Any,
-    ) -> Any:
-        heads, nope, value, _rank = expansion_sizes(key, latent, w_kv_b)
-        w_uk_HNL, w_uv_HLV = split_heads(op, w_kv_b, heads, nope, value)
-        rope = static(rope_key, -1)
-        q_nope_BHSN, q_rope_BHSR = split_query(op, query, nope, rope)
-        scale = op.Constant(value_float=float(attribute(required_node(out), "scale")))
-        key_BHNM = op.MatMul(w_uk_HNL, swapped(op, latent))
-        scores_BHSM = op.MatMul(op.Mul(q_nope_BHSN, scale), key_BHNM)
-        if rope:
-            turned_BHSM = op.MatMul(op.Mul(q_rope_BHSR, scale), swapped(op, rope_key))
-            scores_BHSM = op.Add(scores_BHSM, turned_BHSM)
-        weights_BHSM = masked_softmax(op, scores_BHSM, visible, sinks)
-        return op.MatMul(weights_BHSM, op.MatMul(latent, w_uv_HLV))
+    def _probabilities(
+        self, op: Any, scores_BHST: ir.Value, visible: ir.Value, sinks: ir.Value | None
+    ) -> ir.Value:
+        return masked_softmax(op, scores_BHST, visible, sinks)
 
 
 class ExpandAndFuse(LowerExpanded):
