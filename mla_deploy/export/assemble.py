@@ -42,6 +42,7 @@ IR_DTYPES = {
     "fp32": ir.DataType.FLOAT,
     "fp16": ir.DataType.FLOAT16,
     "bf16": ir.DataType.BFLOAT16,
+    "uint8": ir.DataType.UINT8,
 }
 
 
@@ -51,7 +52,8 @@ class GraphForm:
 
     config: MlaConfig
     cache: CacheForm
-    dtype: str
+    dtype: str  # of weights
+    cache_dtype: str  # of cached rows, but for latents that are codes
     all_logits: bool
     layers_prefix: str
     trunk_rules: order.Rules
@@ -173,10 +175,17 @@ class Builder:
     def type_caches(
         self, graph: ir.Graph, traced: TracedLayer, held: Sequence[CacheBuffer]
     ) -> None:
-        """Before rules run: caches have the dtype that they are stored in, a state is fp32."""
+        """Before rules run: caches have the dtype that they are stored in."""
         for value in graph.inputs:
-            if value.name in traced.held and not held[traced.held.index(value.name)].is_state:
-                value.type = ir.TensorType(self.dtype)
+            if value.name in traced.held:
+                buffer = held[traced.held.index(value.name)]
+                value.type = ir.TensorType(self.cache_dtype(buffer))
+
+    def cache_dtype(self, buffer: CacheBuffer) -> ir.DataType:
+        """A state is fp32 whatever the cache is."""
+        if buffer.is_state:
+            return ir.DataType.FLOAT
+        return IR_DTYPES[buffer.stored or self.form.cache_dtype]
 
     def step_inputs(self, graph: ir.Graph) -> tuple[str, ...]:
         """What a layer reads of the call beside the traced plan."""
@@ -356,7 +365,7 @@ class Builder:
         value = ir.Value(
             name=buffer.name(out=out),
             shape=ir.Shape(shape),
-            type=ir.TensorType(ir.DataType.FLOAT if buffer.is_state else self.dtype),
+            type=ir.TensorType(self.cache_dtype(buffer)),
         )
         known[buffer.name(out=out)] = value
         return value
