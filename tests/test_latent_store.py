@@ -7,15 +7,8 @@ import numpy as np
 import pytest
 
 from mla_deploy.errors import InputError
-from mla_deploy.latent_store import (
-    STORES,
-    decode,
-    e4m3_values,
-    encode,
-    find_store,
-    rounded,
-    rows_dtype,
-)
+from mla_deploy.latent_store import STORES, find_store, rows_dtype
+from mla_deploy.source.latent_values import decode, e4m3_values, encode, rounded
 
 RANK = 512
 ROWS = np.random.default_rng(0).standard_normal((5, RANK)).astype(np.float32)

@@ -11,8 +11,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from mla_deploy.latent_store import TINY, LatentStore, e4m3_values
+from mla_deploy.latent_store import TINY, LatentStore
 from mla_deploy.rewrite.rule import ints
+from mla_deploy.source.latent_values import e4m3_values
 
 _FLOAT, _UINT8 = ir.DataType.FLOAT, ir.DataType.UINT8
 

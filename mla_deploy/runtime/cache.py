@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mla_deploy.errors import EnvironmentFailure
-from mla_deploy.latent_store import decode
 from mla_deploy.runtime.cache_spec import Array, CacheSpec, CacheTensor, as_float32
 from mla_deploy.runtime.fixed_tensors import FixedTensors
+from mla_deploy.source.latent_values import decode
 
 # Tokens by which a window of several rows grows. A move costs about one read of the cache, so a
 # small block is dear only when the cache is large.

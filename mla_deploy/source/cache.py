@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig
 
-from mla_deploy.latent_store import STORES, LatentStore, rounded, rows_dtype
+from mla_deploy.latent_store import STORES, LatentStore, rows_dtype
+from mla_deploy.source.latent_values import rounded
 
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from mla_deploy.latent_store import LatentStore, decode, encode, rounded
+from mla_deploy.latent_store import LatentStore
+from mla_deploy.source.latent_values import decode, encode, rounded
 from tests.rewrite.graphs import Arrays, L, attention_feeds, attention_text
 
 _READ = "latent = mla_deploy.CacheRead (cache0, filled, all_visible)"

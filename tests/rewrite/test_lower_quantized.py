@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mla_deploy.latent_store import STORES, encode
+from mla_deploy.latent_store import STORES
 from mla_deploy.rewrite import absorb, lower_attention, lower_integer, lower_quantized
+from mla_deploy.source.latent_values import encode
 from tests.rewrite.graphs import (
     LENGTHS,
     TOLERANCE,
