@@ -13,11 +13,11 @@ from mla_deploy.errors import MlaDeployError
 from mla_deploy.rewrite import (
     absorb,
     lower_attention,
+    lower_blocked,
     lower_cache,
     lower_choice,
     lower_conv,
     lower_delta,
-    lower_expanded,
     lower_experts,
     lower_integer,
     lower_linear,
@@ -36,7 +36,7 @@ def prefill_cpu(growing: bool) -> Rules:
     return (
         *raise_norm.RULES,
         # Before the cache update goes: the pattern ends at its rows.
-        *lower_expanded.RULES,
+        *lower_blocked.RULES,
         *_lower(growing),
     )
 
