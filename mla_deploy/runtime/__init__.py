@@ -7,6 +7,6 @@ bundle must not load torch.
 from mla_deploy.runtime.generation import generate
 from mla_deploy.runtime.onnx_runner import OnnxRunner, RunnerMemory
 from mla_deploy.runtime.opening import open_runner
-from mla_deploy.runtime.protocol import Runner
+from mla_deploy.runtime.protocol import Runner, Verifier
 
-__all__ = ["OnnxRunner", "Runner", "RunnerMemory", "generate", "open_runner"]
+__all__ = ["OnnxRunner", "Runner", "RunnerMemory", "Verifier", "generate", "open_runner"]

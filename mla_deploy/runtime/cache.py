@@ -4,7 +4,8 @@ An in-place graph computes over every token slot that is bound, so what is bound
 the buffer, not its capacity. Rows lie one behind the other at a stride of T tokens:
 
     batch 1    T = length + new: the exact prefix, no slot more
-    batch > 1  T grows in blocks; the rows are moved apart inside the same buffer, last row first
+    batch > 1  T grows in blocks; the rows are moved apart inside the same buffer, last row first,
+               and closer again when the rows that needed so much are gone
 
 Bytes reserved: layers x batch x capacity x (L + R) x itemsize, whatever T is. Rings and states are
 bound whole (`fixed_tensors.py`).
@@ -65,7 +66,7 @@ class InPlaceCache:
         needed = max(1, int((lengths_B + new_B).max()))  # an idle row at length 0 has slot 0
         if self.batch == 1:
             self._stride_tokens = needed
-        elif needed > self._stride_tokens:
+        elif needed > self._stride_tokens or 2 * _rounded(needed) <= self._stride_tokens:
             self._restride(min(_rounded(needed), self.capacity), lengths_B)
         views = [
             self._rows(buffer, tensor)
@@ -104,15 +105,16 @@ class InPlaceCache:
         return buffer[:used].reshape(self.batch, 1, self._stride_tokens, tensor.width)
 
     def _restride(self, stride_tokens: int, lengths_B: NDArray[np.int64]) -> None:
-        """Move each row from the old stride to a wider one, the last row first.
+        """Move each row from the old stride to a wider one the last row first, else the first.
 
-        Row b moves from b*old to b*new >= b*old, so it can only land on rows already moved.
+        Row b moves from b*old to b*new, so it can only land on rows already moved.
         """
         old = self._stride_tokens
+        order = range(1, self.batch) if stride_tokens < old else range(self.batch - 1, 0, -1)
         for buffer, tensor in zip(self._buffers, self.spec.tensors, strict=True):
             if tensor.is_fixed:
                 continue
-            for row in reversed(range(1, self.batch)):
+            for row in order:
                 count = int(lengths_B[row]) * tensor.width
                 source, target = row * old * tensor.width, row * stride_tokens * tensor.width
                 buffer[target : target + count] = buffer[source : source + count]

@@ -22,12 +22,16 @@ from mla_deploy.runtime.cache_spec import spec_from_manifest
 from mla_deploy.runtime.chunks import padded_chunks
 from mla_deploy.runtime.guards import (
     Rows,
+    Tokens,
     checked_padding,
+    checked_places,
+    checked_rollback,
     checked_rows,
     checked_sizes,
     checked_step,
 )
 from mla_deploy.runtime.sessions import Graph, GraphSessions, require_cpu
+from mla_deploy.runtime.verified import VERIFY_LOGITS, Verified, checked_width, require_verifying
 
 DEFAULT_CHUNK = 512
 _ABSORBED_SHARE = 0.75
@@ -97,7 +101,8 @@ class OnnxRunner:
             self._spec, self._batch, self._capacity, whole=sessions.binds_whole
         )
         self._lengths_B = np.zeros(self._batch, np.int64)
-        self._bindings: dict[Graph, Any] = {}
+        self._bindings: dict[tuple[Graph, str], Any] = {}
+        self._verified: Verified | None = None  # the last call, when it was verify()
 
     @property
     def batch(self) -> int:
@@ -128,15 +133,15 @@ class OnnxRunner:
             session_private_bytes=self._sessions.private_bytes,
         )
 
-    def prefill(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+    def prefill(self, rows: Sequence[Tokens]) -> NDArray[np.float32]:
         checked = checked_rows(rows, self._lengths_B, self._capacity, self._vocab_size)
         return self._append(checked)[0]
 
-    def decode(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+    def decode(self, tokens: Sequence[int | None]) -> NDArray[np.float32]:
         checked = checked_step(tokens, self._lengths_B, self._capacity, self._vocab_size)
         return self._append(checked)[0]
 
-    def prefill_all(self, rows: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+    def prefill_all(self, rows: Sequence[Tokens]) -> list[NDArray[np.float32]]:
         """As `prefill`, with the logits of every new token: one fp32 [len(rows[b]), vocab] per row.
 
         Raises: InputError RUN-LOGITS when the bundle was exported without `--all-logits`.
@@ -150,9 +155,62 @@ class OnnxRunner:
         checked = checked_rows(rows, self._lengths_B, self._capacity, self._vocab_size)
         return self._append(checked)[1]
 
-    def reset(self) -> None:
-        self._lengths_B[:] = 0
-        self._cache.reset()
+    def verify(self, rows: Sequence[Tokens]) -> NDArray[np.float32]:
+        """See `protocol.Verifier`: one pass of the decode graph.
+
+        Raises: InputError RUN-VERIFY (over 8 tokens in a row, or a bundle of an older release).
+        """
+        require_verifying(self._sessions.bundle)
+        checked = checked_rows(rows, self._lengths_B, self._capacity, self._vocab_size)
+        checked_width(checked)
+        [(ids_BS, new_B, _)] = padded_chunks(checked, max(map(len, checked)))
+        before_B, output = self._lengths_B, "logits" if self._all_logits else VERIFY_LOGITS
+        logits_BSV = self._call(ids_BS, new_B, "decode", output)
+        self._verified = Verified(before_B, ids_BS)
+        if self._check_finite:
+            try:
+                self._require_finite(logits_BSV, new_B)
+            except GateError:
+                self.rollback(before_B)
+                raise
+        logits_BSV[np.arange(ids_BS.shape[1]) >= new_B[:, None]] = 0
+        return logits_BSV
+
+    def rollback(self, lengths: Sequence[int] | NDArray[np.int64]) -> None:
+        """See `protocol.Verifier`. Rows of a cache stay where they are: they are stale.
+
+        Rings and states go back over the last `verify()` only. A state, and a ring shorter than
+        that call, is not kept token by token: what a row keeps of the call runs again.
+        Raises: InputError RUN-ROLLBACK.
+        """
+        now_B, fixed, last = self._lengths_B, self._cache.fixed, self._verified
+        least_B = np.zeros_like(now_B)
+        if not fixed.is_empty:
+            least_B = now_B if last is None else last.before_B
+        kept_B = checked_rollback(lengths, least_B, now_B)
+        if fixed.is_empty or last is None or (kept_B == now_B).all():
+            self._lengths_B = kept_B
+            return
+        after = fixed.held
+        fixed.held, again_B = fixed.taken_back(last.before_B, kept_B, now_B)
+        if again_B.any():
+            self._lengths_B = np.where(again_B, last.before_B, kept_B)
+            new_B = np.where(again_B, kept_B - last.before_B, 0)
+            try:
+                self.step(last.ids_BS[:, : new_B.max()], new_B, "decode")
+            except BaseException:
+                fixed.held, self._lengths_B = after, now_B
+                raise
+        self._lengths_B, self._verified = kept_B, None
+
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        places = checked_places(rows, self._batch)
+        self._verified = None
+        self._lengths_B[places] = 0
+        if rows is None:
+            self._cache.reset()
+        for row in places if rows is not None else ():
+            self._cache.fixed.reset_row(row)
 
     @property
     def cache_layers(self) -> tuple[int, ...]:
@@ -173,27 +231,30 @@ class OnnxRunner:
 
         The caller has checked ids and room. The logits of the graph, unselected.
         """
+        return self._call(ids_BS, new_B, graph, "logits")
+
+    def _call(
+        self, ids_BS: NDArray[np.int64], new_B: NDArray[np.int64], graph: Graph, output: str
+    ) -> NDArray[np.float32]:
+        """`output` names the logits that are asked for."""
         session = self._sessions.session(graph)
-        binding = self._bindings.setdefault(graph, session.io_binding())
+        binding = self._bindings.setdefault((graph, output), session.io_binding())
         batch, new_tokens = ids_BS.shape
         if self._writes_padding:
             checked_padding(self._lengths_B, new_tokens, self._capacity)
         window = self._cache.window(self._lengths_B, new_B, new_tokens)
-        logits = np.empty(
-            (batch, new_tokens, self._vocab_size)
-            if self._all_logits
-            else (batch, self._vocab_size),
-            np.float32,
-        )
+        every = self._all_logits or output == VERIFY_LOGITS
+        shape = (batch, new_tokens) if every else (batch,)
+        logits = np.empty((*shape, self._vocab_size), np.float32)
         # Held until the run is over: a binding keeps pointers, not arrays.
         small = (np.ascontiguousarray(ids_BS), self._lengths_B.copy(), np.ascontiguousarray(new_B))
         for name, array in zip(("input_ids", "cache_lengths", "new_lengths"), small, strict=True):
             _bind(binding.bind_input, name, np.int64, array)
-        _bind(binding.bind_output, "logits", np.float32, logits)
+        _bind(binding.bind_output, output, np.float32, logits)
         self._bind_cache(binding, window)
         _run(session, binding)
         self._cache.accept(window)
-        self._lengths_B = self._lengths_B + new_B
+        self._verified, self._lengths_B = None, self._lengths_B + new_B
         return logits
 
     def _append(self, rows: Rows) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
@@ -202,7 +263,7 @@ class OnnxRunner:
         All or nothing: when a chunk fails, `lengths` is what it was before the call.
         """
         before, saved = self._lengths_B.copy(), None
-        if max(map(len, rows)) > self._chunk:
+        if max(map(len, rows)) > self._chunk or self._check_finite:
             saved = self._cache.fixed.saved()
         last_BV = np.zeros((self._batch, self._vocab_size), np.float32)
         every: list[list[NDArray[np.float32]]] = [[] for _ in rows]
@@ -221,7 +282,8 @@ class OnnxRunner:
             if saved is not None:
                 self._cache.fixed.restore(saved)
             raise
-        return last_BV, [np.concatenate(parts) for parts in every if parts]
+        none = np.empty((0, self._vocab_size), np.float32)
+        return last_BV, [np.concatenate([none, *parts]) for parts in every]
 
     def _graph_for(self, new_tokens: int) -> Graph:
         if self._graph is not None:

@@ -50,22 +50,20 @@ class RaisedModule:
         positions_BS: torch.Tensor,
         attend: Attend,
         weight: Callable[[fx.Node], torch.Tensor] | None = None,
-        last_B: torch.Tensor | None = None,
+        kept: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Logits [B, S, vocab] of new tokens at `positions_BS`; or [B, 1, vocab], of `last_B`.
+        """Logits [B, S, vocab] of new tokens at `positions_BS`; or of those that `kept` leaves.
 
         `attend` keeps what was cached. `weight` gives the tensors of placeholders.
         """
         weight = weight or self.graph.weight
         run = _Run(self, ids_BS, positions_BS, weight, attend)
         node = self.graph.logits
-        if last_B is None:
+        if kept is None:
             return run.of(node)
         is_head = node.target is ATEN.linear.default
-        read: Any = node.args[0] if is_head else node  # the widest product: of one token a row
-        value_BSX = run.of(read)
-        index_B1X = last_B[:, None, None].expand(-1, 1, value_BSX.shape[-1])
-        run.values.known[read] = value_BSX.gather(1, index_B1X)
+        read: Any = node.args[0] if is_head else node  # the widest product: of few tokens a row
+        run.values.known[read] = kept(run.of(read))
         return run.of(node) if is_head else run.values.known[read]
 
     def eager(self, cached: dict[int, torch.Tensor]) -> Attend:
