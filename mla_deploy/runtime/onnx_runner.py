@@ -101,7 +101,7 @@ class OnnxRunner:
             self._spec, self._batch, self._capacity, whole=sessions.binds_whole
         )
         self._lengths_B = np.zeros(self._batch, np.int64)
-        self._bindings: dict[tuple[Graph, str], Any] = {}
+        self._bindings: dict[str, Any] = {}
         self._verified: Verified | None = None  # the last call, when it was verify()
 
     @property
@@ -238,7 +238,8 @@ class OnnxRunner:
     ) -> NDArray[np.float32]:
         """`output` names the logits that are asked for."""
         session = self._sessions.session(graph)
-        binding = self._bindings.setdefault((graph, output), session.io_binding())
+        key = graph if output == "logits" else output
+        binding = self._bindings.setdefault(key, session.io_binding())
         batch, new_tokens = ids_BS.shape
         if self._writes_padding:
             checked_padding(self._lengths_B, new_tokens, self._capacity)

@@ -67,7 +67,7 @@ REFUSALS: list[tuple[str, str, Act]] = [
     ("F-RUN-24-float", "RUN-TOKEN", lambda r: r.prefill([[1.0], [2]])),
     ("F-RUN-24-bool", "RUN-TOKEN", lambda r: r.decode([True, False])),
     ("F-RUN-24-text", "RUN-TOKEN", lambda r: r.prefill(["ab", "c"])),
-    ("F-RUN-24-none", "RUN-TOKEN", lambda r: r.decode([None, 1])),
+    ("F-RUN-24-all-idle", "RUN-EMPTY", lambda r: r.decode([None, None])),
     ("F-RUN-24-nested", "RUN-TOKEN", lambda r: r.prefill([[[1, 2]], [[3, 4]]])),
     ("F-RUN-24-ragged-row", "RUN-TOKEN", lambda r: r.prefill([[1, [2, 3]], [4]])),
 ]  # fmt: skip

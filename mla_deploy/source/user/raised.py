@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from mla_deploy.errors import InputError
 from mla_deploy.source.user.attention import Operand, Site, attention_sites
@@ -61,10 +61,11 @@ class RaisedModule:
         node = self.graph.logits
         if kept is None:
             return run.of(node)
-        is_head = node.target is ATEN.linear.default
-        read: Any = node.args[0] if is_head else node  # the widest product: of few tokens a row
-        run.values.known[read] = kept(run.of(read))
-        return run.of(node) if is_head else run.values.known[read]
+        if node.target is not ATEN.linear.default:
+            return kept(run.of(node))
+        # The widest product: of few tokens a row. Whole, for how many is not known here.
+        hidden, *parameters = (run.of(value) for value in node.args if isinstance(value, fx.Node))
+        return nn.functional.linear(kept(hidden), *parameters)
 
     def eager(self, cached: dict[int, torch.Tensor]) -> Attend:
         """Attention in PyTorch, expanded, over the rows [B, T, L + R] that `cached` collects."""
