@@ -8,5 +8,15 @@ from mla_deploy.runtime.generation import generate
 from mla_deploy.runtime.onnx_runner import OnnxRunner, RunnerMemory
 from mla_deploy.runtime.opening import open_runner
 from mla_deploy.runtime.protocol import Runner, Verifier
+from mla_deploy.runtime.speculate import Gain, speculate
 
-__all__ = ["OnnxRunner", "Runner", "RunnerMemory", "Verifier", "generate", "open_runner"]
+__all__ = [
+    "Gain",
+    "OnnxRunner",
+    "Runner",
+    "RunnerMemory",
+    "Verifier",
+    "generate",
+    "open_runner",
+    "speculate",
+]

@@ -22,6 +22,12 @@ def generate(
     Raises, before anything runs: InputError RUN-BATCH (more than one row), RUN-COUNT,
     RUN-OVERFLOW; while it runs, as `Runner.prefill`.
     """
+    checked_generation(runner, prompt_ids, max_new_tokens)
+    return _tokens(runner, prompt_ids, max_new_tokens, frozenset(eos_ids))
+
+
+def checked_generation(runner: Runner, prompt_ids: Sequence[int], max_new_tokens: int) -> None:
+    """Raises: InputError RUN-BATCH, RUN-COUNT, RUN-OVERFLOW, as `generate`."""
     if runner.batch != 1:
         raise InputError(
             "RUN-BATCH",
@@ -41,7 +47,6 @@ def generate(
             needed=needed,
             capacity=runner.capacity,
         )
-    return _tokens(runner, prompt_ids, max_new_tokens, frozenset(eos_ids))
 
 
 def _tokens(

@@ -31,7 +31,14 @@ from mla_deploy.runtime.guards import (
     checked_step,
 )
 from mla_deploy.runtime.sessions import Graph, GraphSessions, require_cpu
-from mla_deploy.runtime.verified import VERIFY_LOGITS, Verified, checked_width, require_verifying
+from mla_deploy.runtime.verified import (
+    VERIFY_LOGITS,
+    Verified,
+    checked_width,
+    is_verifying,
+    require_verifying,
+)
+from mla_deploy.shapes import MOST_VERIFIED
 
 DEFAULT_CHUNK = 512
 _ABSORBED_SHARE = 0.75
@@ -154,6 +161,10 @@ class OnnxRunner:
             )
         checked = checked_rows(rows, self._lengths_B, self._capacity, self._vocab_size)
         return self._append(checked)[1]
+
+    @property
+    def most_verified(self) -> int:
+        return MOST_VERIFIED if is_verifying(self._sessions.bundle) else 0
 
     def verify(self, rows: Sequence[Tokens]) -> NDArray[np.float32]:
         """See `protocol.Verifier`: one pass of the decode graph.

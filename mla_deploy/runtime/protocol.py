@@ -73,6 +73,11 @@ class Runner(Protocol):
 class Verifier(Runner, Protocol):
     """A runner that checks several new tokens in one pass, and can take them back."""
 
+    @property
+    def most_verified(self) -> int:
+        """New tokens a row that `verify` takes; 0 where the bundle does not have their logits."""
+        ...
+
     def verify(self, rows: Sequence[Sequence[int] | None]) -> NDArray[np.float32]:
         """As `prefill`, of 1 to 8 tokens a row, with the logits of each: fp32 [batch, S, vocab].
 

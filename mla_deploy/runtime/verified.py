@@ -23,10 +23,15 @@ class Verified:
     ids_BS: NDArray[np.int64]
 
 
+def is_verifying(bundle: Bundle) -> bool:
+    """Whether the decode graph gives the logits of several new tokens a row."""
+    names = {value.name for value in bundle.outputs("decode")}
+    return VERIFY_LOGITS in names or bool(bundle.manifest["all_logits"])
+
+
 def require_verifying(bundle: Bundle) -> None:
     """Raises: InputError RUN-VERIFY for a bundle whose decode graph has no logits to check by."""
-    names = {value.name for value in bundle.outputs("decode")}
-    if VERIFY_LOGITS not in names and not bundle.manifest["all_logits"]:
+    if not is_verifying(bundle):
         raise InputError(
             "RUN-VERIFY",
             "the bundle's decode graph gives the logits of one new token a row, wanted those of "
