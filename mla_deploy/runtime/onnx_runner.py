@@ -30,6 +30,7 @@ from mla_deploy.runtime.guards import (
     checked_sizes,
     checked_step,
 )
+from mla_deploy.runtime.memory_fit import require_memory
 from mla_deploy.runtime.sessions import Graph, GraphSessions, require_cpu
 from mla_deploy.runtime.verified import (
     VERIFY_LOGITS,
@@ -104,6 +105,8 @@ class OnnxRunner:
         self._check_finite = check_finite
         self._spec = spec_from_manifest(manifest)
         self._writes_padding = sessions.writes_padding
+        weight_bytes = _weight_bytes(sessions.bundle)
+        require_memory(self._spec, self._batch, self._capacity, weight_bytes)
         self._cache = open_cache(
             self._spec, self._batch, self._capacity, whole=sessions.binds_whole
         )
@@ -133,10 +136,9 @@ class OnnxRunner:
 
     def memory(self) -> RunnerMemory:
         """What this runner holds now; sessions that are not open yet count nothing."""
-        bundle = self._sessions.bundle
         return RunnerMemory(
             cache_bytes=self._cache.bytes,
-            weight_file_bytes=bundle.files[bundle.weight_files[0]].bytes + bundle.kept_bytes,
+            weight_file_bytes=_weight_bytes(self._sessions.bundle),
             session_private_bytes=self._sessions.private_bytes,
         )
 
@@ -329,6 +331,10 @@ class OnnxRunner:
             if not np.isfinite(self.cached_rows(layer, row)).all():
                 return layer
         return None
+
+
+def _weight_bytes(bundle: Bundle) -> int:
+    return bundle.files[bundle.weight_files[0]].bytes + bundle.kept_bytes
 
 
 def _absorbed_until(crossover_tokens: float | None) -> float:
