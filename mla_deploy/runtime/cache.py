@@ -41,6 +41,8 @@ class Window:
 class InPlaceCache:
     """One flat buffer per tensor with a row for every token; a window is a view of its front."""
 
+    has_row_windows = True  # one row of several can be bound alone, where it lies
+
     def __init__(self, spec: CacheSpec, batch: int, capacity: int) -> None:
         """Reserve every buffer. Zero pages cost no memory until they are written.
 
@@ -73,6 +75,19 @@ class InPlaceCache:
             for buffer, tensor in zip(self._buffers, self.spec.tensors, strict=True)
         ]
         return _window(views, views, self.fixed)
+
+    def row_window(self, row: int, lengths_B: NDArray[np.int64], new_tokens: int) -> Window:
+        """As `window`, of one row of several alone: its exact prefix."""
+        tokens = max(1, int(lengths_B[row]) + new_tokens)
+        if tokens > self._stride_tokens:
+            self._restride(min(_rounded(tokens), self.capacity), lengths_B)
+        views = [
+            self._rows(buffer, tensor)
+            if tensor.is_fixed
+            else self._rows(buffer, tensor)[row : row + 1, :, :tokens]
+            for buffer, tensor in zip(self._buffers, self.spec.tensors, strict=True)
+        ]
+        return _window(views, views, self.fixed, slice(row, row + 1))
 
     def poison(self) -> None:
         """Fill every slot with NaN (all bits set, in every dtype), before anything is cached."""
@@ -127,6 +142,8 @@ class WholeCache(InPlaceCache):
     Such a graph does not clear stale slots: they are finite, as on a device that began with zeros.
     """
 
+    has_row_windows = False
+
     def window(
         self, lengths_B: NDArray[np.int64], new_B: NDArray[np.int64], new_tokens: int
     ) -> Window:
@@ -146,6 +163,8 @@ class WholeCache(InPlaceCache):
 
 class GrowingCache:
     """The graph returns past plus new as fresh tensors; the last ones are the cache."""
+
+    has_row_windows = False
 
     def __init__(self, spec: CacheSpec, batch: int, capacity: int) -> None:
         self.spec, self.batch, self.capacity = spec, batch, capacity
@@ -213,11 +232,13 @@ def open_cache(spec: CacheSpec, batch: int, capacity: int, *, whole: bool = Fals
     return (GrowingCache if spec.grows else InPlaceCache)(spec, batch, capacity)
 
 
-def _window(inputs: list[Array], outputs: list[Array], fixed: FixedTensors) -> Window:
-    """Arrays of growing tensors, and those of rings and states where there are."""
+def _window(
+    inputs: list[Array], outputs: list[Array], fixed: FixedTensors, rows: slice = slice(None)
+) -> Window:
+    """Arrays of growing tensors, and those of rings and states where there are, of these rows."""
     return Window(
-        tuple(a if f is None else f for a, f in zip(inputs, fixed.held, strict=True)),
-        tuple(a if f is None else f for a, f in zip(outputs, fixed.fresh, strict=True)),
+        tuple(a if f is None else f[rows] for a, f in zip(inputs, fixed.held, strict=True)),
+        tuple(a if f is None else f[rows] for a, f in zip(outputs, fixed.fresh, strict=True)),
     )
 
 

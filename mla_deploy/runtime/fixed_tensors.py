@@ -40,6 +40,12 @@ class FixedTensors:
         """What the step wrote is what the next one reads."""
         self.held, self.fresh = self.fresh, self.held
 
+    def accept_row(self, row: int) -> None:
+        """The step wrote one row alone; the others stay as they are held."""
+        for held, fresh in zip(self.held, self.fresh, strict=True):
+            if held is not None and fresh is not None:
+                held[row] = fresh[row]
+
     def saved(self) -> tuple[Array | None, ...]:
         """A copy, to go back to when a call of several steps fails."""
         return tuple(None if array is None else array.copy() for array in self.held)
