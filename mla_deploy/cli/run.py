@@ -25,7 +25,7 @@ from mla_deploy.cli.verb import verb
     is_flag=False,
     flag_value=0,
     metavar="[N]",
-    help="Check up to N tokens ahead in one pass, drafted from the text so far.  [N: 4]",
+    help="Check up to N tokens ahead in one pass, drafted from the text so far.  [N: 7]",
 )
 @click.option("--verify", type=click.Choice(["full", "sizes"]), help="By hash, or by size.  [full]")
 @click.option(

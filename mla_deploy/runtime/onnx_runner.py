@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mla_deploy.bundle import Bundle, open_bundle
-from mla_deploy.errors import EnvironmentFailure, GateError, InputError, quoted
-from mla_deploy.runtime.cache import Window, open_cache
+from mla_deploy.errors import GateError, InputError
+from mla_deploy.runtime.binding import bind, run_bound
+from mla_deploy.runtime.cache import InPlaceCache, Window, open_cache
 from mla_deploy.runtime.cache_spec import spec_from_manifest
 from mla_deploy.runtime.chunks import padded_chunks
 from mla_deploy.runtime.guards import (
@@ -31,6 +32,7 @@ from mla_deploy.runtime.guards import (
     checked_step,
 )
 from mla_deploy.runtime.memory_fit import require_memory
+from mla_deploy.runtime.rows_by_cost import rows_by_cost
 from mla_deploy.runtime.sessions import Graph, GraphSessions, require_cpu
 from mla_deploy.runtime.verified import (
     VERIFY_LOGITS,
@@ -43,7 +45,6 @@ from mla_deploy.shapes import MOST_VERIFIED
 
 DEFAULT_CHUNK = 512
 _ABSORBED_SHARE = 0.75
-_ALLOCATION = ("bad_alloc", "Failed to allocate memory", "bad allocation")
 
 
 def open_cpu_runner(
@@ -182,7 +183,7 @@ class OnnxRunner:
         self._verified = Verified(before_B, ids_BS)
         if self._check_finite:
             try:
-                self._require_finite(logits_BSV, new_B)
+                self._require_finite(logits_BSV)
             except GateError:
                 self.rollback(before_B)
                 raise
@@ -247,29 +248,47 @@ class OnnxRunner:
         return self._call(ids_BS, new_B, graph, "logits")
 
     def _call(
-        self, ids_BS: NDArray[np.int64], new_B: NDArray[np.int64], graph: Graph, output: str
+        self,
+        ids_BS: NDArray[np.int64],
+        new_B: NDArray[np.int64],
+        graph: Graph,
+        output: str = "logits",
+        *,
+        row: int | None = None,
     ) -> NDArray[np.float32]:
-        """`output` names the logits that are asked for."""
+        """`output` names the logits that are asked for; `row` the only one that takes part."""
         session = self._sessions.session(graph)
         key = graph if output == "logits" else output
         binding = self._bindings.setdefault(key, session.io_binding())
         batch, new_tokens = ids_BS.shape
         if self._writes_padding:
             checked_padding(self._lengths_B, new_tokens, self._capacity)
-        window = self._cache.window(self._lengths_B, new_B, new_tokens)
+        window = self._window(new_B, new_tokens, row)
         every = self._all_logits or output == VERIFY_LOGITS
         shape = (batch, new_tokens) if every else (batch,)
         logits = np.empty((*shape, self._vocab_size), np.float32)
         # Held until the run is over: a binding keeps pointers, not arrays.
-        small = (np.ascontiguousarray(ids_BS), self._lengths_B.copy(), np.ascontiguousarray(new_B))
+        places = slice(None) if row is None else slice(row, row + 1)
+        lengths_B = self._lengths_B[places].copy()
+        small = (np.ascontiguousarray(ids_BS), lengths_B, np.ascontiguousarray(new_B))
         for name, array in zip(("input_ids", "cache_lengths", "new_lengths"), small, strict=True):
-            _bind(binding.bind_input, name, np.int64, array)
-        _bind(binding.bind_output, output, np.float32, logits)
+            bind(binding.bind_input, name, np.int64, array)
+        bind(binding.bind_output, output, np.float32, logits)
         self._bind_cache(binding, window)
-        _run(session, binding)
-        self._cache.accept(window)
-        self._verified, self._lengths_B = None, self._lengths_B + new_B
+        run_bound(session, binding)
+        if row is None:
+            self._cache.accept(window)
+        else:
+            self._cache.fixed.accept_row(row)
+        after_B = self._lengths_B.copy()
+        after_B[places] += new_B
+        self._verified, self._lengths_B = None, after_B
         return logits
+
+    def _window(self, new_B: NDArray[np.int64], new_tokens: int, row: int | None) -> Window:
+        if row is None or not isinstance(self._cache, InPlaceCache):
+            return self._cache.window(self._lengths_B, new_B, new_tokens)
+        return self._cache.row_window(row, self._lengths_B, new_tokens)
 
     def _append(self, rows: Rows) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
         """Append checked rows in chunks: last logits, and all of them where the graph gives them.
@@ -277,20 +296,29 @@ class OnnxRunner:
         All or nothing: when a chunk fails, `lengths` is what it was before the call.
         """
         before, saved = self._lengths_B.copy(), None
-        if max(map(len, rows)) > self._chunk or self._check_finite:
+        can_part = self._batch > 1 and self._graph is None and self._cache.has_row_windows
+        parts = rows_by_cost(rows) if can_part else [(None, rows)]
+        if len(parts) > 1 or max(map(len, rows)) > self._chunk or self._check_finite:
             saved = self._cache.fixed.saved()
         last_BV = np.zeros((self._batch, self._vocab_size), np.float32)
         every: list[list[NDArray[np.float32]]] = [[] for _ in rows]
         try:
-            for ids_BS, new_B, ends_B in padded_chunks(rows, self._chunk):
-                logits = self.step(ids_BS, new_B, self._graph_for(ids_BS.shape[1]))
-                if self._check_finite:
-                    self._require_finite(logits, new_B)
-                for row in np.flatnonzero(new_B):
-                    if self._all_logits:
-                        every[row].append(logits[row, : new_B[row]])
-                    if ends_B[row]:
-                        last_BV[row] = every[row][-1][-1] if self._all_logits else logits[row]
+            for alone, part in parts:
+                for ids_BS, new_B, ends_B in padded_chunks(part, self._chunk):
+                    graph = self._graph_for(ids_BS.shape[1])
+                    if alone is None:
+                        logits = self.step(ids_BS, new_B, graph)
+                    else:
+                        logits = self._call(ids_BS, new_B, graph, row=alone)
+                    if self._check_finite:
+                        self._require_finite(logits, alone or 0)
+                    for index in np.flatnonzero(new_B):
+                        row, given = index if alone is None else alone, logits[index]
+                        if self._all_logits:
+                            every[row].append(given[: new_B[index]])
+                            given = every[row][-1][-1]
+                        if ends_B[index]:
+                            last_BV[row] = given
         except BaseException:
             self._lengths_B = before
             if saved is not None:
@@ -308,14 +336,15 @@ class OnnxRunner:
         for tensor, past, present in zip(
             self._spec.tensors, window.inputs, window.outputs, strict=True
         ):
-            _bind(binding.bind_input, tensor.input, tensor.onnx_type, past)
-            _bind(binding.bind_output, tensor.output, tensor.onnx_type, present)
+            bind(binding.bind_input, tensor.input, tensor.onnx_type, past)
+            bind(binding.bind_output, tensor.output, tensor.onnx_type, present)
 
-    def _require_finite(self, logits: NDArray[np.float32], new_B: NDArray[np.int64]) -> None:
+    def _require_finite(self, logits: NDArray[np.float32], first_row: int = 0) -> None:
+        """`first_row` is the one that the first of the logits are of."""
         if np.isfinite(logits).all():
             return
-        bad = ~np.isfinite(logits.reshape(self._batch, -1)).all(axis=1)
-        row = int(np.flatnonzero(bad)[0])
+        bad = ~np.isfinite(logits.reshape(len(logits), -1)).all(axis=1)
+        row = first_row + int(np.flatnonzero(bad)[0])
         layer = self._first_bad_layer(row)
         place = "after the last layer" if layer is None else f"first in the cache of layer {layer}"
         raise GateError(
@@ -340,24 +369,3 @@ def _weight_bytes(bundle: Bundle) -> int:
 def _absorbed_until(crossover_tokens: float | None) -> float:
     """The widest chunk that the absorbed graph takes; no crossover means it always wins."""
     return float("inf") if crossover_tokens is None else _ABSORBED_SHARE * crossover_tokens
-
-
-def _bind(bind: Any, name: str, element_type: Any, array: NDArray[Any]) -> None:
-    bind(name, "cpu", 0, element_type, array.shape, array.ctypes.data)
-
-
-def _run(session: Any, binding: Any) -> None:
-    try:
-        session.run_with_iobinding(binding)
-    except Exception as problem:  # onnxruntime's own classes, all straight from Exception
-        if any(sign in str(problem) for sign in _ALLOCATION):
-            raise EnvironmentFailure(
-                "RUN-MEMORY",
-                f"no memory for this step: {quoted(problem)}",
-                hint="use a smaller chunk or batch",
-            ) from problem
-        raise GateError(
-            "RUN-STEP",
-            f"ONNX Runtime could not run the step: {quoted(problem)}",
-            hint="the graph is wrong for these inputs; `mla-deploy validate` tells more",
-        ) from problem

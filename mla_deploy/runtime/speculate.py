@@ -2,6 +2,7 @@
 
     draft    the longest n-gram that ends the text and stood in it before: what followed it then
     check    one pass of the decode graph over the last token and the draft: `Verifier.verify`
+             costs about two passes of one token, however many are drafted
     accept   drafted tokens as long as each is the most likely one, and the one that comes after
 
 The tokens are those of `generate`, up to logits so close that rounding decides: a pass of several
@@ -17,7 +18,9 @@ from mla_deploy.errors import InputError, quoted
 from mla_deploy.runtime.generation import checked_generation
 from mla_deploy.runtime.protocol import Runner, Verifier
 
-_DRAFT = 4
+# A pass over a draft costs about two of one token: n-grams of a size whose drafts brought less than
+# one token each of late are left alone for a while.
+_HOPE, _WORTH, _MEMORY, _PARDON = 2.0, 1.0, 0.8, 0.05
 _LONGEST, _SHORTEST = 4, 2  # n-grams; one token alone repeats too often to tell what follows
 
 
@@ -66,7 +69,7 @@ def speculate(
 ) -> Iterator[int]:
     """The tokens of `generate`, in fewer passes where the text repeats; `gain` is kept up to date.
 
-    At most `draft` tokens are checked ahead, 1 to 7; None is 4. Rejected ones are taken back before
+    At most `draft` tokens are checked ahead, 1 to 7; None is 7. Rejected ones are taken back before
     the accepted ones are handed out.
     Raises, before anything runs: as `generate`; InputError RUN-VERIFY (a runner that does not check
     several tokens in one pass), RUN-DRAFT.
@@ -78,12 +81,12 @@ def speculate(
             hint="engines do not; a bundle of an older release has to be exported again",
         )
     most = runner.most_verified - 1
-    draft = min(_DRAFT, most) if draft is None else draft
+    draft = most if draft is None else draft
     if isinstance(draft, bool) or not isinstance(draft, int) or not 1 <= draft <= most:
         raise InputError(
             "RUN-DRAFT",
             f"draft is {quoted(draft)}, wanted 1 to {most} tokens",
-            hint="few are right far ahead: 4 is the default",
+            hint="leave it out for all that one pass checks",
         )
     checked_generation(runner, prompt_ids, max_new_tokens)
     found = Gain() if gain is None else gain
@@ -95,6 +98,8 @@ class PromptLookup:
 
     def __init__(self) -> None:
         self._text: list[int] = []
+        self._worth = dict.fromkeys(range(_SHORTEST, _LONGEST + 1), _HOPE)  # by size of n-gram
+        self._size = _LONGEST  # of the last draft
         # n-gram -> the place behind its last occurrence but the one that ends the text
         self._places: dict[tuple[int, ...], int] = {}
 
@@ -106,12 +111,20 @@ class PromptLookup:
             self._text.append(token)
 
     def draft(self, most: int) -> list[int]:
-        """Up to `most` tokens; none when no n-gram at the end was seen before."""
+        """Up to `most` tokens; none when no n-gram at the end was seen before, or it is no use."""
         for size in range(_LONGEST, _SHORTEST - 1, -1):
             place = self._places.get(tuple(self._text[-size:]))
             if place is not None:
-                return self._text[place : place + most]
+                self._size = size
+                if self._worth[size] >= _WORTH:
+                    return self._text[place : place + most]
+                self._worth[size] += _PARDON
+                return []
         return []
+
+    def learn(self, accepted: int) -> None:
+        """How many tokens of the last draft were right."""
+        self._worth[self._size] = _MEMORY * self._worth[self._size] + (1 - _MEMORY) * accepted
 
 
 def _tokens(
@@ -136,6 +149,8 @@ def _tokens(
         text.extend(new)
         drafted = text.draft(min(draft, left - 1)) if left > 1 else []
         new = _checked(runner, [new[-1], *drafted], eos_ids)
+        if drafted:
+            text.learn(len(new) - 1)
         gain.passes += 1
         gain.tokens += len(new)
         gain.drafted += len(drafted)

@@ -16,7 +16,7 @@ import pytest
 
 from mla_deploy.errors import EnvironmentFailure, GateError
 from mla_deploy.runtime import OnnxRunner, open_runner
-from mla_deploy.runtime.onnx_runner import _run
+from mla_deploy.runtime.binding import run_bound
 from mla_deploy.runtime.sessions import GraphSessions
 from tests.exported import exported
 from tests.faults.refused import refused
@@ -151,9 +151,9 @@ class _Failing:
 
 def test_F_RUN_26_a_graph_that_cannot_run() -> None:
     with pytest.raises(GateError, match="RUN-STEP"):
-        _run(_Failing("Non-zero status code: indices out of range"), None)
+        run_bound(_Failing("Non-zero status code: indices out of range"), None)
 
 
 def test_F_RUN_26_no_memory_for_a_step() -> None:
     with pytest.raises(EnvironmentFailure, match="RUN-MEMORY"):
-        _run(_Failing("Failed to allocate memory for requested buffer of size 9"), None)
+        run_bound(_Failing("Failed to allocate memory for requested buffer of size 9"), None)

@@ -129,6 +129,21 @@ def test_drafts_follow_the_longest_match() -> None:
     assert longer.draft(2) == [9, 5]
 
 
+def test_drafts_that_bring_nothing_are_left_out_for_a_while() -> None:
+    lookup = PromptLookup()
+    lookup.extend([1, 2, 3, 1, 2])
+    asked = []
+    for _ in range(20):
+        drafted = lookup.draft(2)
+        asked.append(bool(drafted))
+        if drafted:
+            lookup.learn(0)
+    assert asked[:4] == [True] * 4 and asked[4:8] == [False] * 4
+    assert any(asked[8:])  # they are tried again
+    lookup.learn(7)
+    assert lookup.draft(2) == [3, 1]
+
+
 def test_nothing_to_draft_from() -> None:
     lookup = PromptLookup()
     assert lookup.draft(4) == []
