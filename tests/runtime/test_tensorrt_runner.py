@@ -24,7 +24,7 @@ from mla_deploy.device.cuda import Cuda
 from mla_deploy.device.failure import DeviceFailure
 from mla_deploy.device.numbers import relative_l2
 from mla_deploy.errors import MlaDeployError
-from mla_deploy.runtime import OnnxRunner, Runner, speculate
+from mla_deploy.runtime import OnnxRunner, Runner
 from mla_deploy.trust import remember, trust_folder, trusted_digests
 from mla_deploy.validate.stand_in import StandInSessions
 from tests.device.cuda_stand_in import (
@@ -168,20 +168,6 @@ def test_guards_change_nothing(model: Bundle) -> None:
         assert caught.value.code == code
     assert runner.lengths.tolist() == [3, 1]
     np.testing.assert_array_equal(runner.cached_rows(0, 0), before)
-
-
-def test_rows_begin_and_end_apart(model: Bundle) -> None:
-    runner, cpu = open_runner(model, runtime="tensorrt", batch=3), on_cpu(model, 3)
-    for rows in ([PROMPTS[0], None, PROMPTS[2]], [None, [4], None], [[1, 2], None, [3]]):
-        same(runner.prefill(rows), cpu.prefill(rows))
-    for tokens in ([None, 5, None], [6, None, 7], [1, 2, 3]):
-        same(runner.decode(tokens), cpu.decode(tokens))
-    for one in (runner, cpu):
-        one.reset([0])
-    same(runner.prefill([[9, 9], None, [1]]), cpu.prefill([[9, 9], None, [1]]))
-    assert runner.lengths.tolist() == cpu.lengths.tolist()
-    with pytest.raises(MlaDeployError, match="RUN-VERIFY"):
-        speculate(runner, [1, 2], 4)
 
 
 def test_nan_is_refused_when_asked(model: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
