@@ -297,7 +297,7 @@ class OnnxRunner:
         """
         before, saved = self._lengths_B.copy(), None
         can_part = self._batch > 1 and self._graph is None and self._cache.has_row_windows
-        parts = rows_by_cost(rows) if can_part else [(None, rows)]
+        parts = rows_by_cost(rows, self._lengths_B) if can_part else [(None, rows)]
         if len(parts) > 1 or max(map(len, rows)) > self._chunk or self._check_finite:
             saved = self._cache.fixed.saved()
         last_BV = np.zeros((self._batch, self._vocab_size), np.float32)

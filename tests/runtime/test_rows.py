@@ -93,14 +93,18 @@ def test_steps_of_some_rows(runner_of: RunnerOf, source_of: Any) -> None:
 
 
 def test_rows_go_apart_where_padding_would_cost_more() -> None:
-    def apart(*counts: int) -> list[int | None]:
-        return [row for row, _ in rows_by_cost(tuple(np.zeros(n, np.int64) for n in counts))]
+    def apart(*counts: int, held: int = 0) -> list[int | None]:
+        rows = tuple(np.zeros(count, np.int64) for count in counts)
+        return [row for row, _ in rows_by_cost(rows, np.full(len(rows), held))]
 
     together: list[int | None] = [None]
     assert apart(1, 1) == apart(1, 1, 1, 1, 0, 0) == apart(40, 40, 40) == together
     assert apart(0, 1, 0, 0) == [1]
     assert apart(500, 1, 1) == [0, 1, 2]
     assert apart(500, 0, 0) == [0]
+    # A window of several rows is masked and cleared, which long rows pay for.
+    assert apart(*[1] * 4, held=2000) == together
+    assert apart(*[1] * 4, held=8000) == [0, 1, 2, 3]
 
 
 def test_a_row_alone_binds_its_own_tokens_only(
