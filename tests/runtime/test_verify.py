@@ -53,10 +53,14 @@ def poisoned(bundle: Bundle, batch: int) -> OnnxRunner:
     return runner
 
 
-@pytest.mark.parametrize("options", [PLAIN, HALF_SPLIT, GROWING], ids=["plain", "half", "grow"])
+@pytest.mark.parametrize(
+    "options",
+    [PLAIN, HALF_SPLIT, GROWING, {"cache_dtype": "int8"}],
+    ids=["plain", "half", "grow", "int8"],
+)
 def test_every_logit_is_that_of_a_step(options: dict[str, Any]) -> None:
     bundle = exported(**options).bundle
-    bound = FP32 if options is PLAIN else 2e-2
+    bound = FP32 if options is PLAIN else 5e-2
     runner, plain = poisoned(bundle, 3), poisoned(bundle, 3)
     assert isinstance(runner, Verifier)
     for each in (runner, plain):
