@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -19,6 +20,7 @@ from mla_deploy.rewrite import (
     lower_conv,
     lower_delta,
     lower_experts,
+    lower_head_tokens,
     lower_integer,
     lower_linear,
     lower_quantized,
@@ -29,6 +31,20 @@ from mla_deploy.rewrite.mla_decode_body import OPERATOR
 from mla_deploy.rewrite.rule import DOMAIN
 
 Rules = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class GraphRules:
+    """The rules of one graph, and whether it gives the logits of up to 8 new tokens a row."""
+
+    trunk: Rules
+    layers: Rules
+    verified: bool = False
+
+    @property
+    def head(self) -> Rules:
+        """Which new tokens the head is computed on."""
+        return (lower_head_tokens.VERIFIED if self.verified else lower_head_tokens.LAST,)
 
 
 def prefill_cpu(growing: bool) -> Rules:
