@@ -15,7 +15,7 @@ from mla_deploy.export.assemble import Assembled, Builder, GraphForm, assemble
 from mla_deploy.export.assemble_typed import typed_builder
 from mla_deploy.export.trace import Trace
 from mla_deploy.export.weights import WeightLayout
-from mla_deploy.rewrite import mla_decode, mla_decode_body, order
+from mla_deploy.rewrite import mla_decode, mla_decode_body, order, quantize_cpu, quantize_heads
 from mla_deploy.rewrite.release import composites_of, require_composites, require_operators
 from mla_deploy.rewrite.releases import find_release
 from mla_deploy.targets import find_target
@@ -65,7 +65,11 @@ def lowered(
     Raises: InputError REW-TARGET, MlaDeployError REW-* and EXP-*.
     """
     release = find_target(options.target).release
-    lowering = _for_cpu(trace) if release is None else _for_tensorrt(trace, options, release)
+    lowering = (
+        _for_cpu(trace, config, options)
+        if release is None
+        else _for_tensorrt(trace, options, release)
+    )
     form = GraphForm(
         config=config,
         cache=trace.form,
@@ -100,11 +104,17 @@ def any_capacity(proto: onnx.ModelProto, capacity: int) -> onnx.ModelProto:
     return copy
 
 
-def _for_cpu(trace: Trace) -> Lowering:
-    growing = trace.form.growing
-    return Lowering(
-        order.prefill_cpu(growing), order.decode_cpu(growing), order.trunk_cpu(), Builder
-    )
+def _for_cpu(trace: Trace, config: MlaConfig, options: ExportOptions) -> Lowering:
+    growing, plan = trace.form.growing, options.plan
+    prefill: order.Rules = order.prefill_cpu(growing)
+    decode: order.Rules = order.decode_cpu(growing)
+    trunk: order.Rules = order.trunk_cpu()
+    if plan is not None:
+        linear = quantize_cpu.rules(plan, config.router_rows)
+        prefill = (*prefill, *linear, *quantize_heads.expanded_rules(plan))
+        decode = (*decode, *linear, *quantize_heads.absorbed_rules(plan))
+        trunk = (*trunk, *quantize_cpu.trunk_rules(plan, config.hidden_size, tied=bool(trace.tied)))
+    return Lowering(prefill, decode, trunk, Builder)
 
 
 def _for_tensorrt(trace: Trace, options: ExportOptions, name: str) -> Lowering:

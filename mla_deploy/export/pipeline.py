@@ -19,7 +19,8 @@ from mla_deploy.checkpoint.tied import check_tied
 from mla_deploy.config import MlaConfig
 from mla_deploy.door import open_folder
 from mla_deploy.errors import InputError
-from mla_deploy.export.assemble import Assembled, bind_weights
+from mla_deploy.export.assemble import Assembled
+from mla_deploy.export.bind import bind_weights
 from mla_deploy.export.copied import copy_kept
 from mla_deploy.export.in_place import Kept, files_section, keep, own_dtype, require_plain_files
 from mla_deploy.export.keep import WAYS, kept_dtype, require_keepable
@@ -33,6 +34,8 @@ from mla_deploy.rewrite import order
 from mla_deploy.rewrite.ensures import require_latent_only
 from mla_deploy.source.model import source_weights
 from mla_deploy.targets import DEFAULT_TARGET, buildable_target, check_dtype, find_target
+from mla_deploy.weight_forms.fit import check_forms
+from mla_deploy.weight_forms.form import KINDS, WeightPlan, is_plan, parse_plan
 
 DEFAULT_CAPACITY = 4096
 CACHE_KINDS = ("in-place", "growing")
@@ -61,7 +64,12 @@ class ExportOptions:
     capacity: int
     all_logits: bool
     in_place: bool
-    weights: str | None
+    weights: str | None  # None, "keep", or a plan of `weight_forms.form`
+
+    @property
+    def plan(self) -> WeightPlan | None:
+        """How weights are quantised."""
+        return parse_plan(self.weights) if self.weights and is_plan(self.weights) else None
 
 
 def export(
@@ -85,6 +93,7 @@ def export(
     `dtype` (fp32 by default) is the storage of weights and cache; arithmetic on a CPU is fp32.
     `weights` "keep": they are stored as in the checkpoint instead, FP8 and int8 with their scales,
     and the cache in the dtype of most of them; what must be made (halves of kv_b_proj) in float.
+    "int4", "int8", "fp8" or a refined one (`weight_forms/form.py`): quantised, rounded to nearest.
     `capacity` is the tokens a runner reserves per row unless told otherwise.
     Nothing is left under `out` unless everything succeeded; `replace` swaps whole bundles.
     `module`, `package.file:factory`, in place of a checkpoint: the user's own torch.nn.Module, with
@@ -128,9 +137,10 @@ def _require_one_source(
         ((module is None) == (checkpoint is None), "takes a checkpoint or a module; wanted one"),
         (module is not None and in_place, "of a module goes to an output, not in place"),
         (
-            module is None and weights is not None and weights not in WAYS,
-            f"of a checkpoint takes weights {' or '.join(WAYS)}, not {weights!r}",
+            module is None and weights is not None and not _is_way(str(weights)),
+            f"of a checkpoint takes weights {' or '.join((*WAYS, *KINDS))}, not {weights!r}",
         ),
+        (in_place and is_plan(str(weights)), "in place leaves weights as they are"),
     ):
         if is_wrong:
             raise InputError("EXP-OPTION", f"an export {told}")
@@ -139,7 +149,11 @@ def _require_one_source(
 def _dtype(source: Checkpoint, asked: str | None, in_place: bool, weights: object) -> str | None:
     if in_place:
         return own_dtype(source, asked)
-    return asked if weights is None else kept_dtype(source, asked)
+    return kept_dtype(source, asked) if weights == "keep" else asked
+
+
+def _is_way(weights: str) -> bool:
+    return weights in WAYS or is_plan(weights)
 
 
 def _options(
@@ -167,6 +181,8 @@ def _options(
         weights=weights,
     )
     check_dtype(row, chosen.dtype)
+    if chosen.plan is not None:
+        check_forms(row, chosen.plan)
     for name, found, known in (
         ("dtype", chosen.dtype, tuple(DTYPES)),
         ("cache", chosen.cache, CACHE_KINDS),
