@@ -31,9 +31,9 @@ from mla_deploy.cli.verb import verb
 )
 @click.option(
     "--weights",
-    metavar="keep|FILE",
-    help="keep: store them as the checkpoint does, FP8 and int8 too; of --module: its "
-    ".safetensors file.  [converted to --dtype]",
+    metavar="FORM|keep|FILE",
+    help="int4, int8, fp8, or refined as int4:block=128,head=int8: quantise them, and measure the "
+    "loss; keep: as the checkpoint stores them; of --module: its file.  [converted to --dtype]",
 )
 @click.option(
     "--cache",
@@ -66,14 +66,16 @@ def export(
         raise click.UsageError("one of CHECKPOINT and --module is needed.")
     import mla_deploy
     from mla_deploy.cli.bundle_sheets import bundle_result, bundle_sheets
+    from mla_deploy.cli.loss_sheets import loss_of, loss_sheets, loss_words
 
     started = perf_counter()
     with progress_bar(screen) as report:
         bundle = mla_deploy.export(checkpoint, out, progress=report, **options)
-    seconds = perf_counter() - started
-    result = {**bundle_result(bundle), "export_seconds": round(seconds, 3)}
+        seconds = perf_counter() - started
+        loss = None if checkpoint is None else loss_of(bundle, checkpoint, progress=report)
+    result = {**bundle_result(bundle), "export_seconds": round(seconds, 3), "loss": loss}
     summary = (
         f"exported {result['model']['model_type']} to {out or checkpoint} in {seconds:.1f} s: "
-        f"{result['target']}, {result['dtype']}, {byte_text(result['total_bytes'])}"
+        f"{result['target']}, {result['dtype']}, {byte_text(result['total_bytes'])}{loss_words(loss)}"
     )
-    return Outcome(summary, result, bundle_sheets(bundle))
+    return Outcome(summary, result, (*loss_sheets(loss), *bundle_sheets(bundle)))

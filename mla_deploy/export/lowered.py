@@ -110,10 +110,12 @@ def _for_cpu(trace: Trace, config: MlaConfig, options: ExportOptions) -> Lowerin
     decode: order.Rules = order.decode_cpu(growing)
     trunk: order.Rules = order.trunk_cpu()
     if plan is not None:
-        linear = quantize_cpu.rules(plan, config.router_rows)
-        prefill = (*prefill, *linear, *quantize_heads.expanded_rules(plan))
-        decode = (*decode, *linear, *quantize_heads.absorbed_rules(plan))
-        trunk = (*trunk, *quantize_cpu.trunk_rules(plan, config.hidden_size, tied=bool(trace.tied)))
+        linear = quantize_cpu.linear_rules(plan, config.router_rows)
+        experts = quantize_cpu.expert_rules(plan, config.router_rows)
+        prefill = (*linear, *prefill, *experts, *quantize_heads.expanded_rules(plan))
+        decode = (*linear, *decode, *experts, *quantize_heads.absorbed_rules(plan))
+        own = quantize_cpu.trunk_rules(plan, config.hidden_size, tied=bool(trace.tied))
+        trunk = (*own, *trunk)
     return Lowering(prefill, decode, trunk, Builder)
 
 

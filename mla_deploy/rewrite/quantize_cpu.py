@@ -1,8 +1,8 @@
 """quantise: products with a weight -> ONNX Runtime's products with a weight of four or eight bits.
 
-    # before:  x_XK --Gemm(weight_NK, transB=1)--> [+ bias]
+    # before:  x --MatMul(Transpose(weight_NK))-->           an expert: Gemm(x, weight, transB=1)
     # after:   QuantizeWeight(weight) -> values, scales [, zero points]
-    #          x_XK --MatMulNBits(values, scales)--> [+ bias]
+    #          x --MatMulNBits(values, scales)-->
 
     # before:  Gather(weight_VD, ids)                        an embedding
     # after:   GatherBlockQuantized(values, ids, scales)     only the rows taken are widened
@@ -26,42 +26,51 @@ from mla_deploy.rewrite.rule import Mismatch, Rule, constant, rank, static
 from mla_deploy.weight_forms.form import PER_CHANNEL, WeightForm, WeightPlan
 from mla_deploy.weight_forms.parts import NBITS, ROWS
 from mla_deploy.weight_forms.roles import role_of
+from mla_deploy.weight_forms.rounded import LEAST_COLUMNS, trunk_form
 
 MICROSOFT = "com.microsoft"
 _INTEGER_PRODUCTS = 4
-_LEAST_COLUMNS = 16  # fewer make no block
 
 
 class QuantizeLinear(Rule):
-    """`role` None takes it from the weight's name."""
+    """Before `lower_linear`, whose Reshapes around a Gemm this product does without.
 
-    def __init__(self, plan: WeightPlan, router_rows: int, role: str | None, bias: bool) -> None:
+    `role` None takes it from the weight's name.
+    """
+
+    def __init__(self, plan: WeightPlan, router_rows: int, role: str | None = None) -> None:
         super().__init__("quantize_linear")
         self.plan = plan
         self.router_rows = router_rows
         self.role = role
-        self.bias = bias
 
-    def pattern(self, op: Any, x: Any, weight: Any, bias: Any) -> Any:
-        operands = (x, weight, bias) if self.bias else (x, weight)
-        return op.Gemm(*operands, transB=1)
+    def pattern(self, op: Any, x: Any, weight: Any) -> Any:
+        return op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
 
     def check(self, context: Any, weight: ir.Value, **_: Any) -> bool:
-        _require_weight(weight)
-        if static(weight, 0) == self.router_rows:
-            raise Mismatch("a rounded router would choose other experts", weight)
-        block_form(self.plan, self.role or role_of(str(weight.name)), static(weight, 1), weight)
+        self._form(weight)
         return True
 
-    def rewrite(
-        self, op: Any, x: ir.Value, weight: ir.Value, bias: ir.Value | None = None, **_: Any
-    ) -> Any:
-        role, columns = self.role or role_of(str(weight.name)), static(weight, 1)
-        form = block_form(self.plan, role, columns, weight)
-        product = nbits_product(
-            op, x, parts_of(op, weight, form, NBITS), form, static(weight, 0), columns
-        )
-        return product if bias is None else op.Add(product, bias)
+    def rewrite(self, op: Any, x: ir.Value, weight: ir.Value, **_: Any) -> Any:
+        form = self._form(weight)
+        parts = parts_of(op, weight, form, NBITS)
+        return nbits_product(op, x, parts, form, static(weight, 0), static(weight, 1))
+
+    def _form(self, weight: ir.Value) -> WeightForm:
+        """Raises: Mismatch where the weight stays in float."""
+        if weight.producer() is not None or constant(weight) is not None or rank(weight) != 2:
+            raise Mismatch("the matrix is not a weight", weight)
+        if static(weight, 0) == self.router_rows:
+            raise Mismatch("a rounded router would choose other experts", weight)
+        role = self.role or role_of(str(weight.name))
+        return block_form(self.plan, role, static(weight, 1), weight)
+
+
+class QuantizeExpert(QuantizeLinear):
+    """What `lower_experts` wrote into the branch of an expert."""
+
+    def pattern(self, op: Any, x: Any, weight: Any) -> Any:
+        return op.Gemm(x, weight, transB=1)
 
 
 class QuantizeEmbedding(Rule):
@@ -75,11 +84,10 @@ class QuantizeEmbedding(Rule):
         return op.Gather(weight, ids, _outputs=["out"], _allow_other_attributes=True)
 
     def check(self, context: Any, weight: ir.Value, out: ir.Value, **_: Any) -> bool:
-        _require_weight(weight)
         node = out.producer()
         axis = node.attributes.get_int("axis", 0) if node is not None else None
-        if rank(weight) != 2 or axis != 0:
-            raise Mismatch("not rows of a matrix", weight)
+        if not weight.is_graph_input() or rank(weight) != 2 or axis != 0:
+            raise Mismatch("not rows of a weight", weight)
         if static(weight, 1) % self.form.block:
             raise Mismatch("a row is not a whole number of blocks", weight)
         return True
@@ -99,27 +107,27 @@ class QuantizeEmbedding(Rule):
         )
 
 
-def rules(plan: WeightPlan, router_rows: int) -> tuple[Any, ...]:
-    """Those of a layer's linear maps; they follow the rules that make Gemm of them."""
-    return tuple(QuantizeLinear.rule(plan, router_rows, None, bias) for bias in (True, False))
+def linear_rules(plan: WeightPlan, router_rows: int) -> tuple[Any, ...]:
+    """They come before the rules that make Gemm of a linear layer."""
+    return (QuantizeLinear.rule(plan, router_rows),)
+
+
+def expert_rules(plan: WeightPlan, router_rows: int) -> tuple[Any, ...]:
+    """They follow `lower_experts`."""
+    return (QuantizeExpert.rule(plan, router_rows),)
 
 
 def trunk_rules(plan: WeightPlan, width: int, tied: bool) -> tuple[Any, ...]:
     """Those of the trunk, whose rows have `width` values; a tied head is the embedding's bytes."""
-    embedding = embedding_form(plan, width)
-    if tied and embedding is not None and plan.form("head") is not None:
-        plan = WeightPlan({**plan.forms, "head": embedding}, plan.spelling)
-    head = (QuantizeLinear.rule(plan, 0, "head", bias) for bias in (True, False))
-    return (*head, *(() if embedding is None else (QuantizeEmbedding.rule(embedding),)))
-
-
-def embedding_form(plan: WeightPlan, width: int) -> WeightForm | None:
-    """The embedding's form with the widest block, at most its own, that divides a row."""
-    form = plan.form("embedding")
-    if form is None:
-        return None
-    fits = [block for block in (128, 64, 32, 16) if block <= form.block and width % block == 0]
-    return WeightForm(form.kind, fits[0], form.symmetric) if fits else None
+    rules = []
+    head = trunk_form(plan, "head", width, tied=tied)
+    if head is not None:
+        own = WeightPlan({"head": head}, plan.spelling)
+        rules.append(QuantizeLinear.rule(own, 0, "head"))
+    embedding = trunk_form(plan, "embedding", width, tied=tied)
+    if embedding is not None:
+        rules.append(QuantizeEmbedding.rule(embedding))
+    return tuple(rules)
 
 
 def block_form(plan: WeightPlan, role: str, columns: int, weight: ir.Value) -> WeightForm:
@@ -127,15 +135,9 @@ def block_form(plan: WeightPlan, role: str, columns: int, weight: ir.Value) -> W
     form = plan.form(role)
     if form is None or form.block == PER_CHANNEL or form.is_float:
         raise Mismatch(f"the plan leaves {role} in float", weight)
-    if columns < _LEAST_COLUMNS:
+    if columns < LEAST_COLUMNS:
         raise Mismatch(f"{columns} columns are fewer than any block", weight)
     return form
-
-
-def _require_weight(value: ir.Value) -> None:
-    """A weight is an input of the graph, or a free value that will become one."""
-    if value.producer() is not None or constant(value) is not None or rank(value) != 2:
-        raise Mismatch("the matrix is not a weight", value)
 
 
 def nbits_product(

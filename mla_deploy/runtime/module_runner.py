@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mla_deploy.export.weights import DTYPES, stored_dtype
 from mla_deploy.runtime.guards import Rows, checked_rows, checked_sizes, checked_step
-from mla_deploy.source.storage import round_weights
+from mla_deploy.source.storage import Rounded, round_weights
 from mla_deploy.source.user.module_source import ModuleSource
 from mla_deploy.source.user.raised import Attend, whole_logits
 
@@ -57,8 +57,12 @@ class ModuleRunner:
     def reset(self) -> None:
         self._rows: list[list[int]] = [[] for _ in range(self._batch)]
 
-    def store_as(self, dtype: str, *, weights: bool = True) -> None:
+    def store_as(
+        self, dtype: str, *, weights: bool = True, quantized: Rounded | None = None
+    ) -> None:
         """Reset, and from now on round weights and cached rows as a bundle of `dtype` does.
+
+        No bundle of a module is quantised.
 
         Then the raised model stands in for the module, which has no cached rows to round.
         """
@@ -68,6 +72,11 @@ class ModuleRunner:
             for latent in self._source.raised.latents:
                 latent.w_kv_b.copy_(latent.w_kv_b.to(DTYPES[dtype]).float())
         self.reset()
+
+    def every_logit(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Logits after each of `tokens`, one prefix after the other: fp32 [tokens, vocab]."""
+        self.reset()
+        return np.stack([self.prefill([[token]])[0] for token in tokens])
 
     @property
     def cache_layers(self) -> tuple[int, ...]:

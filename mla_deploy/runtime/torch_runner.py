@@ -18,7 +18,7 @@ from mla_deploy.export.weights import stored_dtype
 from mla_deploy.runtime.guards import Rows, checked_rows, checked_sizes, checked_step
 from mla_deploy.source import module_from_checkpoint
 from mla_deploy.source.cache import cache_keyword, cached_parts, source_cache
-from mla_deploy.source.storage import round_weights
+from mla_deploy.source.storage import Rounded, round_weights, transform_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,16 +80,24 @@ class TorchRunner:
         config = self._module.config
         self._caches: list[Any] = [source_cache(config, self._dtype) for _ in range(self._batch)]
 
-    def store_as(self, dtype: str, *, weights: bool = True) -> None:
+    def store_as(
+        self, dtype: str, *, weights: bool = True, quantized: Rounded | None = None
+    ) -> None:
         """Reset, and from now on round weights and cached rows as a bundle of `dtype` does.
+
+        `quantized` rounds what such a bundle quantises, before the rest is rounded to `dtype`.
 
         fp32 changes nothing. The weights are rounded in place: there is no way back; a bundle
         beside its checkpoint keeps them as they are (`weights` false).
         """
+        done: frozenset[str] = frozenset()
+        if quantized is not None:
+            done = transform_weights(self._module, quantized)
         if dtype != "fp32":
             self._dtype = dtype
         if dtype != "fp32" and weights:
-            round_weights(self._module, lambda shape: stored_dtype(shape, self._router_rows, dtype))
+            router_rows = self._router_rows
+            round_weights(self._module, lambda s: stored_dtype(s, router_rows, dtype), done)
         self.reset()
 
     @property
@@ -99,6 +107,13 @@ class TorchRunner:
     def cached_rows(self, layer: int, row: int) -> NDArray[np.float32]:
         parts = cached_parts(self._caches[row].layers[layer])
         return torch.cat(parts, dim=-1).float().numpy()
+
+    @torch.inference_mode()
+    def every_logit(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Logits after each of `tokens`, a row of its own, nothing kept: fp32 [tokens, vocab]."""
+        ids = torch.tensor([list(tokens)])
+        found = self._module(input_ids=ids, use_cache=False).logits[0]
+        return np.asarray(found.float().numpy())
 
     @torch.inference_mode()
     def _append(self, rows: Rows) -> NDArray[np.float32]:

@@ -14,12 +14,14 @@ from mla_deploy.checkpoint import Checkpoint, open_checkpoint
 from mla_deploy.errors import InputError, IntegrityError
 from mla_deploy.runtime.sessions import GraphSessions
 from mla_deploy.validate.cases import Case, default_cases
-from mla_deploy.validate.gates import Gate, gate_for
+from mla_deploy.validate.gates import LOSS_GATES, Gate, gate_for
+from mla_deploy.validate.loss import Loss, loss_over, text_rows
 from mla_deploy.validate.memory import measure_memory
+from mla_deploy.validate.opening import open_sessions, plan_of, rounding_of
 from mla_deploy.validate.parity import CaseResult, run_case
 from mla_deploy.validate.reference import Progress, Reference, Source
 from mla_deploy.validate.report import ValidationReport, rounding_loss, top_one
-from mla_deploy.validate.stand_in import NOTE, StandInSessions
+from mla_deploy.validate.stand_in import NOTE
 from mla_deploy.validate.text import text_case
 
 _LIBRARIES = ("mla-deploy", "torch", "transformers", "onnxruntime-gpu", "onnxruntime", "numpy")
@@ -50,16 +52,21 @@ def validate(
     started = time.perf_counter()
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle, verify=verify)
     dtype = str(opened.manifest["dtype"])
-    gate = gate_for(dtype)
+    plan = plan_of(opened.manifest)
+    gate = gate_for(dtype, None if plan is None else plan.kind)
     with _opened(source, module, weights) as found:
         _require_source(opened, found)
-        sessions = _sessions(opened, threads)
+        sessions = open_sessions(opened, threads)
         with _torch_threads(threads):
             reference = _reference(found)
             chosen = _chosen(opened, found, cases, reference)
             # Beside a checkpoint, or kept as there, they are its own weights.
             rounded = "in_place" not in opened.manifest and "kept" not in opened.manifest["weights"]
-            stored = reference.stored_as(dtype, chosen, weights=rounded)
+            loss: Loss | None = None
+            if plan is not None:
+                loss = loss_over(*text_rows(opened), reference.every_logit, sessions, progress)
+            quantized = None if plan is None else rounding_of(plan, found.config)
+            stored = reference.stored_as(dtype, chosen, weights=rounded, quantized=quantized)
             results = _run(chosen, sessions, (stored, reference), gate, progress)
         memory = measure_memory(opened, found.config, sessions)
         digest, notes = found.digest, found.notes
@@ -73,17 +80,13 @@ def validate(
         cases=results,
         top1=top_one(results, gate),
         rounding=rounding_loss(results, gate),
+        loss=loss,
+        loss_gate=None if plan is None else LOSS_GATES[plan.kind],
         memory=memory,
         versions=_versions(),
         notes=(*_stood_in(opened), *notes, *_scaled_gates(results, gate)),
         seconds=time.perf_counter() - started,
     )
-
-
-def _sessions(bundle: Bundle, threads: int | None) -> GraphSessions:
-    if "engine" in bundle.manifest:
-        return StandInSessions(bundle, threads)
-    return GraphSessions(bundle, threads)
 
 
 def _stood_in(bundle: Bundle) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from mla_deploy.config import MlaConfig
 from mla_deploy.validate.cases import Case, Tokens
 
 if TYPE_CHECKING:
+    from mla_deploy.source.storage import Rounded
     from mla_deploy.source.user.module_source import ModuleSource
 
 Floats = NDArray[np.float32]
@@ -26,9 +27,12 @@ class SourceRunner(Protocol):
     def cache_layers(self) -> tuple[int, ...]: ...
     def prefill(self, rows: Sequence[Sequence[int]]) -> Floats: ...
     def decode(self, tokens: Sequence[int]) -> Floats: ...
+    def every_logit(self, tokens: Sequence[int]) -> Floats: ...
     def reset(self) -> None: ...
     def cached_rows(self, layer: int, row: int) -> Floats: ...
-    def store_as(self, dtype: str, *, weights: bool = True) -> None: ...
+    def store_as(
+        self, dtype: str, *, weights: bool = True, quantized: Rounded | None = None
+    ) -> None: ...
 
 
 class Source(Protocol):
@@ -75,19 +79,32 @@ class Reference:
 
         return cls(ModuleRunner(source))
 
-    def stored_as(self, dtype: str, cases: Sequence[Case], *, weights: bool = True) -> Reference:
+    def stored_as(
+        self,
+        dtype: str,
+        cases: Sequence[Case],
+        *,
+        weights: bool = True,
+        quantized: Rounded | None = None,
+    ) -> Reference:
         """The source as a bundle of `dtype` stores it, its weights too if asked; self for fp32.
+
+        `quantized` rounds what the bundle quantises.
 
         There is memory for one model, so the rows of `cases` are run first; afterwards this
         reference answers for those only.
         """
-        if dtype == "fp32":
+        if dtype == "fp32" and quantized is None:
             return self
         for case in cases:
             for segments in case.rows():
                 self.row(segments)
-        self._source.store_as(dtype, weights=weights)
+        self._source.store_as(dtype, weights=weights, quantized=quantized)
         return Reference(self._source)
+
+    def every_logit(self, tokens: Tokens) -> Floats:
+        """Logits after each token of a row of its own."""
+        return self._source.every_logit(tokens)
 
     def row(self, segments: tuple[Tokens, ...]) -> RowTrace:
         """The trace of a row whose calls append `segments`, one after the other."""

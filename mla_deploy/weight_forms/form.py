@@ -27,7 +27,7 @@ BLOCKS = (32, 64, 128)
 PER_CHANNEL = 0
 _KEEP = "keep"
 _BITS = {"int4": 4, "int8": 8, "fp8": 8}
-_USUAL_BLOCK = {"int4": 32, "int8": 128, "fp8": 128}
+_USUAL_BLOCK = {"int4": 32, "int8": 64, "fp8": 128}
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,11 @@ class WeightPlan:
         """That of the linear layers, which gates go by; the coarsest where they are in float."""
         linear = self.forms.get("linear")
         return linear.kind if linear is not None else min(self.kinds, key=KINDS.index)
+
+    @classmethod
+    def from_dict(cls, section: Mapping[str, Any]) -> WeightPlan:
+        """What `to_dict` told; the manifest's own check has seen to its shape."""
+        return parse_plan(str(section["plan"]))
 
     def to_dict(self) -> dict[str, Any]:
         """As the manifest tells it."""
