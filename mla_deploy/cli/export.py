@@ -72,10 +72,10 @@ def export(
     with progress_bar(screen) as report:
         bundle = mla_deploy.export(checkpoint, out, progress=report, **options)
         seconds = perf_counter() - started
-        loss = None if checkpoint is None else loss_of(bundle, checkpoint, progress=report)
+        loss = loss_of(bundle, checkpoint, progress=report)
     result = {**bundle_result(bundle), "export_seconds": round(seconds, 3), "loss": loss}
     summary = (
         f"exported {result['model']['model_type']} to {out or checkpoint} in {seconds:.1f} s: "
-        f"{result['target']}, {result['dtype']}, {byte_text(result['total_bytes'])}{loss_words(loss)}"
+        f"{result['target']}, {result['dtype']}, {byte_text(result['total_bytes'])}"
     )
-    return Outcome(summary, result, (*loss_sheets(loss), *bundle_sheets(bundle)))
+    return Outcome(summary + loss_words(loss), result, (*loss_sheets(loss), *bundle_sheets(bundle)))

@@ -8,15 +8,30 @@ from typing import Any
 from mla_deploy.cli.output import Sheet
 
 
-def loss_of(bundle: Any, source: Path, **options: Any) -> dict[str, Any] | None:
-    """Measured, for a bundle with quantised weights; None for any other."""
-    if "quantized" not in bundle.manifest["weights"]:
+def loss_of(bundle: Any, source: Path | None, **options: Any) -> dict[str, Any] | None:
+    """Measured against a checkpoint, for a bundle with quantised weights; None for any other."""
+    if source is None or "quantized" not in bundle.manifest["weights"]:
         return None
     from mla_deploy.checkpoint import open_checkpoint
     from mla_deploy.validate.loss_check import measure_loss
 
     with open_checkpoint(source) as checkpoint:
         return measure_loss(bundle, checkpoint, **options)
+
+
+def quantized(
+    bundle: Path, out: Path, text: Path | None = None, *, progress: Any, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The new bundle, and its loss against the float one on the text of a file."""
+    from mla_deploy.bundle import open_bundle
+    from mla_deploy.export.requantize import quantize
+    from mla_deploy.validate.loss_check import measure_loss
+    from mla_deploy.validate.text_file import read_text_file
+
+    words = None if text is None else read_text_file(text)
+    source = open_bundle(bundle)
+    found = quantize(source, out, progress=progress, **options)
+    return found, measure_loss(found, source, text=words, progress=progress)
 
 
 def loss_words(loss: dict[str, Any] | None) -> str:
@@ -27,7 +42,8 @@ def loss_words(loss: dict[str, Any] | None) -> str:
         return f"; loss not measured: {loss['skipped']}"
     ratio = loss["perplexity_ratio"]
     perplexity = "" if ratio is None else f", perplexity x{ratio:.4f}"
-    return f"; loss on {loss['on']}: mean KL {loss['mean_kl']:.2g}, top-1 {loss['top1']:.1%}{perplexity}"
+    same = f"mean KL {loss['mean_kl']:.2g}, top-1 {loss['top1']:.1%}"
+    return f"; loss on {loss['on']}: {same}{perplexity}"
 
 
 def loss_sheets(loss: dict[str, Any] | None) -> tuple[Sheet, ...]:

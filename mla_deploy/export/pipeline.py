@@ -10,22 +10,24 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import Protocol
 
 import onnx_ir as ir
 
 from mla_deploy.bundle import Bundle, Stage, refuse_overlap, stage_bundle, stage_in_place
-from mla_deploy.checkpoint import Checkpoint, open_checkpoint
+from mla_deploy.checkpoint import Checkpoint, WeightMap, open_checkpoint
 from mla_deploy.checkpoint.tied import check_tied
 from mla_deploy.config import MlaConfig
 from mla_deploy.door import open_folder
 from mla_deploy.errors import InputError
 from mla_deploy.export.assemble import Assembled
 from mla_deploy.export.bind import bind_weights
+from mla_deploy.export.bundle_source import BundleSource
 from mla_deploy.export.copied import copy_kept
 from mla_deploy.export.in_place import Kept, files_section, keep, own_dtype, require_plain_files
 from mla_deploy.export.keep import WAYS, kept_dtype, require_keepable
 from mla_deploy.export.lowered import any_capacity, lowered, require_form
-from mla_deploy.export.manifest import manifest_of
+from mla_deploy.export.manifest import Source, manifest_of
 from mla_deploy.export.trace import Trace, trace_model
 from mla_deploy.export.trace_layer import CacheForm
 from mla_deploy.export.weights import DTYPES, WeightLayout, WeightSource
@@ -125,7 +127,7 @@ def export(
             source.config, dtype=found, weights=None if weights is None else str(weights)
         )
         with _staged(source, out, options, replace) as stage:
-            return _build(source, stage, options, report)
+            return build_bundle(source, source_weights(source), stage, options, report)
 
 
 def _require_one_source(
@@ -210,7 +212,24 @@ def _staged(
     return stage_bundle(out, replace=replace, needed_bytes=needed)
 
 
-def _build(source: Checkpoint, stage: Stage, options: ExportOptions, report: Progress) -> Bundle:
+class Described(Source, Protocol):
+    """A source that knows its folder: a checkpoint, or a bundle."""
+
+    @property
+    def folder(self) -> Path: ...
+
+
+def build_bundle(
+    source: Described,
+    weights: WeightMap | BundleSource,
+    stage: Stage,
+    options: ExportOptions,
+    report: Progress,
+) -> Bundle:
+    """Trace, rewrite, write and publish what `options` ask for.
+
+    Raises: as `export`.
+    """
     config = source.config
     cache = CacheForm(
         fused=options.cache_layout == "fused",
@@ -218,10 +237,11 @@ def _build(source: Checkpoint, stage: Stage, options: ExportOptions, report: Pro
         least_rows=1 + int(config.raw.get("index_kpool") or 1),
     )
     # All that headers and small files can get refused comes before the trace, which takes seconds.
-    weights = source_weights(source)
-    check_tied(weights)
-    if options.weights == "keep":
-        require_keepable(weights, find_target(options.target))
+    checkpoint = weights if isinstance(weights, WeightMap) else None
+    if checkpoint is not None:
+        check_tied(checkpoint)
+        if options.weights == "keep":
+            require_keepable(checkpoint, find_target(options.target))
     if not options.in_place:
         copy_texts(source.folder, stage, _TEXTS)
     report("trace", 0, 1)
@@ -233,10 +253,10 @@ def _build(source: Checkpoint, stage: Stage, options: ExportOptions, report: Pro
     report("rewrite", 1, 1)
     kept: Kept = {}
     place = source.folder if options.in_place else stage.path
-    if options.in_place or options.weights == "keep":
-        kept = keep(layout, weights, [graph.model for graph in graphs.values()])
+    if checkpoint is not None and (options.in_place or options.weights == "keep"):
+        kept = keep(layout, checkpoint, [graph.model for graph in graphs.values()])
         if not options.in_place:
-            kept = copy_kept(layout, kept, source, stage.named("weights"))
+            kept = copy_kept(layout, kept, checkpoint.checkpoint, stage.named("weights"))
         stage.require_space(layout.total_bytes)
     write_weights(weights, layout, stage, report)
     for name, graph in graphs.items():
@@ -251,8 +271,8 @@ def _build(source: Checkpoint, stage: Stage, options: ExportOptions, report: Pro
     manifest = manifest_of(
         source, options, trace, graphs, layout=layout, weights=weights, named=stage.named
     )
-    if options.in_place:
-        manifest["in_place"] = files_section(source, _TEXTS, kept)
+    if options.in_place and checkpoint is not None:
+        manifest["in_place"] = files_section(checkpoint.checkpoint, _TEXTS, kept)
     bundle = stage.publish(manifest)
     report("publish", 1, 1)
     return bundle

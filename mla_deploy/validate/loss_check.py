@@ -1,4 +1,4 @@
-"""`measure_loss`: what quantising a bundle's weights costs, against the float source it came from."""
+"""`measure_loss`: what quantising a bundle's weights costs, against its float source."""
 
 from __future__ import annotations
 
