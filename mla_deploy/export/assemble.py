@@ -32,6 +32,7 @@ from mla_deploy.export.weights import (
     stored_name,
 )
 from mla_deploy.rewrite import order
+from mla_deploy.rewrite.quantize_trt import DequantizeWeights
 from mla_deploy.rewrite.quantized_weight import DTYPES as IR_DTYPES
 from mla_deploy.rewrite.rule import DOMAIN
 from mla_deploy.rewrite.weights import WeightUse, collect_weights
@@ -53,6 +54,7 @@ class GraphForm:
     layers_prefix: str
     trunk_rules: order.Rules
     builder: type[Builder]
+    dequantize: DequantizeWeights | None = None  # TensorRT's quantised weights
 
 
 @dataclass
@@ -72,6 +74,8 @@ def assemble(
     """
     trunk = trace.trunk.clone()
     counts = order.apply_rules(trunk, form.trunk_rules)
+    if form.dequantize is not None and not trace.tied:
+        counts["quantize_weight"] = form.dequantize(trunk, "head")
     uses = collect_weights(trunk, {*INPUTS, *frequency_names(trace.rope)})
     builder = form.builder(trunk, form, layout, trace)
     builder.trunk_weights({k: renamed_use(u, "model.") for k, u in uses.items()})
@@ -123,6 +127,8 @@ class Builder:
         held = [*self.trace.buffers(first), *traced.shared]
         self.type_caches(layer.graph, traced, held)
         counts = order.apply_rules(layer, rules)
+        if self.form.dequantize is not None:
+            counts["quantize_weight"] = self.form.dequantize(layer)
         given = [*traced.inputs, *traced.held, *self.step_inputs(layer.graph)]
         uses = collect_weights(layer, set(given))
         order.require_lowered(layer)

@@ -36,7 +36,7 @@ from mla_deploy.rewrite import order
 from mla_deploy.rewrite.ensures import require_latent_only
 from mla_deploy.source.model import source_weights
 from mla_deploy.targets import DEFAULT_TARGET, buildable_target, check_dtype, find_target
-from mla_deploy.weight_forms.fit import check_forms
+from mla_deploy.weight_forms.fit import check_forms, fitted
 from mla_deploy.weight_forms.form import KINDS, WeightPlan, is_plan, parse_plan
 
 DEFAULT_CAPACITY = 4096
@@ -71,7 +71,9 @@ class ExportOptions:
     @property
     def plan(self) -> WeightPlan | None:
         """How weights are quantised."""
-        return parse_plan(self.weights) if self.weights and is_plan(self.weights) else None
+        if self.weights is None or not is_plan(self.weights):
+            return None
+        return fitted(find_target(self.target), parse_plan(self.weights))
 
 
 def export(
@@ -183,8 +185,8 @@ def _options(
         weights=weights,
     )
     check_dtype(row, chosen.dtype)
-    if chosen.plan is not None:
-        check_forms(row, chosen.plan)
+    if chosen.weights is not None and is_plan(chosen.weights):
+        check_forms(row, parse_plan(chosen.weights))
     for name, found, known in (
         ("dtype", chosen.dtype, tuple(DTYPES)),
         ("cache", chosen.cache, CACHE_KINDS),

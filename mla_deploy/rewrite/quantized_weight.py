@@ -33,8 +33,7 @@ def parts_of(
     op: Any, weight: ir.Value, form: WeightForm, layout: str, scale_dtype: str = "fp32"
 ) -> list[ir.Value]:
     """The outputs of a new QuantizeWeight, typed."""
-    shape = tuple(static(weight, axis) for axis in range(len(required(weight).shape or ())))
-    parts = [Part(name, form, layout, scale_dtype) for name in part_names(form)]
+    names = part_names(form)
     values = op.QuantizeWeight(
         weight,
         kind=form.kind,
@@ -43,12 +42,25 @@ def parts_of(
         layout=layout,
         scale_dtype=scale_dtype,
         _domain=DOMAIN,
-        _outputs=len(parts),
+        _outputs=len(names),
     )
+    shape = tuple(static(weight, axis) for axis in range(len(required(weight).shape or ())))
+    _set_types(list(values), shape, [Part(name, form, layout, scale_dtype) for name in names])
+    return list(values)
+
+
+def part_values(node: ir.Node, form: WeightForm, layout: str, scale_dtype: str) -> None:
+    """Type the outputs of a composite that was made without a rule's `op`."""
+    weight = required(node.inputs[0])
+    shape = tuple(static(weight, axis) for axis in range(len(weight.shape or ())))
+    parts = [Part(name, form, layout, scale_dtype) for name in part_names(form)]
+    _set_types(list(node.outputs), shape, parts)
+
+
+def _set_types(values: list[ir.Value], shape: tuple[int, ...], parts: list[Part]) -> None:
     for part, value in zip(parts, values, strict=True):
         value.type = ir.TensorType(DTYPES[part.dtype])
         value.shape = ir.Shape(part.shape(shape))
-    return list(values)
 
 
 def lifted_parts(graph: ir.Graph) -> Iterator[tuple[ir.Value, ir.Value, Part]]:

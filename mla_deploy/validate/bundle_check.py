@@ -65,7 +65,7 @@ def validate(
             loss: Loss | None = None
             if plan is not None:
                 loss = loss_over(*text_rows(opened), reference.every_logit, sessions, progress)
-            quantized = None if plan is None else rounding_of(plan, found.config)
+            quantized = None if plan is None else rounding_of(plan, found.config, opened.manifest)
             stored = reference.stored_as(dtype, chosen, weights=rounded, quantized=quantized)
             results = _run(chosen, sessions, (stored, reference), gate, progress)
         memory = measure_memory(opened, found.config, sessions)

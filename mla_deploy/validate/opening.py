@@ -26,7 +26,7 @@ def plan_of(manifest: Mapping[str, Any]) -> WeightPlan | None:
     return None if section is None else WeightPlan.from_dict(section)
 
 
-def rounding_of(plan: WeightPlan, config: MlaConfig) -> PlanRounding:
+def rounding_of(plan: WeightPlan, config: MlaConfig, manifest: Mapping[str, Any]) -> PlanRounding:
     """What the plan makes of each weight of the source."""
     return PlanRounding(
         plan,
@@ -34,4 +34,6 @@ def rounding_of(plan: WeightPlan, config: MlaConfig) -> PlanRounding:
         nope=config.qk_nope_head_dim,
         router_rows=config.router_rows,
         tied=config.tie_word_embeddings,
+        scale_dtype=str(manifest["dtype"]) if "engine" in manifest else "fp32",
+        whole_blocks="engine" in manifest,
     )

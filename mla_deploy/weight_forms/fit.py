@@ -6,11 +6,23 @@ from mla_deploy.errors import InputError
 from mla_deploy.targets import Target
 from mla_deploy.weight_forms.form import KINDS, PER_CHANNEL, WeightPlan
 
+_WITHOUT_BLOCKS = ("10.3", "10.13")
+_PER_ROW, _PER_ROW_TOLD = ("int8", PER_CHANNEL), "int8:block=channel"
 _CPU_KINDS = ("int4", "int8")
+_TENSORRT_ROLES = ("linear", "kv_b", "head")
+
+
+def fitted(target: Target, plan: WeightPlan) -> WeightPlan:
+    """What of `plan` the target's graphs quantise: TensorRT gathers rows and experts in half."""
+    if target.release is None:
+        return plan
+    kept = {role: form for role, form in plan.forms.items() if role in _TENSORRT_ROLES}
+    return WeightPlan(kept, plan.spelling)
 
 
 def check_forms(target: Target, plan: WeightPlan) -> None:
     """Raises: InputError TARGET-DTYPE (a kind that the target lacks), EXP-WEIGHT-FORM (blocks)."""
+    plan = fitted(target, plan)
     is_cpu = target.release is None
     known = _CPU_KINDS if is_cpu else tuple(kind for kind in KINDS if kind in target.dtypes)
     for role, form in plan.forms.items():
@@ -28,12 +40,14 @@ def check_forms(target: Target, plan: WeightPlan) -> None:
             refused = f"{target.runtime} multiplies by blocks of 32, 64 or 128"
         elif not is_cpu and not form.symmetric:
             refused = f"{target.runtime} takes signed weights without zero points"
+        elif target.release in _WITHOUT_BLOCKS and (form.kind, form.block) != _PER_ROW:
+            refused = f"its graphs have opset 20, which knows no blocks; {_PER_ROW_TOLD} is taken"
         elif not is_cpu and form.kind == "int4" and form.block == PER_CHANNEL:
             refused = f"{target.runtime} takes four bits by blocks only"
         if refused is not None:
             raise InputError(
                 "EXP-WEIGHT-FORM",
                 f"weights of {role} are {form.spelling}: {refused}",
-                hint="leave out block=channel or asymmetric",
+                hint="name another block, or leave out asymmetric",
                 weights=form.spelling,
             )

@@ -84,7 +84,8 @@ class WeightPlan:
     @classmethod
     def from_dict(cls, section: Mapping[str, Any]) -> WeightPlan:
         """What `to_dict` told; the manifest's own check has seen to its shape."""
-        return parse_plan(str(section["plan"]))
+        forms = {role: _parse_form(str(text)) for role, text in section["roles"].items()}
+        return cls(forms, str(section["plan"]))
 
     def to_dict(self) -> dict[str, Any]:
         """As the manifest tells it."""
@@ -124,6 +125,17 @@ def parse_plan(spelling: str) -> WeightPlan:
     if not kept:
         raise _unknown(spelling, "it leaves every weight in float")
     return WeightPlan(kept, spelling)
+
+
+def _parse_form(spelling: str) -> WeightForm:
+    """What `WeightForm.spelling` told."""
+    kind, _, rest = spelling.partition(":")
+    words = rest.split(",")
+    block = words[0].removeprefix("block=")
+    if kind not in KINDS or not (block.isdigit() or block == "channel"):
+        raise _unknown(spelling, "it is no form of one role")
+    size = PER_CHANNEL if block == "channel" else int(block)
+    return WeightForm(kind, size, symmetric="asymmetric" not in words)
 
 
 def _unknown(spelling: str, why: str) -> InputError:

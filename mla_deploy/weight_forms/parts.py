@@ -22,6 +22,7 @@ from mla_deploy.weight_forms.rounding import Quantized, quantized
 
 PARTS = ("values", "scales", "zero_points")
 NBITS, ROWS, HEADS, QDQ, QDQ_HEADS = "nbits", "rows", "heads", "qdq", "qdq_heads"
+LAYOUTS = (NBITS, ROWS, HEADS, QDQ, QDQ_HEADS)
 Shape = tuple[int, ...]
 
 
@@ -83,7 +84,7 @@ def part_bytes(block: torch.Tensor, part: Part) -> dict[str, torch.Tensor]:
     """Every part of `block`, rows of a weight or the whole of it, as it goes to the file."""
     if part.layout in (HEADS, QDQ_HEADS):
         block = block.transpose(1, 2)  # [H, O, I]
-    return packed(quantized(block, part.form), part)
+    return packed(quantized(block, part.form, part.scale_dtype), part)
 
 
 def packed(found: Quantized, part: Part) -> dict[str, torch.Tensor]:
@@ -110,7 +111,10 @@ def packed(found: Quantized, part: Part) -> dict[str, torch.Tensor]:
         if form.bits == 4:
             zeros = _nibbles(torch.nn.functional.pad(zeros, (0, zeros.shape[-1] % 2)))
         parts["zero_points"] = zeros
-    return parts
+    flat = {name: value.flatten(0, -2) for name, value in parts.items()}
+    if part.layout != ROWS:
+        flat["values"] = flat["values"].unflatten(-1, (form.blocks(columns), -1))
+    return flat
 
 
 def _nibbles(values: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,8 @@ class PlanRounding:
     nope: int
     router_rows: int
     tied: bool
+    scale_dtype: str = "fp32"
+    whole_blocks: bool = False  # what no block divides stays in float
 
     def __call__(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """`weight`, a parameter of the module, as the bundle's graphs compute with it."""
@@ -30,13 +32,19 @@ class PlanRounding:
         if form is None:
             return weight
         if role_of(name) != "kv_b":
-            return dequantized(quantized(weight, form), form)
+            return self._rounded(weight, form)
         w_HKL = weight.view(self.heads, -1, weight.shape[-1])
         w_uk_HLN = w_HKL[:, : self.nope].transpose(1, 2)
         if self.nope >= LEAST_COLUMNS:
-            w_uk_HLN = dequantized(quantized(w_uk_HLN, form), form)
-        w_uv_HVL = dequantized(quantized(w_HKL[:, self.nope :], form), form)
+            w_uk_HLN = self._rounded(w_uk_HLN, form)
+        w_uv_HVL = self._rounded(w_HKL[:, self.nope :], form)
         return torch.cat([w_uk_HLN.transpose(1, 2), w_uv_HVL], dim=1).view(weight.shape)
+
+    def _rounded(self, weight: torch.Tensor, form: WeightForm) -> torch.Tensor:
+        width = form.width(weight.shape[-1])
+        if self.whole_blocks and weight.shape[-1] % width:
+            return weight
+        return dequantized(quantized(weight, form, self.scale_dtype), form)
 
     def _form(self, name: str, weight: torch.Tensor) -> WeightForm | None:
         if weight.dim() < 2 or "norm" in name.rpartition(".")[0].rpartition(".")[2]:

@@ -20,6 +20,7 @@ from mla_deploy.weight_forms.form import WeightForm
 FP8_MAX = 448.0
 # The largest magnitude of a block falls on one of these values; 7 cuts nothing.
 _CANDIDATES_4 = (7.0, 7.5, 8.0, 8.75)
+SCALE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -34,22 +35,25 @@ class Quantized:
     zero_points: torch.Tensor | None
 
 
-def quantized(weight: torch.Tensor, form: WeightForm) -> Quantized:
-    """`weight` [..., K], of any float dtype, rounded to `form`."""
-    columns = weight.shape[-1]
+def quantized(weight: torch.Tensor, form: WeightForm, scale_dtype: str = "fp32") -> Quantized:
+    """`weight` [..., K], of any float dtype, rounded to `form`.
+
+    Scales are fp32 numbers that `scale_dtype` (fp32, fp16, bf16) holds exactly.
+    """
+    held, columns = SCALE_DTYPES[scale_dtype], weight.shape[-1]
     blocked = _blocked(weight.float(), form)
     if form.is_float:
-        scales = _positive(blocked.abs().amax(-1) / FP8_MAX)
+        scales = _held(_positive(blocked.abs().amax(-1) / FP8_MAX), held)
         values = (blocked / scales[..., None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
         return Quantized(_flat(values, columns), scales, None)
     if form.symmetric:
-        scales = _symmetric_scales(blocked, form.bits)
+        scales = _held(_symmetric_scales(blocked, form.bits), held)
         values = _rounded(blocked, scales, form.bits).to(torch.int8)
         return Quantized(_flat(values, columns), scales, None)
     most = 2**form.bits - 1
     # Zero is a value of its own: an exact zero stays one.
     low, high = blocked.amin(-1).clamp(max=0.0), blocked.amax(-1).clamp(min=0.0)
-    scales = _positive((high - low) / most)
+    scales = _held(_positive((high - low) / most), held)
     zero = (-low / scales).round().clamp(0, most)
     shifted = (blocked / scales[..., None]).round() + zero[..., None]
     values = shifted.clamp(0, most).to(torch.uint8)
@@ -103,6 +107,13 @@ def _error(blocked: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tens
 def _rounded(blocked: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
     half = 2 ** (bits - 1)
     return (blocked / scales[..., None]).round_().clamp_(-half, half - 1)
+
+
+def _held(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rounded to `dtype`, and never to zero, nor to one of its coarse smallest numbers."""
+    if dtype == torch.float32:
+        return scales
+    return scales.clamp(min=torch.finfo(dtype).tiny).to(dtype).float()
 
 
 def _positive(scales: torch.Tensor) -> torch.Tensor:
