@@ -54,8 +54,8 @@ def export(
 ) -> Outcome:
     """Export CHECKPOINT, a Hugging Face folder with latent attention, to the bundle OUT.
 
-    Two ONNX graphs over one weight file: prefill with expanded heads, decode absorbed. The latent
-    cache is an explicit input and output of both. Nothing stands under OUT until all is written.
+    Two ONNX graphs over one weight file: prefill expanded, decode absorbed. The latent cache is an
+    input and output of both. Nothing stands under OUT until all is written.
     With --module the model is what a function of yours, package.file:factory, returns; this runs
     your code. With --in-place the bundle is CHECKPOINT's own folder with a few files mla-deploy.*
     added.
@@ -74,8 +74,7 @@ def export(
         seconds = perf_counter() - started
         loss = loss_of(bundle, checkpoint, progress=report)
     result = {**bundle_result(bundle), "export_seconds": round(seconds, 3), "loss": loss}
-    summary = (
-        f"exported {result['model']['model_type']} to {out or checkpoint} in {seconds:.1f} s: "
-        f"{result['target']}, {result['dtype']}, {byte_text(result['total_bytes'])}"
-    )
+    model, size = result["model"]["model_type"], byte_text(result["total_bytes"])
+    summary = f"exported {model} to {out or checkpoint} in {seconds:.1f} s: "
+    summary += f"{result['target']}, {result['dtype']}, {size}"
     return Outcome(summary + loss_words(loss), result, (*loss_sheets(loss), *bundle_sheets(bundle)))

@@ -32,12 +32,12 @@ from mla_deploy.export.weights import (
     stored_name,
 )
 from mla_deploy.rewrite import order
-from mla_deploy.rewrite.quantize_trt import DequantizeWeights
 from mla_deploy.rewrite.quantized_weight import DTYPES as IR_DTYPES
 from mla_deploy.rewrite.rule import DOMAIN
 from mla_deploy.rewrite.weights import WeightUse, collect_weights
 from mla_deploy.source.cache_parts import CacheBuffer
 from mla_deploy.source.probe import BATCH, NEW
+from mla_deploy.weight_forms.form import WeightPlan
 
 OPSET = 23  # RMSNormalization; every other operator means the same since the trace's opset
 _HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -54,7 +54,7 @@ class GraphForm:
     layers_prefix: str
     trunk_rules: order.Rules
     builder: type[Builder]
-    dequantize: DequantizeWeights | None = None  # TensorRT's quantised weights
+    plan: WeightPlan | None = None
 
 
 @dataclass
@@ -74,8 +74,6 @@ def assemble(
     """
     trunk = trace.trunk.clone()
     counts = order.apply_rules(trunk, form.trunk_rules)
-    if form.dequantize is not None and not trace.tied:
-        counts["quantize_weight"] = form.dequantize(trunk, "head")
     uses = collect_weights(trunk, {*INPUTS, *frequency_names(trace.rope)})
     builder = form.builder(trunk, form, layout, trace)
     builder.trunk_weights({k: renamed_use(u, "model.") for k, u in uses.items()})
@@ -127,8 +125,6 @@ class Builder:
         held = [*self.trace.buffers(first), *traced.shared]
         self.type_caches(layer.graph, traced, held)
         counts = order.apply_rules(layer, rules)
-        if self.form.dequantize is not None:
-            counts["quantize_weight"] = self.form.dequantize(layer)
         given = [*traced.inputs, *traced.held, *self.step_inputs(layer.graph)]
         uses = collect_weights(layer, set(given))
         order.require_lowered(layer)

@@ -16,7 +16,6 @@ from mla_deploy.export.assemble_typed import typed_builder
 from mla_deploy.export.trace import Trace
 from mla_deploy.export.weights import WeightLayout
 from mla_deploy.rewrite import mla_decode, mla_decode_body, order, quantize_cpu, quantize_heads
-from mla_deploy.rewrite.quantize_trt import DequantizeWeights
 from mla_deploy.rewrite.release import composites_of, require_composites, require_operators
 from mla_deploy.rewrite.releases import find_release
 from mla_deploy.targets import find_target
@@ -33,7 +32,6 @@ class Lowering:
     decode: order.Rules
     trunk: order.Rules
     builder: type[Builder]
-    dequantize: DequantizeWeights | None = None
 
 
 def require_form(options: ExportOptions) -> None:
@@ -70,7 +68,7 @@ def lowered(
     lowering = (
         _for_cpu(trace, config, options)
         if release is None
-        else _for_tensorrt(trace, config, options, release)
+        else _for_tensorrt(trace, options, release)
     )
     form = GraphForm(
         config=config,
@@ -80,7 +78,7 @@ def lowered(
         layers_prefix=trace.layers_prefix,
         trunk_rules=lowering.trunk,
         builder=lowering.builder,
-        dequantize=lowering.dequantize,
+        plan=options.plan,
     )
     graphs = {
         "prefill": assemble(trace, form, lowering.prefill, layout),
@@ -122,7 +120,7 @@ def _for_cpu(trace: Trace, config: MlaConfig, options: ExportOptions) -> Lowerin
     return Lowering(prefill, decode, trunk, Builder)
 
 
-def _for_tensorrt(trace: Trace, config: MlaConfig, options: ExportOptions, name: str) -> Lowering:
+def _for_tensorrt(trace: Trace, options: ExportOptions, name: str) -> Lowering:
     release = find_release(name)
     require_composites(release, composites_of(layer.model for layer in trace.layers))
     builder = typed_builder(options.capacity, release.opset, release.ir_version)
@@ -132,10 +130,7 @@ def _for_tensorrt(trace: Trace, config: MlaConfig, options: ExportOptions, name:
         names = [rule.name for rule in decode]
         place = names.index("lower_latent_attention")
         decode = (*decode[:place], *mla_decode.rules(blocks), *decode[place:])
-    dequantize = None
-    if options.plan is not None:
-        dequantize = DequantizeWeights(options.plan, config.router_rows, options.dtype)
-    return Lowering(release.prefill, decode, release.trunk, builder, dequantize)
+    return Lowering(release.prefill, decode, release.trunk, builder)
 
 
 def _as_operator(decode: Assembled) -> None:

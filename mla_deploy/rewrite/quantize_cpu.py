@@ -54,7 +54,7 @@ class QuantizeLinear(Rule):
     def rewrite(self, op: Any, x: ir.Value, weight: ir.Value, **_: Any) -> Any:
         form = self._form(weight)
         parts = parts_of(op, weight, form, NBITS)
-        return nbits_product(op, x, parts, form, static(weight, 0), static(weight, 1))
+        return nbits_product(op, x, parts, form, (static(weight, 0), static(weight, 1)))
 
     def _form(self, weight: ir.Value) -> WeightForm:
         """Raises: Mismatch where the weight stays in float."""
@@ -141,8 +141,10 @@ def block_form(plan: WeightPlan, role: str, columns: int, weight: ir.Value) -> W
 
 
 def nbits_product(
-    op: Any, x: ir.Value, parts: list[ir.Value], form: WeightForm, rows: int, columns: int
+    op: Any, x: ir.Value, parts: list[ir.Value], form: WeightForm, shape: tuple[int, int]
 ) -> ir.Value:
+    """x [..., K] times the transpose of a quantised weight [N, K], whose `shape` that is."""
+    rows, columns = shape
     return op.MatMulNBits(
         x,
         *parts,

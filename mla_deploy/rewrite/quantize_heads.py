@@ -64,11 +64,11 @@ class QuantizeAbsorbed(_OfHalf):
         (heads, inner, outer), form = self.sizes(weight), self.form(weight)
         parts = self.parts(op, weight)
         if heads == 1:
-            return nbits_product(op, x, parts, form, outer, inner)
+            return nbits_product(op, x, parts, form, (outer, inner))
         # ONNX Runtime cuts the weight once, when it folds constants.
         rows = [_split(op, part, [outer] * heads) for part in parts]
         products = [
-            nbits_product(op, x_1XI, own, form, outer, inner)
+            nbits_product(op, x_1XI, own, form, (outer, inner))
             for x_1XI, *own in zip(_split(op, x, [1] * heads), *rows, strict=True)
         ]
         return op.Concat(*products, axis=0)
@@ -84,7 +84,7 @@ class QuantizeValues(_OfHalf):
     def rewrite(self, op: Any, x: ir.Value, weight: ir.Value, **_: Any) -> Any:
         heads, inner, outer = self.sizes(weight)
         form = self.form(weight)
-        rows = nbits_product(op, x, self.parts(op, weight), form, heads * outer, inner)
+        rows = nbits_product(op, x, self.parts(op, weight), form, (heads * outer, inner))
         return op.Transpose(op.Reshape(rows, ints(op, [0, -1, heads, outer])), perm=[0, 2, 1, 3])
 
 

@@ -49,14 +49,6 @@ def parts_of(
     return list(values)
 
 
-def part_values(node: ir.Node, form: WeightForm, layout: str, scale_dtype: str) -> None:
-    """Type the outputs of a composite that was made without a rule's `op`."""
-    weight = required(node.inputs[0])
-    shape = tuple(static(weight, axis) for axis in range(len(weight.shape or ())))
-    parts = [Part(name, form, layout, scale_dtype) for name in part_names(form)]
-    _set_types(list(node.outputs), shape, parts)
-
-
 def _set_types(values: list[ir.Value], shape: tuple[int, ...], parts: list[Part]) -> None:
     for part, value in zip(parts, values, strict=True):
         value.type = ir.TensorType(DTYPES[part.dtype])

@@ -43,7 +43,7 @@ def collect_weights(model: ir.Model, given: set[str]) -> dict[str, WeightUse]:
     for weight, value, part in lifted_parts(model.graph):
         whole = uses.get(str(weight.name), WeightUse(str(weight.name)))
         uses[str(value.name)] = replace(whole, part=part)
-    for value in free_values(model.graph):
+    for value in _free_values(model.graph):
         model.graph.inputs.append(value)
     for value in list(model.graph.inputs):
         name = str(value.name)
@@ -73,7 +73,7 @@ def _lift_halves(graph: ir.Graph, node: ir.Node) -> dict[str, WeightUse]:
     return uses
 
 
-def free_values(graph: ir.Graph) -> list[ir.Value]:
+def _free_values(graph: ir.Graph) -> list[ir.Value]:
     """Values that nodes read, in subgraphs too, and that nothing in `graph` defines."""
     defined = set(graph.inputs) | set(graph.initializers.values())
     for node in ir.traversal.RecursiveGraphIterator(graph):

@@ -29,6 +29,7 @@ Tokens = tuple[int, ...]
 Scorer = Callable[[Tokens], Floats]
 Progress = Callable[[str, int, int], None]
 _ROW_TOKENS, _MOST_ROWS, _LEAST_TOKENS = 256, 8, 64
+_STAND_IN_ROWS = 2  # a graph of another device, which widens its weights at every step
 _SAMPLE = "sample.txt"
 _MAX_SAMPLE_BYTES = 1 << 20
 _SEED = 20260202
@@ -84,6 +85,7 @@ def text_rows(bundle: Bundle, text: str | None = None) -> tuple[str, tuple[Token
     vocab = int(bundle.manifest["model"]["vocab_size"])
     positions = int(bundle.manifest["model"]["max_position_embeddings"])
     length = min(_ROW_TOKENS, positions)
+    most = _STAND_IN_ROWS if "engine" in bundle.manifest else _MOST_ROWS
     ids = _tokens(bundle, _sample() if text is None else text)
     if ids is None:
         if text is not None:
@@ -93,7 +95,7 @@ def text_rows(bundle: Bundle, text: str | None = None) -> tuple[str, tuple[Token
                 hint="leave the text out: random ids are used then",
             )
         rng = np.random.default_rng(_SEED)
-        rows = rng.integers(0, vocab, (_MOST_ROWS, length))
+        rows = rng.integers(0, vocab, (most, length))
         return "random ids", tuple(tuple(map(int, row)) for row in rows)
     known = [token for token in ids if token < vocab]
     if len(known) < min(_LEAST_TOKENS, length):
@@ -105,7 +107,7 @@ def text_rows(bundle: Bundle, text: str | None = None) -> tuple[str, tuple[Token
         )
     rows_of = [tuple(known[i : i + length]) for i in range(0, len(known), length)]
     whole = [row for row in rows_of if len(row) == length] or rows_of[:1]
-    return "text", tuple(whole[:_MOST_ROWS])
+    return "text", tuple(whole[:most])
 
 
 def loss_over(

@@ -35,5 +35,5 @@ def rounding_of(plan: WeightPlan, config: MlaConfig, manifest: Mapping[str, Any]
         router_rows=config.router_rows,
         tied=config.tie_word_embeddings,
         scale_dtype=str(manifest["dtype"]) if "engine" in manifest else "fp32",
-        whole_blocks="engine" in manifest,
+        for_device="engine" in manifest,
     )

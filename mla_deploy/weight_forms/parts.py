@@ -4,7 +4,7 @@
     nbits     [R, K]        uint8 [R, blocks, block*bits/8]     [R, blocks]  uint8 [R, packed]
     rows      [R, K]        the same bytes, as [R, K*bits/8]
     heads     [H, I, O]     those of [H*O, I]: one product a head, the summed axis last
-    qdq       [..., R, K]   int8, int4 or float8 [..., R, K]    [..., R, blocks] or [R]
+    qdq       [..., R, K]   int8, int4 or float8 [..., R, K]    [..., R, blocks], or [R]
     qdq_heads [H, I, O]     the same with blocks along I:       [H, blocks, O]
 
 nbits, rows and heads are for ONNX Runtime (MatMulNBits, GatherBlockQuantized): numbers without a
@@ -53,7 +53,8 @@ class Part:
             if self.name == "values":
                 return weight
             row = weight[:-1]
-            return row if form.block == PER_CHANNEL else (*row, form.blocks(weight[-1]))
+            one_a_row = form.block == PER_CHANNEL and len(row) == 1
+            return row if one_a_row else (*row, form.blocks(weight[-1]))
         rows, columns = summed_last(self.layout, weight)
         blocks = form.blocks(columns)
         blob = form.block * form.bits // 8

@@ -24,7 +24,7 @@ class PlanRounding:
     router_rows: int
     tied: bool
     scale_dtype: str = "fp32"
-    whole_blocks: bool = False  # what no block divides stays in float
+    for_device: bool = False  # as `export/dequantized.py`: w_uv along V, and whole blocks only
 
     def __call__(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """`weight`, a parameter of the module, as the bundle's graphs compute with it."""
@@ -37,12 +37,16 @@ class PlanRounding:
         w_uk_HLN = w_HKL[:, : self.nope].transpose(1, 2)
         if self.nope >= LEAST_COLUMNS:
             w_uk_HLN = self._rounded(w_uk_HLN, form)
-        w_uv_HVL = self._rounded(w_HKL[:, self.nope :], form)
+        w_uv_HVL = w_HKL[:, self.nope :]
+        if self.for_device:
+            w_uv_HVL = self._rounded(w_uv_HVL.transpose(1, 2), form).transpose(1, 2)
+        else:
+            w_uv_HVL = self._rounded(w_uv_HVL, form)
         return torch.cat([w_uk_HLN.transpose(1, 2), w_uv_HVL], dim=1).view(weight.shape)
 
     def _rounded(self, weight: torch.Tensor, form: WeightForm) -> torch.Tensor:
         width = form.width(weight.shape[-1])
-        if self.whole_blocks and weight.shape[-1] % width:
+        if self.for_device and weight.shape[-1] % width:
             return weight
         return dequantized(quantized(weight, form, self.scale_dtype), form)
 
