@@ -195,6 +195,7 @@ def _tokens(bundle: Bundle, text: str) -> list[int] | None:
 
 
 def _sample() -> str:
-    """Six chapters of the World English Bible, which is in the public domain."""
+    """Six chapters of the World English Bible, which is in the public domain, as one paragraph."""
     with open_folder(Path(__file__).parent) as folder:
-        return folder.read_bytes(_SAMPLE, max_bytes=_MAX_SAMPLE_BYTES).decode("utf-8")
+        text = folder.read_bytes(_SAMPLE, max_bytes=_MAX_SAMPLE_BYTES).decode("utf-8")
+    return " ".join(text.split())
