@@ -60,8 +60,8 @@ class DequantizedWeights:
         parts = [Part(name, form, layout, dtype) for name in part_names(form)]
         stored = [self._initializer(replace(use, part=p), p.shape(shape)) for p in parts]
         axis = _axis(use)
-        attributes = {"axis": axis, "block_size": form.width(shape[axis])}
-        if form.block == PER_CHANNEL and use.half is None:
+        attributes = {"axis": axis, "block_size": form.block}
+        if form.block == PER_CHANNEL:
             attributes = {"axis": 0}  # one scale for each row, with no axis of blocks
         node = ir.node("DequantizeLinear", stored, attributes=attributes)
         node.name = f"dequantize.{stored_name(use)}"

@@ -13,10 +13,18 @@ _TENSORRT_ROLES = ("linear", "kv_b", "head")
 
 
 def fitted(target: Target, plan: WeightPlan) -> WeightPlan:
-    """What of `plan` the target's graphs quantise: TensorRT gathers rows and experts in half."""
+    """What of `plan` the target's graphs quantise.
+
+    TensorRT gathers rows and experts in half, and the halves of kv_b_proj have three axes, for
+    which DequantizeLinear has no one scale a row.
+    """
     if target.release is None:
         return plan
-    kept = {role: form for role, form in plan.forms.items() if role in _TENSORRT_ROLES}
+    kept = {
+        role: form
+        for role, form in plan.forms.items()
+        if role in _TENSORRT_ROLES and (role != "kv_b" or form.block != PER_CHANNEL)
+    }
     return WeightPlan(kept, plan.spelling)
 
 

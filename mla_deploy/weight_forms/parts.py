@@ -53,8 +53,7 @@ class Part:
             if self.name == "values":
                 return weight
             row = weight[:-1]
-            one_a_row = form.block == PER_CHANNEL and len(row) == 1
-            return row if one_a_row else (*row, form.blocks(weight[-1]))
+            return row if form.block == PER_CHANNEL else (*row, form.blocks(weight[-1]))
         rows, columns = summed_last(self.layout, weight)
         blocks = form.blocks(columns)
         blob = form.block * form.bits // 8

@@ -29,7 +29,7 @@ FORMS = [
 
 def made_for(target: str, weights: str, dtype: str) -> Exported:
     return exported(
-        "v3-three-heads", target=target, weights=weights, dtype=dtype, capacity=64
+        "v3-all-dense", target=target, weights=weights, dtype=dtype, capacity=64
     )  # fmt: skip
 
 

@@ -52,6 +52,7 @@ def test_what_is_no_plan_is_refused(spelling: str) -> None:
         ("cpu", "int8:block=channel", "EXP-WEIGHT-FORM"),
         ("jetson-orin-jp7", "fp8", "TARGET-DTYPE"),
         ("a100", "fp8", "TARGET-DTYPE"),
+        ("jetson-orin-jp6", "int4", "EXP-WEIGHT-FORM"),
         ("rtx-40", "int4:asymmetric", "EXP-WEIGHT-FORM"),
         ("rtx-40", "int4:block=channel", "EXP-WEIGHT-FORM"),
     ],
@@ -64,7 +65,12 @@ def test_a_target_that_lacks_a_form_refuses_it(target: str, spelling: str, code:
 
 @pytest.mark.parametrize(
     ("target", "spelling"),
-    [("cpu", "int4:asymmetric"), ("cpu", "int8"), ("rtx-40", "fp8"), ("jetson-orin-jp6", "int4")],
+    [
+        ("cpu", "int4:asymmetric"),
+        ("cpu", "int8"),
+        ("rtx-40", "fp8"),
+        ("jetson-orin-jp6", "int8:block=channel"),
+    ],
 )
 def test_a_target_that_has_it_takes_it(target: str, spelling: str) -> None:
     check_forms(find_target(target), parse_plan(spelling))
