@@ -53,6 +53,7 @@ def options_of(bundle: Bundle) -> ExportOptions:
         dtype=str(manifest["dtype"]),
         cache=str(cache["kind"]),
         cache_layout=str(cache["layout"]),
+        cache_dtype=str(cache["dtype"]),
         capacity=int(cache["capacity"]),
         all_logits=bool(manifest["all_logits"]),
         in_place=False,

@@ -51,9 +51,9 @@ def validate(
     """
     started = time.perf_counter()
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle, verify=verify)
-    dtype = str(opened.manifest["dtype"])
+    dtype, cache_dtype = str(opened.manifest["dtype"]), str(opened.manifest["cache"]["dtype"])
     plan = plan_of(opened.manifest)
-    gate = gate_for(dtype, None if plan is None else plan.kind)
+    gate = gate_for(dtype, cache_dtype, quantized=plan is not None)
     with _opened(source, module, weights) as found:
         _require_source(opened, found)
         sessions = open_sessions(opened, threads)
@@ -66,7 +66,9 @@ def validate(
             if plan is not None:
                 loss = loss_over(*text_rows(opened), reference.every_logit, sessions, progress)
             quantized = None if plan is None else rounding_of(plan, found.config, opened.manifest)
-            stored = reference.stored_as(dtype, chosen, weights=rounded, quantized=quantized)
+            stored = reference.stored_as(
+                dtype, chosen, cache_dtype=cache_dtype, weights=rounded, quantized=quantized
+            )
             results = _run(chosen, sessions, (stored, reference), gate, progress)
         memory = measure_memory(opened, found.config, sessions)
         digest, notes = found.digest, found.notes

@@ -31,7 +31,12 @@ class SourceRunner(Protocol):
     def reset(self) -> None: ...
     def cached_rows(self, layer: int, row: int) -> Floats: ...
     def store_as(
-        self, dtype: str, *, weights: bool = True, quantized: Rounded | None = None
+        self,
+        dtype: str,
+        *,
+        cache_dtype: str | None = None,
+        weights: bool = True,
+        quantized: Rounded | None = None,
     ) -> None: ...
 
 
@@ -84,22 +89,24 @@ class Reference:
         dtype: str,
         cases: Sequence[Case],
         *,
+        cache_dtype: str | None = None,
         weights: bool = True,
         quantized: Rounded | None = None,
     ) -> Reference:
         """The source as a bundle of `dtype` stores it, its weights too if asked; self for fp32.
 
-        `quantized` rounds what the bundle quantises.
+        `cache_dtype` where the cache is stored otherwise; `quantized` rounds what the bundle
+        quantises.
 
         There is memory for one model, so the rows of `cases` are run first; afterwards this
         reference answers for those only.
         """
-        if dtype == "fp32" and quantized is None:
+        if dtype == (cache_dtype or dtype) == "fp32" and quantized is None:
             return self
         for case in cases:
             for segments in case.rows():
                 self.row(segments)
-        self._source.store_as(dtype, weights=weights, quantized=quantized)
+        self._source.store_as(dtype, cache_dtype=cache_dtype, weights=weights, quantized=quantized)
         return Reference(self._source)
 
     def every_logit(self, tokens: Tokens) -> Floats:

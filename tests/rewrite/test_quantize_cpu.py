@@ -22,7 +22,7 @@ from mla_deploy.weight_forms.form import parse_plan
 from mla_deploy.weight_forms.parts import NBITS, Part, part_bytes, part_names
 from mla_deploy.weight_forms.rounding import dequantized, quantized
 from tests.rewrite.graphs import parsed
-from tests.rewrite.quantized_graphs import widened_model
+from tests.rewrite.widened_graph import widened_model
 
 PLAN = parse_plan("int4")
 _LINEAR = """
