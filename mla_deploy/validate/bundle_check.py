@@ -15,7 +15,7 @@ from mla_deploy.errors import InputError, IntegrityError
 from mla_deploy.runtime.sessions import GraphSessions
 from mla_deploy.validate.cases import Case, default_cases
 from mla_deploy.validate.gates import LOSS_GATES, Gate, gate_for
-from mla_deploy.validate.loss import Loss, loss_over, text_rows
+from mla_deploy.validate.loss import loss_over, text_rows
 from mla_deploy.validate.memory import measure_memory
 from mla_deploy.validate.opening import open_sessions, plan_of, rounding_of
 from mla_deploy.validate.parity import CaseResult, run_case
@@ -60,18 +60,20 @@ def validate(
         with _torch_threads(threads):
             reference = _reference(found)
             chosen = _chosen(opened, found, cases, reference)
-            # Beside a checkpoint, or kept as there, they are its own weights.
-            rounded = "in_place" not in opened.manifest and "kept" not in opened.manifest["weights"]
-            loss: Loss | None = None
+            loss = None  # measured before the source is rounded
             if plan is not None:
                 loss = loss_over(*text_rows(opened), reference.every_logit, sessions, progress)
             quantized = None if plan is None else rounding_of(plan, found.config, opened.manifest)
             stored = reference.stored_as(
-                dtype, chosen, cache_dtype=cache_dtype, weights=rounded, quantized=quantized
+                dtype,
+                chosen,
+                cache_dtype=cache_dtype,
+                weights=not _is_own(opened),
+                quantized=quantized,
             )
             results = _run(chosen, sessions, (stored, reference), gate, progress)
         memory = measure_memory(opened, found.config, sessions)
-        digest, notes = found.digest, found.notes
+        digest, told = found.digest, (*_stood_in(opened), *found.notes)
     return ValidationReport(
         bundle_digest=opened.digest,
         source_digest=digest,
@@ -86,9 +88,14 @@ def validate(
         loss_gate=None if plan is None else LOSS_GATES[plan.kind],
         memory=memory,
         versions=_versions(),
-        notes=(*_stood_in(opened), *notes, *_scaled_gates(results, gate)),
+        notes=(*told, *_scaled_gates(results, gate)),
         seconds=time.perf_counter() - started,
     )
+
+
+def _is_own(bundle: Bundle) -> bool:
+    """Beside a checkpoint, or kept as there, the weights are the checkpoint's own."""
+    return "in_place" in bundle.manifest or "kept" in bundle.manifest["weights"]
 
 
 def _stood_in(bundle: Bundle) -> tuple[str, ...]:
