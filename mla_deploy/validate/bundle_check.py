@@ -11,6 +11,7 @@ from typing import Literal
 
 from mla_deploy.bundle import Bundle, open_bundle
 from mla_deploy.checkpoint import Checkpoint, open_checkpoint
+from mla_deploy.config import MlaConfig
 from mla_deploy.errors import InputError, IntegrityError
 from mla_deploy.runtime.sessions import GraphSessions
 from mla_deploy.validate.cases import Case, default_cases
@@ -63,14 +64,7 @@ def validate(
             loss = None  # measured before the source is rounded
             if plan is not None:
                 loss = loss_over(*text_rows(opened), reference.every_logit, sessions, progress)
-            quantized = None if plan is None else rounding_of(plan, found.config, opened.manifest)
-            stored = reference.stored_as(
-                dtype,
-                chosen,
-                cache_dtype=cache_dtype,
-                weights=not _is_own(opened),
-                quantized=quantized,
-            )
+            stored = _rounded_alike(opened, found.config, reference, chosen)
             results = _run(chosen, sessions, (stored, reference), gate, progress)
         memory = measure_memory(opened, found.config, sessions)
         digest, told = found.digest, (*_stood_in(opened), *found.notes)
@@ -90,6 +84,20 @@ def validate(
         versions=_versions(),
         notes=(*told, *_scaled_gates(results, gate)),
         seconds=time.perf_counter() - started,
+    )
+
+
+def _rounded_alike(
+    bundle: Bundle, config: MlaConfig, reference: Reference, cases: Sequence[Case]
+) -> Reference:
+    """The source as the bundle stores it: dtype, cache, quantised weights."""
+    manifest, plan = bundle.manifest, plan_of(bundle.manifest)
+    return reference.stored_as(
+        str(manifest["dtype"]),
+        cases,
+        cache_dtype=str(manifest["cache"]["dtype"]),
+        weights=not _is_own(bundle),
+        quantized=None if plan is None else rounding_of(plan, config, manifest),
     )
 
 
