@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import onnx
@@ -19,6 +19,7 @@ from mla_deploy.rewrite import mla_decode, mla_decode_body, order, quantize_cpu,
 from mla_deploy.rewrite.release import composites_of, require_composites, require_operators
 from mla_deploy.rewrite.releases import find_release
 from mla_deploy.targets import find_target
+from mla_deploy.weight_forms.form import WeightPlan
 
 if TYPE_CHECKING:
     from mla_deploy.export.pipeline import ExportOptions
@@ -28,9 +29,7 @@ if TYPE_CHECKING:
 class Lowering:
     """The rules of each graph, and who puts a graph together."""
 
-    prefill: order.Rules
-    decode: order.Rules
-    trunk: order.Rules
+    graphs: dict[str, order.GraphRules]
     builder: type[Builder]
 
 
@@ -66,11 +65,13 @@ def lowered(
     Raises: InputError REW-TARGET, MlaDeployError REW-* and EXP-*.
     """
     release = find_target(options.target).release
-    lowering = (
-        _for_cpu(trace, config, options)
-        if release is None
-        else _for_tensorrt(trace, options, release)
-    )
+    if release is None:
+        graphs_of = cpu_rules(trace.form.growing, options.all_logits)
+        if options.plan is not None:
+            graphs_of = _quantized(graphs_of, options.plan, config, is_tied=bool(trace.tied))
+        lowering = Lowering(graphs_of, Builder)
+    else:
+        lowering = _for_tensorrt(trace, options, release)
     form = GraphForm(
         config=config,
         cache=trace.form,
@@ -78,14 +79,10 @@ def lowered(
         cache_dtype=options.rows_dtype,
         all_logits=options.all_logits,
         layers_prefix=trace.layers_prefix,
-        trunk_rules=lowering.trunk,
         builder=lowering.builder,
         plan=options.plan,
     )
-    graphs = {
-        "prefill": assemble(trace, form, lowering.prefill, layout),
-        "decode": assemble(trace, form, lowering.decode, layout),
-    }
+    graphs = {name: assemble(trace, form, rules, layout) for name, rules in lowering.graphs.items()}
     if release is not None:
         _as_operator(graphs["decode"])
         for graph in graphs.values():
@@ -107,19 +104,34 @@ def any_capacity(proto: onnx.ModelProto, capacity: int) -> onnx.ModelProto:
     return copy
 
 
-def _for_cpu(trace: Trace, config: MlaConfig, options: ExportOptions) -> Lowering:
-    growing, plan = trace.form.growing, options.plan
-    prefill: order.Rules = order.prefill_cpu(growing)
-    decode: order.Rules = order.decode_cpu(growing)
-    trunk: order.Rules = order.trunk_cpu()
-    if plan is not None:
-        linear = quantize_cpu.linear_rules(plan, config.router_rows)
-        experts = quantize_cpu.expert_rules(plan, config.router_rows)
-        prefill = (*linear, *prefill, *experts, *quantize_heads.expanded_rules(plan))
-        decode = (*linear, *decode, *experts, *quantize_heads.absorbed_rules(plan))
-        own = quantize_cpu.trunk_rules(plan, config.hidden_size, tied=bool(trace.tied))
-        trunk = (*own, *trunk)
-    return Lowering(prefill, decode, trunk, Builder)
+def cpu_rules(growing: bool, all_logits: bool) -> dict[str, order.GraphRules]:
+    """The rules of ONNX Runtime's two graphs. Its decode graph checks several new tokens a row."""
+    trunk = order.trunk_cpu()
+    return {
+        "prefill": order.GraphRules(trunk, order.prefill_cpu(growing)),
+        "decode": order.GraphRules(trunk, order.decode_cpu(growing), verified=not all_logits),
+    }
+
+
+def _quantized(
+    graphs: dict[str, order.GraphRules], plan: WeightPlan, config: MlaConfig, *, is_tied: bool
+) -> dict[str, order.GraphRules]:
+    """The same with quantised weights: linear layers before they become Gemm, the rest behind."""
+    first = quantize_cpu.linear_rules(plan, config.router_rows)
+    experts = quantize_cpu.expert_rules(plan, config.router_rows)
+    trunk = quantize_cpu.trunk_rules(plan, config.hidden_size, tied=is_tied)
+    halves = {
+        "prefill": quantize_heads.expanded_rules(plan),
+        "decode": quantize_heads.absorbed_rules(plan),
+    }
+    return {
+        name: replace(
+            rules,
+            trunk=(*trunk, *rules.trunk),
+            layers=(*first, *rules.layers, *experts, *halves[name]),
+        )
+        for name, rules in graphs.items()
+    }
 
 
 def _for_tensorrt(trace: Trace, options: ExportOptions, name: str) -> Lowering:
@@ -132,7 +144,12 @@ def _for_tensorrt(trace: Trace, options: ExportOptions, name: str) -> Lowering:
         names = [rule.name for rule in decode]
         place = names.index("lower_latent_attention")
         decode = (*decode[:place], *mla_decode.rules(blocks), *decode[place:])
-    return Lowering(release.prefill, decode, release.trunk, builder)
+    trunk = release.trunk
+    graphs = {
+        "prefill": order.GraphRules(trunk, release.prefill),
+        "decode": order.GraphRules(trunk, decode),
+    }
+    return Lowering(graphs, builder)
 
 
 def _as_operator(decode: Assembled) -> None:
