@@ -1,4 +1,4 @@
-"""What quantised weights cost, as a table and in a few words."""
+"""What quantised weights and caches cost, as a table and in a few words."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from mla_deploy.cli.output import Sheet
 
 
 def loss_of(bundle: Any, source: Path | None, **options: Any) -> dict[str, Any] | None:
-    """Measured against a checkpoint, for a bundle with quantised weights; None for any other."""
-    if source is None or "quantized" not in bundle.manifest["weights"]:
+    """Measured against a checkpoint, for a bundle that is quantised; None for any other."""
+    manifest = bundle.manifest
+    is_quantized = "quantized" in manifest["weights"] or "store" in manifest["cache"]
+    if source is None or not is_quantized:
         return None
     from mla_deploy.checkpoint import open_checkpoint
     from mla_deploy.validate.loss_check import measure_loss

@@ -10,17 +10,21 @@ import click
 
 from mla_deploy.cli.output import Outcome, Screen, byte_text
 from mla_deploy.cli.progress import progress_bar
-from mla_deploy.cli.verb import verb
+from mla_deploy.cli.verb import choice, verb
 
 
-@click.command(short_help="Bundle to bundle: weights of four or eight bits, the loss measured.")
+@click.command(short_help="Bundle to bundle: weights or cache in fewer bits, the loss measured.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The bundle to write.")
 @click.option(
     "--weights",
     metavar="FORM",
-    required=True,
-    help="int4, int8, fp8, or refined: int4:block=128,asymmetric,head=int8.",
+    help="int4, int8, fp8, or refined: int4:block=128,asymmetric,head=int8.  [as they are]",
+)
+@choice(
+    "--cache-dtype",
+    "fp32|fp16|bf16|int8|int8-tile|fp8|int4",
+    "Of the cache; the last four store latents as codes with scales.  [as it is]",
 )
 @click.option(
     "--text", type=click.Path(path_type=Path), help="Measure the loss on this.  [a sample]"
@@ -28,10 +32,10 @@ from mla_deploy.cli.verb import verb
 @click.option("--replace", is_flag=True, default=None, help="Swap out a bundle that is there.")
 @verb
 def quantize(screen: Screen, bundle: Path, out: Path, **options: Any) -> Outcome:
-    """Round the weights of BUNDLE to --weights and write the bundle OUT; BUNDLE stays as it is.
+    """Write BUNDLE to OUT, its weights rounded to --weights, its cache stored as --cache-dtype.
 
-    Target, cache and capacity stay what they are. The loss against BUNDLE is measured on text where
-    it has a tokenizer, on random ids where it has none.
+    BUNDLE stays as it is, and so do target and capacity. The loss against BUNDLE is measured on
+    text where it has a tokenizer, on random ids where it has none.
     """
     from mla_deploy.cli.bundle_sheets import bundle_result, bundle_sheets
     from mla_deploy.cli.loss_sheets import loss_sheets, loss_words, quantized
@@ -41,8 +45,13 @@ def quantize(screen: Screen, bundle: Path, out: Path, **options: Any) -> Outcome
         found, loss = quantized(bundle, out, progress=progress, **options)
     seconds = perf_counter() - started
     result = {**bundle_result(found), "quantize_seconds": round(seconds, 3), "loss": loss}
+    forms = ", ".join(
+        f"{told} {options[name]}"
+        for name, told in (("weights", "weights"), ("cache_dtype", "cache"))
+        if options.get(name)
+    )
     summary = (
-        f"quantised {bundle} to {out} in {seconds:.1f} s: {options['weights']}, "
+        f"quantised {bundle} to {out} in {seconds:.1f} s: {forms}, "
         f"{byte_text(result['total_bytes'])}{loss_words(loss)}"
     )
     return Outcome(summary, result, (*loss_sheets(loss), *bundle_sheets(found)))

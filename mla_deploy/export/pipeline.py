@@ -204,6 +204,13 @@ def _options(
         in_place=in_place,
         weights=weights,
     )
+    check_options(chosen)
+    return chosen
+
+
+def check_options(chosen: ExportOptions) -> None:
+    """Raises: InputError EXP-OPTION, EXP-CACHE, EXP-WEIGHT-FORM, TARGET-*."""
+    row = find_target(chosen.target)
     check_dtype(row, chosen.dtype)
     if chosen.weights is not None and is_plan(chosen.weights):
         check_forms(row, parse_plan(chosen.weights))
@@ -219,7 +226,6 @@ def _options(
         raise InputError("EXP-OPTION", f"capacity is {chosen.capacity!r}; wanted 1 to 2^31 tokens")
     _require_storable(chosen)
     require_form(chosen)
-    return chosen
 
 
 def _require_storable(options: ExportOptions) -> None:

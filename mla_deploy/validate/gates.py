@@ -91,6 +91,12 @@ LOSS_GATES = {
     "fp8": LossGate(perplexity_ratio=1.02),
     "int4": LossGate(perplexity_ratio=1.05),
 }
+# Of latents alone; an int4 cache is told and not judged.
+CACHE_LOSS = {
+    "int8": LossGate(mean_kl=5e-3, top1=0.97),
+    "int8-tile": LossGate(mean_kl=5e-3, top1=0.97),
+    "fp8": LossGate(mean_kl=1e-2, perplexity_ratio=1.02),
+}
 
 
 def gate_for(*dtypes: str, quantized: bool = False) -> Gate:

@@ -1,4 +1,4 @@
-"""`measure_loss`: what quantising a bundle's weights costs, against its float source."""
+"""`measure_loss`: what quantising a bundle's weights or cache costs, against its float source."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mla_deploy.bundle import Bundle
 from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.machine import available_bytes
 from mla_deploy.runtime.sessions import GraphSessions
-from mla_deploy.validate.gates import LOSS_GATES
+from mla_deploy.validate.gates import CACHE_LOSS, LOSS_GATES
 from mla_deploy.validate.loss import Progress, Scorer, bundle_scorer, loss_over, text_rows, told_of
 from mla_deploy.validate.opening import open_sessions, plan_of
 
@@ -45,4 +45,6 @@ def measure_loss(
 
         scorer = TorchRunner(source).every_logit
     found = loss_over(on, rows, scorer, open_sessions(bundle, threads), progress)
-    return told_of(found, None if plan is None else LOSS_GATES[plan.kind])
+    # Of both together the weights' gate is the one that was promised, and the cache's is tighter.
+    kind = str(bundle.manifest["cache"]["dtype"]) if plan is None else plan.kind
+    return told_of(found, LOSS_GATES.get(kind) if plan is not None else CACHE_LOSS.get(kind))
