@@ -1,6 +1,6 @@
 """ONNX Runtime sessions for the benches, all with the options of a product session.
 
-They are those of `mla_deploy/runtime/sessions.py`, so that a difference of two figures is a
+They are those of `runtime/sessions.py`, so that a difference of two figures is a
 difference of two graphs.
 """
 
@@ -17,13 +17,14 @@ import onnxruntime as ort
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
-def session_options(threads: int) -> ort.SessionOptions:
-    """The options of a product session."""
+def session_options(threads: int | None) -> ort.SessionOptions:
+    """The options of a product session; `threads` None leaves the number to ONNX Runtime."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.disable_prepacking", "1")
-    options.intra_op_num_threads = threads
+    if threads is not None:
+        options.intra_op_num_threads = threads
     return options
 
 
