@@ -7,6 +7,7 @@ fails is told in its row and the rest goes on; ours may not fail.
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -138,10 +139,15 @@ class _Run:
                 self.found.contenders[peer.spec.label]["no_logits"] = self._reason(peer, error)
                 continue
             ours = logits if ours is None else ours
-            self.found.parity.append(Parity(
-                peer.spec.label, float(np.abs(logits - ours).max()), float(np.abs(ours).max()),
-                bool(logits.argmax() == ours.argmax()),
-            ))  # fmt: skip
+            difference = float(np.abs(logits - ours).max())
+            self.found.parity.append(
+                Parity(
+                    peer.spec.label,
+                    difference if math.isfinite(difference) else None,
+                    float(np.abs(ours).max()),
+                    bool(logits.argmax() == ours.argmax()),
+                )
+            )
 
     def steps(self, context: int) -> Timing | None:
         """Figures of one context; the timing of the memory reader, which took its turns."""

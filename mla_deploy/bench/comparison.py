@@ -36,10 +36,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class Parity:
-    """Logits of a short prompt against ours."""
+    """Logits of a short prompt against ours; None where they are not finite."""
 
     contender: str
-    max_difference: float
+    max_difference: float | None
     max_logit: float
     same_top: bool
 

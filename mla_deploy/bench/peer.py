@@ -21,7 +21,7 @@ from mla_deploy.errors import EnvironmentFailure, MlaDeployError, quoted
 
 _ASK_SECONDS = 3600.0
 _QUIT_SECONDS = 20.0
-_TOLD_BYTES = 400  # of the last that a dead worker said
+_TOLD_BYTES = 160  # of the last that a dead worker said: what `quoted` leaves whole
 _CLASSES = {
     kind.exit_status: kind
     for kind in (errors.GateError, errors.InputError, errors.IntegrityError,

@@ -99,7 +99,7 @@ def _parity_sheet(found: Comparison) -> Sheet:
     rows = [
         (
             p.contender,
-            f"{p.max_difference:.1e}",
+            "not finite" if p.max_difference is None else f"{p.max_difference:.1e}",
             f"{p.max_logit:.1f}",
             "yes" if p.same_top else "no",
         )

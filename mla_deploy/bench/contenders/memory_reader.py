@@ -20,11 +20,11 @@ READ_BYTES = 1 << 30  # far more than any cache of a processor
 
 
 class MemoryReader:
-    """`step` reads READ_BYTES once. The worker's process has one BLAS thread (`line_up.py`)."""
+    """`step` reads so many bytes once. The worker's process has one BLAS thread (`line_up.py`)."""
 
-    def __init__(self, *, threads: int | None) -> None:
+    def __init__(self, *, threads: int | None, read_bytes: int = READ_BYTES) -> None:
         count = threads or cores()
-        size = READ_BYTES // 8 // count
+        size = read_bytes // 8 // count
         self.halves = [(np.ones(size, np.float32), np.ones(size, np.float32)) for _ in range(count)]
         self.pool = ThreadPoolExecutor(count)
 
