@@ -11,12 +11,12 @@ import shutil
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import stack
 from attention import LONG, profile_attention, time_attention
 from attention_graphs import Sizes
 from op_profile import profile_bundle
+from peer_report import figure_rows
 from table import Goal, Report, bench_arguments, show
 
 from mla_deploy.bench.compare import compare
@@ -49,7 +49,7 @@ def main() -> None:
             rounds=options.rounds, work=work, **timing,
         )  # fmt: skip
         report.provenance = dict(found.provenance)
-        report.rows += step_rows(found)
+        report.rows += figure_rows(found.to_dict())
         report.goals += _goals(found)
         if options.profile:
             report.rows += profile_bundle(bundle, max(options.context), **timing)
@@ -61,20 +61,6 @@ def main() -> None:
     if options.profile:
         report.rows += profile_attention(sizes, max(options.context), **timing)
     show(report, options.json)
-
-
-def step_rows(found: Comparison) -> list[dict[str, Any]]:
-    """The steps of a comparison as rows of a bench's table."""
-    parity = {row.contender: row.max_difference for row in found.parity}
-    return [
-        {
-            "table": "one decode step", "contender": figure.contender, "context": figure.size,
-            **figure.timing.to_dict(), "ratio": found.ratio(figure),
-            "logit_difference": parity.get(figure.contender),
-        }
-        for figure in found.figures
-        if figure.work == "step" and figure.timing is not None
-    ]  # fmt: skip
 
 
 def _goals(found: Comparison) -> list[Goal]:

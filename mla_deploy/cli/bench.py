@@ -21,7 +21,7 @@ def _counts(_context: click.Context, _option: click.Parameter, text: str | None)
         raise click.BadParameter(str(error)) from None
 
 
-@click.command(short_help="Seconds a step, beside transformers, OpenVINO, llama.cpp and others.")
+@click.command(short_help="Seconds a step, beside those of other runtimes.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
     "--against",
