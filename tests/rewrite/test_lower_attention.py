@@ -31,13 +31,14 @@ _FOLD = "Mul Shape Concat Reshape"  # scaled, then heads folded into rows
 _SHAPES = "Shape Concat Shape Concat"  # how scores unfold and fold again
 _SCORES = "Transpose MatMul Transpose"
 _TWO_SCORES = f"{_SCORES} {_SCORES} Add"
+_READ = "Transpose Transpose MatMul Transpose"  # rows^T weights^T
 _MASK = "Reshape Where Reshape"
 _SINKS = "Shape Unsqueeze Concat Expand Reshape Concat Expand Concat Softmax Slice"
 
 
 def dense(softmax: str = "Softmax") -> str:
     """Nothing masked, or masked and cleared."""
-    return f"If[{softmax} MatMul | {_MASK} {softmax} Where MatMul]"
+    return f"If[{softmax} {_READ} | {_MASK} {softmax} Where {_READ}]"
 
 
 def sparse(taken: str, scores: str, cut: str, softmax: str = "Softmax") -> str:
@@ -124,6 +125,20 @@ def test_half_precision_rows_are_widened_once(name: str) -> None:
     after, _ = fired(absorbed(attention_text("fp16", **form)), *lower_attention.RULES)
     casts = op_types(after).split().count("Cast") - op_types(wide).split().count("Cast")
     assert casts == 1 + bool(form.get("split"))
+
+
+def test_many_heads_read_the_rows_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other order of operands: fewer nodes, the same numbers."""
+    few, _ = fired(absorbed(attention_text()), *lower_attention.RULES)
+    monkeypatch.setattr(lower_attention, "_FEW_HEADS", H - 1)
+    many, _ = fired(absorbed(attention_text()), *lower_attention.RULES)
+    assert dense() in op_types(few)
+    assert dense().replace(_READ, "MatMul") in op_types(many)
+    for lengths in (LENGTHS, STEPS["every slot is seen"]):
+        feeds = attention_feeds(lengths=lengths, seed=1)
+        wanted, found = run(few, feeds), run(many, feeds)
+        for name in wanted:
+            np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, atol=1e-6)
 
 
 # cached, new, new tokens of the call, rows: with a choice of 3, fewer, as many and more tokens.
