@@ -17,14 +17,13 @@ import onnxruntime as ort
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
-def session_options(threads: int | None) -> ort.SessionOptions:
-    """The options of a product session; `threads` None leaves the number to ONNX Runtime."""
+def session_options(threads: int) -> ort.SessionOptions:
+    """The options of a product session."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.disable_prepacking", "1")
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads
     return options
 
 
