@@ -171,8 +171,10 @@ def _llama(plan: Plan, form: str) -> list[ContenderSpec]:
 
 def gguf_type(bundle: Bundle) -> str:
     """llama.cpp's weight type that is nearest to a bundle's: as many bits."""
-    dtype = str(bundle.manifest["dtype"])
-    return "f32" if dtype == "fp32" else "f16"
+    quantized = bundle.manifest["weights"].get("quantized", {}).get("kind")
+    if quantized is not None:
+        return "q4_0" if quantized == "int4" else "q8_0"
+    return "f32" if bundle.manifest["dtype"] == "fp32" else "f16"
 
 
 def _prepare(label: str, what: str, **options: str) -> None:

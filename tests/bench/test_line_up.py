@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mla_deploy.bench.compare import compare
 from mla_deploy.bench.line_up import check_line_up, gguf_type
-from mla_deploy.bundle import open_bundle
+from mla_deploy.bundle import Bundle, open_bundle
 from mla_deploy.errors import MlaDeployError
 from mla_deploy.export import export
 from tests.exported import HALF_SPLIT, exported
@@ -68,15 +69,18 @@ def test_a_bundle_for_an_engine_is_not_timed_here(tmp_path: Path) -> None:
     refused(lambda: compare(bundle), "RUN-TARGET", exit_status=6)
 
 
+def edited(found: Bundle, section: str, **changes: Any) -> Bundle:
+    """A bundle whose manifest says something else: only for what reads it."""
+    other = open_bundle(found.path)
+    changed = {**found.manifest[section], **changes}
+    object.__setattr__(other, "manifest", {**found.manifest, section: changed})
+    return other
+
+
 def test_caches_that_peers_cannot_be_given() -> None:
     found = exported().bundle
     tensors = [{**entry, "rows": 8} for entry in found.manifest["cache"]["tensors"]]
-    ring = open_bundle(found.path)
-    object.__setattr__(
-        ring,
-        "manifest",
-        {**found.manifest, "cache": {**found.manifest["cache"], "tensors": tensors}},
-    )
+    ring = edited(found, "cache", tensors=tensors)
     for name in ("openvino", "onnx-exporter"):
         with pytest.raises(MlaDeployError) as caught:
             check_line_up(ring, [name], None)
@@ -86,3 +90,5 @@ def test_caches_that_peers_cannot_be_given() -> None:
 def test_llama_takes_as_many_bits_as_the_bundle() -> None:
     assert gguf_type(exported().bundle) == "f32"
     assert gguf_type(exported(**HALF_SPLIT).bundle) == "f16"
+    for kind, wanted in (("int8", "q8_0"), ("int4", "q4_0")):
+        assert gguf_type(edited(exported().bundle, "weights", quantized={"kind": kind})) == wanted
