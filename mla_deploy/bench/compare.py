@@ -122,6 +122,8 @@ class _Run:
                 raise
             peer.close()
             self.found.contenders[spec.label] = {"family": spec.family, "failed": error.message}
+            if spec.otherwise is not None:
+                self.start(cleanup, spec.otherwise)
             return
         self.tell(f"loading {spec.label}", 1, 1)
         facts = {"family": spec.family, "load_seconds": round(peer.load_seconds, 3), **peer.facts}

@@ -154,19 +154,27 @@ def _llama(plan: Plan, form: str) -> list[ContenderSpec]:
     name, kind = "llama.cpp", form or gguf_type(plan.bundle)
     path = str(plan.work / f"model-{kind}.gguf")
     _prepare(name, "gguf", checkpoint=plan.checkpoint, out=path, kind=kind)
-    common = {"path": path, "threads": plan.threads, "capacity": plan.capacity}
     rank, rope = int(plan.model["kv_lora_rank"]), int(plan.model["qk_rope_head_dim"])
     takes_blocks = rank % _BLOCK == 0 and (rank + rope) % _BLOCK == 0
     return [
-        ContenderSpec(
-            f"{name} {kind} {'fa ' if flash else ''}kv={cache}",
-            name,
-            name,
-            {**common, "flash": flash, "cache_type": cache},
-        )
+        _llama_spec(plan, path, f"{name} {kind} {'fa ' if flash else ''}kv={cache}",
+                    {"flash": flash, "cache_type": cache})
         for flash, cache in _LLAMA_FORMS
         if takes_blocks or not cache.startswith("q")
-    ]
+    ]  # fmt: skip
+
+
+def _llama_spec(plan: Plan, path: str, label: str, form: dict[str, Any]) -> ContenderSpec:
+    """Weights repacked for the processor; where that fails, as they lie in the file.
+
+    Repacking for AMX stops the process on this attention, and faults in virtual machines that
+    announce AMX and do not have it.
+    """
+    shared = {"path": path, "threads": plan.threads, "capacity": plan.capacity, **form}
+    quiet = {"GGML_NO_BACKTRACE": "1"}  # else a debugger's page hides what an abort said
+    name = "llama.cpp"
+    plain = ContenderSpec(f"{label} plain", name, name, {**shared, "repack": False}, quiet)
+    return ContenderSpec(label, name, name, {**shared, "repack": True}, quiet, plain)
 
 
 def gguf_type(bundle: Bundle) -> str:

@@ -34,6 +34,7 @@ class ContenderSpec:
     """One contender: what the worker loads, and under which name it stands in the tables.
 
     `family` groups the forms of one way to run a model; only the best of them is compared.
+    `otherwise` is what is loaded in its place where it does not load.
     """
 
     label: str
@@ -41,6 +42,7 @@ class ContenderSpec:
     kind: str
     options: Mapping[str, Any]
     environment: Mapping[str, str] = field(default_factory=dict)
+    otherwise: ContenderSpec | None = None
 
 
 class Peer:

@@ -88,7 +88,10 @@ def test_bundles_against_one_another(pair: Exported, options: dict[str, Any]) ->
 def test_progress_is_told_and_one_dead_contender_is_left_out(
     pair: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = ContenderSpec("broken", "broken", "openvino", {"path": "/nowhere", "threads": 1})
+    nowhere = {"path": "/nowhere", "threads": 1}
+    same = {"path": str(pair.bundle.path), "threads": 1, "capacity": 20}
+    instead = ContenderSpec("instead", "broken", "bundle", same)
+    broken = ContenderSpec("broken", "broken", "openvino", nowhere, {}, instead)
     monkeypatch.setattr(line_up, "check_line_up", lambda *_: None)
     monkeypatch.setattr(line_up, "peer_specs", lambda *_: [broken])
     stages: list[str] = []
@@ -97,7 +100,7 @@ def test_progress_is_told_and_one_dead_contender_is_left_out(
         progress=lambda stage, _done, _total: stages.append(stage),
     )  # fmt: skip
     assert "failed" in found.contenders["broken"]
-    assert [f.contender for f in found.figures] == ["ours"]
+    assert [f.contender for f in found.figures] == ["ours", "instead"]
     assert {"loading ours", "steps at 16 tokens"} <= set(stages)
 
 

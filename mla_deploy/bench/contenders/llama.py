@@ -27,14 +27,20 @@ class LlamaContender:
     """One cache type, flash attention on or off."""
 
     def __init__(
-        self, path: str, *, cache_type: str, flash: bool, threads: int | None, capacity: int
-    ) -> None:
-        """Raises: RuntimeError when llama.cpp takes neither the model nor the settings."""
+        self, path: str, *, cache_type: str, flash: bool, threads: int | None, capacity: int,
+        repack: bool = True,
+    ) -> None:  # fmt: skip
+        """`repack`: weights in llama.cpp's own layouts for the processor.
+
+        Raises: RuntimeError when llama.cpp does not take the model or the settings.
+        """
         import llama_cpp.llama_cpp as api
 
-        self.api, self.cache_type, self.capacity = api, cache_type, capacity
+        self.api, self.cache_type, self.repack = api, cache_type, repack
         api.llama_backend_init()
-        self.model = api.llama_model_load_from_file(path.encode(), api.llama_model_default_params())
+        model = api.llama_model_default_params()
+        model.use_extra_bufts = repack
+        self.model = api.llama_model_load_from_file(path.encode(), model)
         if not self.model:
             raise RuntimeError("llama.cpp does not take the GGUF file")
         settings = api.llama_context_default_params()
@@ -50,6 +56,7 @@ class LlamaContender:
         self.vocab_size = int(api.llama_vocab_n_tokens(api.llama_model_get_vocab(self.model)))
         self.length = 0
         self.states: dict[int, bytes] = {}
+        self.logits([TOKEN])  # a layout that the processor lacks fails here, and not later
 
     def facts(self) -> dict[str, Any]:
         told = self.api.llama_print_system_info().decode("utf-8", "replace")
@@ -59,7 +66,7 @@ class LlamaContender:
             version = "a build of its own"
         return {"versions": {"llama-cpp-python": version}, "system_info": told.strip(),
                 "cache_filled_with": f"{_BATCH} real tokens, their cells repeated",
-                "cache_dtype": self.cache_type}  # fmt: skip
+                "cache_dtype": self.cache_type, "weights_repacked": self.repack}  # fmt: skip
 
     def fill(self, context: int) -> int:
         copies, rest = divmod(context - 1, _BATCH)
