@@ -13,8 +13,10 @@ from mla_deploy.bench.compare import compare
 from mla_deploy.bench.peer import ContenderSpec
 from mla_deploy.cli import main
 from mla_deploy.errors import EnvironmentFailure
+from mla_deploy.export import export
 from tests.cli.conftest import Command, command
 from tests.exported import GROWING, HALF_SPLIT, Exported, exported
+from tests.families import write_family
 
 __all__ = ["command"]
 CONTEXTS = (16, 64)
@@ -102,6 +104,24 @@ def test_progress_is_told_and_one_dead_contender_is_left_out(
     assert "failed" in found.contenders["broken"]
     assert [f.contender for f in found.figures] == ["ours", "instead"]
     assert {"loading ours", "steps at 16 tokens"} <= set(stages)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["kimi_linear", "dots3_note_text"])
+def test_states_rings_and_index_keys_come_of_real_tokens(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(line_up, "_ATTENTIONS", ("eager",))
+    checkpoint = write_family(tmp_path / "c", family)
+    bundle = export(checkpoint, tmp_path / "b")
+    found = compare(
+        bundle, against=["transformers"], source=checkpoint, context=(16,), rounds=1, threads=1
+    )
+    assert [f.reason for f in found.figures] == [""] * 2
+    assert all(found.ratio(figure) for figure in found.figures)
+    assert {f.cache_bytes > 0 for f in found.figures} == {True}
+    filled = {facts.get("cache_filled_with") for facts in found.contenders.values()}
+    assert "real tokens" in filled
 
 
 def test_ours_may_not_fail(pair: Exported, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from mla_deploy.bench.contenders.rows import TOKEN, layer_rows, prompt_ids
 from mla_deploy.checkpoint import open_checkpoint
 from mla_deploy.source import module_from_checkpoint
-from mla_deploy.source.cache import cache_keyword
+from mla_deploy.source.cache import cache_keyword, cached_parts
 
 
 class SourceContender:
@@ -31,6 +32,8 @@ class SourceContender:
             self.module = module_from_checkpoint(source)
         self.module.set_attn_implementation(attention)
         self.layers, self.random_rows = tuple(layers), random_rows
+        self.cache: Any = None
+        self.kept: Any = None
 
     def facts(self) -> dict[str, Any]:
         how = "random rows" if self.random_rows else "real tokens"
@@ -44,13 +47,11 @@ class SourceContender:
         else:
             self._append(prompt_ids(context - 1, self.module.config.vocab_size))
         self.length = self.cache.get_seq_length()
-        rows = sum(
-            part.nbytes
-            for layer in self.cache.layers
-            for part in (layer.keys, layer.values)
-            if part is not None
-        )
-        return rows * context // max(self.length, 1)
+        held = sum(part.nbytes for layer in self.cache.layers for part in cached_parts(layer))
+        if self.random_rows:
+            return held * context // self.length
+        self.kept = copy.deepcopy(self.cache)
+        return held
 
     def _fill_rows(self, tokens: int) -> None:
         rank, rope = self.module.config.kv_lora_rank, self.module.config.qk_rope_head_dim
@@ -63,7 +64,10 @@ class SourceContender:
         self._append([TOKEN])
 
     def rewind(self) -> None:
-        self.cache.crop(self.length - self.cache.get_seq_length())
+        if self.random_rows:
+            self.cache.crop(self.length - self.cache.get_seq_length())
+        else:  # rings and states cannot be cropped
+            self.cache = copy.deepcopy(self.kept)
 
     def prefill(self, tokens: int) -> None:
         self.logits(prompt_ids(tokens, self.module.config.vocab_size))
