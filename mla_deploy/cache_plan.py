@@ -12,53 +12,72 @@ from dataclasses import dataclass
 from typing import Any
 
 from mla_deploy.config import MlaConfig
+from mla_deploy.latent_store import LatentStore
 from mla_deploy.layer_facts import FULL, INDEXED, LINEAR, SLIDING, LayerFacts
+
+# Bytes of one element, by the dtype that manifests name.
+ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "uint8": 1}
 
 
 @dataclass(frozen=True)
 class Cached:
     """One kind of tensor that one layer keeps: `elements` of a row, or of a whole state.
 
-    `rows` is None for one row a token, a window's size, or 0 for a state.
+    `rows` is None for one row a token, a window's size, or 0 for a state. `fixed`: bytes of an
+    element that has its own dtype, as codes and scales have.
     """
 
     kind: str
     elements: int
     rows: int | None
+    fixed: int | None = None
+
+    def row_bytes(self, itemsize: int) -> int:
+        """Of one row, or of a state, which is fp32 whatever the cache is."""
+        return self.elements * (4 if self.rows == 0 else self.fixed or itemsize)
 
     def bytes(self, capacity: int, itemsize: int) -> int:
-        """Bytes for one batch row; a state is fp32 whatever the cache is."""
-        if self.rows == 0:
-            return self.elements * 4
-        return self.elements * (self.rows or capacity) * itemsize
+        """Bytes for one batch row."""
+        rows = {None: capacity, 0: 1}.get(self.rows, self.rows)
+        return self.row_bytes(itemsize) * int(rows or 0)
 
 
-def cache_plan(config: MlaConfig) -> tuple[Cached, ...]:
-    """Everything that is cached for one batch row, layer by layer."""
+def cache_plan(config: MlaConfig, store: LatentStore | None = None) -> tuple[Cached, ...]:
+    """Everything that is cached for one batch row, layer by layer; latents in the `store`."""
     return tuple(
         cached
         for index, layer in enumerate(config.layers)
-        for cached in _layer(config.raw, layer, index)
+        for cached in _layer(config.raw, layer, index, store)
         for _ in range(config.attentions_per_layer)
     )
 
 
-def planned_bytes(config: MlaConfig, *, batch: int, capacity: int, itemsize: int) -> int:
+def planned_bytes(
+    config: MlaConfig, *, batch: int, capacity: int, itemsize: int, store: LatentStore | None = None
+) -> int:
     """Bytes of a cache of `capacity` tokens a row."""
-    return batch * sum(c.bytes(capacity, itemsize) for c in cache_plan(config))
+    return batch * sum(c.bytes(capacity, itemsize) for c in cache_plan(config, store))
 
 
-def planned_bytes_per_token(config: MlaConfig, itemsize: int) -> int:
+def planned_bytes_per_token(
+    config: MlaConfig, itemsize: int, store: LatentStore | None = None
+) -> int:
     """Bytes that one more token takes, in every cache that has a row for each."""
-    return sum(c.elements * itemsize for c in cache_plan(config) if c.rows is None)
+    return sum(c.row_bytes(itemsize) for c in cache_plan(config, store) if c.rows is None)
 
 
-def _layer(fields: Mapping[str, Any], layer: LayerFacts, index: int) -> Iterator[Cached]:
+def _layer(
+    fields: Mapping[str, Any], layer: LayerFacts, index: int, store: LatentStore | None
+) -> Iterator[Cached]:
     if layer.kind == LINEAR:
         yield from _states(fields)
         return
     window = _window(fields) if layer.kind == SLIDING else None
-    if layer.owns_latent:
+    if layer.owns_latent and store is not None and window is None:
+        yield Cached("latent_cache", store.columns(layer.rank), None, fixed=1)
+        yield Cached("latent_scale", store.tiles(layer.rank), None, fixed=4)
+        yield Cached("rope_key_cache", layer.row_width - layer.rank, None)
+    elif layer.owns_latent:
         yield Cached("latent_cache", layer.row_width, window)
     if _has_indexer(fields, layer, index):
         width = int(fields["index_head_dim"])

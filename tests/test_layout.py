@@ -20,8 +20,8 @@ PACKAGE = ROOT / "mla_deploy"
 
 # Arrows point down this list only. The ground floor's modules may use one another.
 GROUND = ("errors", "strict_json", "shapes", "targets", "door", "fields", "text_fields", "rope",
-          "experts", "layer_facts", "wrapper", "quantization", "config", "cache_plan", "machine",
-          "jetson", "callable_package", "trust")  # fmt: skip
+          "experts", "layer_facts", "wrapper", "quantization", "config", "latent_store",
+          "cache_plan", "machine", "jetson", "callable_package", "trust")  # fmt: skip
 FLOORS: tuple[tuple[str, ...], ...] = (
     GROUND,
     ("bundle", "checkpoint", "device"),

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from mla_deploy.cache_plan import ITEM_BYTES
 from mla_deploy.errors import IntegrityError, quoted
 
 GRAPHS = ("prefill", "decode")
-ROW_KINDS = ("latent_cache", "rope_key_cache", "indexer_key_cache")
+ROW_KINDS = ("latent_cache", "latent_scale", "rope_key_cache", "indexer_key_cache")
 STATE_KINDS = ("conv_state", "recurrent_state")
 KINDS = ("token_ids", "length", "logits", *ROW_KINDS, *STATE_KINDS)
 _MAX_COUNT = 1 << 53
@@ -52,13 +53,21 @@ def _check_rules(manifest: Mapping[str, Any], rules: Mapping[str, _Rule]) -> Non
 
 def _check_cache(cache: Mapping[str, Any]) -> None:
     """The bytes of a token are those of its rows, in every cache that has one for each token."""
-    elements = sum(t["elements"] for t in cache["tensors"] if t["rows"] == "tokens")
-    if cache["bytes_per_token"] != elements * cache["itemsize"]:
+    wanted = sum(
+        t["elements"] * item_bytes(t, cache) for t in cache["tensors"] if t["rows"] == "tokens"
+    )
+    if cache["bytes_per_token"] != wanted:
         raise _damaged(
             "cache.bytes_per_token",
             f"is {cache['bytes_per_token']}",
-            f"{elements} elements x itemsize = {elements * cache['itemsize']}",
+            f"elements x bytes of one, of every row = {wanted}",
         )
+
+
+def item_bytes(tensor: Mapping[str, Any], cache: Mapping[str, Any]) -> int:
+    """Bytes of one element of a cache tensor; older manifests name no dtype of it."""
+    own = 4 if tensor["rows"] == "state" else ITEM_BYTES.get(str(tensor.get("dtype")))
+    return int(own or cache["itemsize"])
 
 
 def _is_cache_tensor(tensor: object) -> bool:
@@ -72,6 +81,7 @@ def _is_cache_tensor(tensor: object) -> bool:
         and kind in known
         and (rows in ("tokens", "state") or _is_count(rows))
         and _is_count(tensor.get("elements"))
+        and tensor.get("dtype") in (None, *ITEM_BYTES)
         and type(tensor.get("layer")) is int
         and tensor["layer"] >= 0
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from mla_deploy.bundle.structure import item_bytes
 from mla_deploy.cli.model_sheet import model_sheet
 from mla_deploy.cli.output import Sheet, byte_text
 
@@ -56,8 +57,7 @@ def _cache_bytes(cache: Mapping[str, Any]) -> int:
     total = 0
     for tensor in cache["tensors"]:
         rows = {"tokens": cache["capacity"], "state": 1}.get(tensor["rows"], tensor["rows"])
-        itemsize = 4 if tensor["rows"] == "state" else cache["itemsize"]
-        total += tensor["elements"] * rows * itemsize
+        total += tensor["elements"] * rows * item_bytes(tensor, cache)
     return total
 
 

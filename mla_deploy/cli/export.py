@@ -10,7 +10,7 @@ import click
 
 from mla_deploy.cli.output import Outcome, Screen, byte_text
 from mla_deploy.cli.progress import progress_bar
-from mla_deploy.cli.verb import verb
+from mla_deploy.cli.verb import choice, verb
 
 
 @click.command(short_help="Checkpoint to bundle: ONNX graphs over the latent cache.")
@@ -24,10 +24,10 @@ from mla_deploy.cli.verb import verb
     help="Instead of --out: graphs beside the checkpoint, weights left where they are.",
 )
 @click.option("--target", help="What it will run on.  [cpu]")
-@click.option(
+@choice(
     "--dtype",
-    type=click.Choice(["fp32", "fp16", "bf16"]),
-    help="Storage of weights and cache.  [fp32; TensorRT: fp16; in place, kept: as they are]",
+    "fp32|fp16|bf16",
+    "Storage of weights and cache.  [fp32; TensorRT: fp16; in place, kept: as they are]",
 )
 @click.option(
     "--weights",
@@ -35,15 +35,12 @@ from mla_deploy.cli.verb import verb
     help="keep: store them as the checkpoint does, FP8 and int8 too; of --module: its "
     ".safetensors file.  [converted to --dtype]",
 )
-@click.option(
-    "--cache",
-    type=click.Choice(["in-place", "growing"]),
-    help="Bound buffer, or one that each step concatenates to.  [in-place]",
-)
-@click.option(
-    "--cache-layout",
-    type=click.Choice(["fused", "split"]),
-    help="Latent and rope key in one tensor, or in two.  [fused]",
+@choice("--cache", "in-place|growing", "Bound buffer, or one that grows at each step.  [in-place]")
+@choice("--cache-layout", "fused|split", "Latent and rope key in one tensor, or in two.  [fused]")
+@choice(
+    "--cache-dtype",
+    "fp32|fp16|bf16|int8|int8-tile|fp8|int4",
+    "Of the cache alone; the last four store latents as codes with scales.  [--dtype]",
 )
 @click.option("--capacity", type=int, help="Tokens a row reserves by default.")
 @click.option("--all-logits", is_flag=True, default=None, help="Logits of every new token.")

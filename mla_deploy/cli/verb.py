@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from mla_deploy.cli.output import Outcome, Screen
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def verb(function: Callable[..., Outcome]) -> Callable[..., None]:
@@ -28,3 +30,8 @@ def verb(function: Callable[..., Outcome]) -> Callable[..., None]:
             raise outcome.refusal
 
     return run
+
+
+def choice(flag: str, words: str, told: str) -> Callable[[_Function], _Function]:
+    """An option that takes one of `words`, which bars part."""
+    return click.option(flag, type=click.Choice(words.split("|")), help=told)

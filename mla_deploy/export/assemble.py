@@ -22,6 +22,7 @@ from mla_deploy.errors import MlaDeployError
 from mla_deploy.export.trace import Trace
 from mla_deploy.export.trace_layer import CacheForm, TracedLayer
 from mla_deploy.export.trace_trunk import INPUTS, frequency_names
+from mla_deploy.export.value_types import forget_types
 from mla_deploy.export.weights import (
     WEIGHT_FILE,
     StoredWeight,
@@ -42,6 +43,7 @@ IR_DTYPES = {
     "fp32": ir.DataType.FLOAT,
     "fp16": ir.DataType.FLOAT16,
     "bf16": ir.DataType.BFLOAT16,
+    "uint8": ir.DataType.UINT8,
 }
 
 
@@ -51,7 +53,8 @@ class GraphForm:
 
     config: MlaConfig
     cache: CacheForm
-    dtype: str
+    dtype: str  # of weights
+    cache_dtype: str  # of cached rows, but for latents that are codes
     all_logits: bool
     layers_prefix: str
     trunk_rules: order.Rules
@@ -173,10 +176,17 @@ class Builder:
     def type_caches(
         self, graph: ir.Graph, traced: TracedLayer, held: Sequence[CacheBuffer]
     ) -> None:
-        """Before rules run: caches have the dtype that they are stored in, a state is fp32."""
+        """Before rules run: caches have the dtype that they are stored in."""
+        buffers = dict(zip(traced.held, held, strict=True))
         for value in graph.inputs:
-            if value.name in traced.held and not held[traced.held.index(value.name)].is_state:
-                value.type = ir.TensorType(self.dtype)
+            if value.name in buffers:
+                value.type = ir.TensorType(self.cache_dtype(buffers[str(value.name)]))
+
+    def cache_dtype(self, buffer: CacheBuffer) -> ir.DataType:
+        """A state is fp32 whatever the cache is."""
+        if buffer.is_state:
+            return ir.DataType.FLOAT
+        return IR_DTYPES[buffer.stored or self.form.cache_dtype]
 
     def step_inputs(self, graph: ir.Graph) -> tuple[str, ...]:
         """What a layer reads of the call beside the traced plan."""
@@ -239,7 +249,7 @@ class Builder:
         model = self.model
         common_passes.RemoveUnusedNodesPass()(model)
         common_passes.ClearMetadataAndDocStringPass()(model)
-        _forget_types(model)
+        forget_types(model)
         model.graph.name = "mla_deploy"
         for function in model.functions.values():
             model.graph.opset_imports.update(function.opset_imports)
@@ -356,7 +366,7 @@ class Builder:
         value = ir.Value(
             name=buffer.name(out=out),
             shape=ir.Shape(shape),
-            type=ir.TensorType(ir.DataType.FLOAT if buffer.is_state else self.dtype),
+            type=ir.TensorType(self.cache_dtype(buffer)),
         )
         known[buffer.name(out=out)] = value
         return value
@@ -366,22 +376,6 @@ class Builder:
         if not self.form.cache.growing:
             return shapes.CAPACITY
         return f"{shapes.PAST_TOKENS} + {shapes.NEW_TOKENS}" if out else shapes.PAST_TOKENS
-
-
-def _forget_types(model: ir.Model) -> None:
-    """Drop the tracer's types of inner values: they are fp32's, and a runtime infers its own."""
-    kept = {*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()}
-    for call in model.graph:
-        if call.domain == DOMAIN:
-            kept.update(call.outputs)  # ours: a reader needs not look into a layer for them
-    nodes = [*model.graph.all_nodes()]
-    for function in model.functions.values():
-        nodes.extend(function.all_nodes())
-    for node in nodes:
-        for value in node.outputs:
-            if value not in kept:
-                value.type = None
-                value.shape = None
 
 
 def _given_shape(shape: tuple[int, ...], dtype: torch.dtype) -> ir.Shape:

@@ -72,7 +72,7 @@ class TypedBuilder(Builder):
             by_name[name].type = None if given is None else given.type
         self.visible = opaque.inputs[traced.inputs.index("visible_B1ST")]
         for name, buffer in zip(traced.held, held, strict=True):
-            by_name[name].type = ir.TensorType(self._cache_dtype(buffer))
+            by_name[name].type = ir.TensorType(self.cache_dtype(buffer))
         for formal, stored in arguments.items():
             formal.type = stored.type
         own = self.trace.buffers(traced.kind.indices[0])
@@ -83,7 +83,7 @@ class TypedBuilder(Builder):
             if like.dtype == self.dtype
         }
         caches = zip(graph.outputs[made:], own, strict=True)
-        wanted.update({value: self._cache_dtype(buffer) for value, buffer in caches})
+        wanted.update({value: self.cache_dtype(buffer) for value, buffer in caches})
         assign_types(graph, self.dtype, list(arguments), wanted)
         _allow_decomposition(graph)
 
@@ -97,9 +97,6 @@ class TypedBuilder(Builder):
         common_passes.NameFixPass()(model)
         _name_apart(model)
         return model
-
-    def _cache_dtype(self, buffer: CacheBuffer) -> ir.DataType:
-        return _FLOAT if buffer.is_state else self.dtype
 
     def _write_index(self) -> ir.Value:
         """min(cache_lengths, capacity - new_tokens): a write never passes the end."""

@@ -44,6 +44,7 @@ def require_form(options: ExportOptions) -> None:
         "--cache growing": options.cache == "growing",
         "--cache-layout split": options.cache_layout == "split",
         "--weights keep": options.weights == "keep",
+        "--cache-dtype other than --dtype": options.cache_dtype != options.dtype,
     }
     asked = [name for name, wanted in refused.items() if wanted]
     if asked:
@@ -70,6 +71,7 @@ def lowered(
         config=config,
         cache=trace.form,
         dtype=options.dtype,
+        cache_dtype=options.rows_dtype,
         all_logits=options.all_logits,
         layers_prefix=trace.layers_prefix,
         trunk_rules=lowering.trunk,

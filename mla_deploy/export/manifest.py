@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import onnx_ir as ir
 
 import mla_deploy
+from mla_deploy.cache_plan import ITEM_BYTES
 from mla_deploy.config import MlaConfig
 from mla_deploy.export.assemble import Assembled
 from mla_deploy.export.trace import Trace
-from mla_deploy.export.weights import DTYPES, WeightLayout
+from mla_deploy.export.weights import WeightLayout
+from mla_deploy.latent_store import manifest_entry
 from mla_deploy.rewrite.releases import find_release
 from mla_deploy.source.cache_parts import CacheBuffer
 from mla_deploy.targets import find_target
@@ -61,9 +63,8 @@ def manifest_of(
 ) -> dict[str, Any]:
     """Everything but `files`, which publishing adds; `named` gives a part's file name."""
     config = source.config
-    itemsize = DTYPES[options.dtype].itemsize
     crossover = config.crossover_tokens
-    tensors = [_cache_tensor(buffer) for buffer in trace.all_buffers]
+    tensors = [_cache_tensor(buffer, options.rows_dtype) for buffer in trace.all_buffers]
     return {
         **_engine(options),
         "format_version": 1,
@@ -83,13 +84,15 @@ def manifest_of(
         "cache": {
             "kind": options.cache,
             "layout": options.cache_layout,
-            "dtype": options.dtype,
-            "itemsize": itemsize,
+            "dtype": options.cache_dtype,
+            "itemsize": ITEM_BYTES[options.rows_dtype],
             "row_width": config.row_width,
             "capacity": options.capacity,
-            "bytes_per_token": itemsize
-            * sum(t["elements"] for t in tensors if t["rows"] == "tokens"),
+            "bytes_per_token": sum(
+                t["elements"] * ITEM_BYTES[t["dtype"]] for t in tensors if t["rows"] == "tokens"
+            ),
             "tensors": tensors,
+            **_store(options, config),
         },
         "crossover_tokens": crossover if math.isfinite(crossover) else None,
         "all_logits": options.all_logits,
@@ -158,7 +161,14 @@ def _model(config: MlaConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in fields}
 
 
-def _cache_tensor(buffer: CacheBuffer) -> dict[str, Any]:
+def _store(options: ExportOptions, config: MlaConfig) -> dict[str, Any]:
+    """How codes and scales are read as latents, where they are codes."""
+    if options.store is None:
+        return {}
+    return {"store": manifest_entry(options.store, config.kv_lora_rank)}
+
+
+def _cache_tensor(buffer: CacheBuffer, rows_dtype: str) -> dict[str, Any]:
     """One cache tensor: `elements` are those of one row, or of the whole state."""
     rows: str | int = "state" if buffer.is_state else buffer.window or "tokens"
     return {
@@ -168,6 +178,7 @@ def _cache_tensor(buffer: CacheBuffer) -> dict[str, Any]:
         "layer": buffer.index,
         "rows": rows,
         "elements": buffer.elements,
+        "dtype": "fp32" if buffer.is_state else buffer.stored or rows_dtype,
         "parts": {part.kind: part.shape[0] for part in buffer.parts if not buffer.is_state},
     }
 
@@ -199,7 +210,7 @@ def _kind(name: str) -> str:
 def _graph_values(values: list[ir.Value], kind_of: Callable[[str], str]) -> list[dict[str, object]]:
     """The manifest's `io` entries of graph inputs or outputs."""
     names = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
-    names[ir.DataType.INT64] = "int64"
+    names.update({ir.DataType.INT64: "int64", ir.DataType.UINT8: "uint8"})
     return [
         {
             "name": str(v.name),

@@ -89,7 +89,7 @@ def export_module(
     report("trace", 0, 2)
     source = open_module_source(factory, weights)
     options = options_of(source.config)
-    _require_cpu(options)
+    _require_form(options)
     report("trace", 1, 2)
     if weights is not None:
         refuse_overlap(out, weights)
@@ -100,7 +100,13 @@ def export_module(
         return _build(source, stage, options, report)
 
 
-def _require_cpu(options: ExportOptions) -> None:
+def _require_form(options: ExportOptions) -> None:
+    if options.store is not None:
+        raise InputError(
+            "EXP-CACHE",
+            f"the cache of a module is stored as {options.cache_dtype}; wanted fp32, fp16 or bf16",
+            hint="leave --cache-dtype out, or store the cache as fp16",
+        )
     target = find_target(options.target)
     if target.release is not None:
         raise InputError(
@@ -120,6 +126,7 @@ def _build(source: ModuleSource, stage: Stage, options: ExportOptions, report: P
         config=source.config,
         cache=cache,
         dtype=options.dtype,
+        cache_dtype=options.rows_dtype,
         all_logits=options.all_logits,
         layers_prefix="",
         trunk_rules=order.trunk_cpu(),

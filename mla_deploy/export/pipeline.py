@@ -29,6 +29,7 @@ from mla_deploy.export.trace import Trace, trace_model
 from mla_deploy.export.trace_layer import CacheForm
 from mla_deploy.export.weights import DTYPES, WeightLayout, WeightSource
 from mla_deploy.export.widen import point_in_place
+from mla_deploy.latent_store import STORES, LatentStore, rows_dtype
 from mla_deploy.rewrite import order
 from mla_deploy.rewrite.ensures import require_latent_only
 from mla_deploy.source.model import source_weights
@@ -37,6 +38,7 @@ from mla_deploy.targets import DEFAULT_TARGET, buildable_target, check_dtype, fi
 DEFAULT_CAPACITY = 4096
 CACHE_KINDS = ("in-place", "growing")
 CACHE_LAYOUTS = ("fused", "split")
+CACHE_DTYPES = (*DTYPES, *STORES)
 TOKENIZER_TEXTS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -58,10 +60,21 @@ class ExportOptions:
     dtype: str
     cache: str
     cache_layout: str
+    cache_dtype: str
     capacity: int
     all_logits: bool
     in_place: bool
     weights: str | None
+
+    @property
+    def store(self) -> LatentStore | None:
+        """How latents are stored, when not as numbers of `cache_dtype`."""
+        return STORES.get(self.cache_dtype)
+
+    @property
+    def rows_dtype(self) -> str:
+        """The dtype of cached rows that are no codes."""
+        return rows_dtype(self.cache_dtype, self.dtype)
 
 
 def export(
@@ -75,6 +88,7 @@ def export(
     dtype: str | None = None,
     cache: str | None = None,
     cache_layout: str | None = None,
+    cache_dtype: str | None = None,
     capacity: int | None = None,
     all_logits: bool = False,
     replace: bool = False,
@@ -83,6 +97,8 @@ def export(
     """Export an MLA checkpoint as a bundle: prefill and decode graphs over one weight file.
 
     `dtype` (fp32 by default) is the storage of weights and cache; arithmetic on a CPU is fp32.
+    `cache_dtype` is that of the cache where it is another one; int8, int8-tile, int4 and fp8 store
+    a latent as codes with scales (`latent_store.py`) and what lies beside it in 16 bits.
     `weights` "keep": they are stored as in the checkpoint instead, FP8 and int8 with their scales,
     and the cache in the dtype of most of them; what must be made (halves of kv_b_proj) in float.
     `capacity` is the tokens a runner reserves per row unless told otherwise.
@@ -101,6 +117,7 @@ def export(
         target=target,
         cache=cache,
         cache_layout=cache_layout,
+        cache_dtype=cache_dtype,
         capacity=capacity,
         all_logits=all_logits,
         in_place=in_place,
@@ -150,17 +167,20 @@ def _options(
     weights: str | None,
     cache: str | None,
     cache_layout: str | None,
+    cache_dtype: str | None,
     capacity: int | None,
     all_logits: bool,
     in_place: bool,
 ) -> ExportOptions:
     default = min(config.max_position_embeddings, DEFAULT_CAPACITY)
     row = buildable_target(target or DEFAULT_TARGET)
+    stored = dtype or row.default_dtype
     chosen = ExportOptions(
         target=row.name,
-        dtype=dtype or row.default_dtype,
+        dtype=stored,
         cache=cache or "in-place",
-        cache_layout=cache_layout or "fused",
+        cache_layout=cache_layout or ("split" if cache_dtype in STORES else "fused"),
+        cache_dtype=cache_dtype or stored,
         capacity=default if capacity is None else capacity,
         all_logits=all_logits,
         in_place=in_place,
@@ -171,13 +191,28 @@ def _options(
         ("dtype", chosen.dtype, tuple(DTYPES)),
         ("cache", chosen.cache, CACHE_KINDS),
         ("cache_layout", chosen.cache_layout, CACHE_LAYOUTS),
+        ("cache_dtype", chosen.cache_dtype, CACHE_DTYPES),
     ):
         if found not in known:
             raise InputError("EXP-OPTION", f"{name} is {found!r}; wanted one of {', '.join(known)}")
     if type(chosen.capacity) is not int or not 1 <= chosen.capacity <= 2**31:
         raise InputError("EXP-OPTION", f"capacity is {chosen.capacity!r}; wanted 1 to 2^31 tokens")
+    _require_storable(chosen)
     require_form(chosen)
     return chosen
+
+
+def _require_storable(options: ExportOptions) -> None:
+    """Codes and scales are scattered in place, apart from the rope key."""
+    wanted = {"cache": "in-place", "cache_layout": "split"}
+    for name, value in wanted.items():
+        if options.store is not None and getattr(options, name) != value:
+            raise InputError(
+                "EXP-CACHE",
+                f"{name} is {getattr(options, name)}; a cache stored as {options.cache_dtype} is "
+                f"{value}",
+                hint="leave the option out, or store the cache as fp16",
+            )
 
 
 def _staged(
@@ -200,6 +235,7 @@ def _build(source: Checkpoint, stage: Stage, options: ExportOptions, report: Pro
         fused=options.cache_layout == "fused",
         growing=options.cache == "growing",
         least_rows=1 + int(config.raw.get("index_kpool") or 1),
+        store=options.store,
     )
     # All that headers and small files can get refused comes before the trace, which takes seconds.
     weights = source_weights(source)
@@ -253,6 +289,7 @@ def _require_fired(graphs: dict[str, Assembled], trace: Trace) -> None:
     )
     both = {
         "lower_cache_update": found["CacheUpdate"],
+        "lower_quantized_update": found["QuantizedUpdate"],
         "lower_ring_update": found["RingUpdate"],
         "lower_experts": found["MoE"],
         "lower_delta_attention": found["DeltaAttention"],
@@ -273,7 +310,8 @@ def _most_heads(config: MlaConfig) -> int:
 
 def widest_row(trace: Trace) -> int:
     """The most numbers that one cache keeps of a token."""
-    return max(b.shape[0] for b in trace.all_buffers if not b.is_state)
+    rows = (buffer.parts for buffer in trace.all_buffers if not buffer.is_state)
+    return max(sum(part.shape[0] for part in parts) for parts in rows)
 
 
 def write_weights(

@@ -126,7 +126,8 @@ def _shared(calls: tuple[LayerCall, ...], layer: int, form: CacheForm) -> tuple[
         for index in wanted
         for call in calls
         for buffer in form.buffers(call)
-        if buffer.index == index and buffer.kind in ("latent_cache", "rope_key_cache")
+        if buffer.index == index
+        and buffer.kind in ("latent_cache", "latent_scale", "rope_key_cache")
     )
 
 

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mla_deploy import shapes
 from mla_deploy.export.onnx_program import onnx_program
+from mla_deploy.latent_store import LatentStore
 from mla_deploy.source.cache import cache_keyword
 from mla_deploy.source.cache_parts import CacheBuffer, buffers_of
 from mla_deploy.source.layers import LayerKind
@@ -33,15 +34,19 @@ _PAST = ROWS - NEW
 
 @dataclass(frozen=True)
 class CacheForm:
-    """How the cache is laid out: latent and rope key in one row or apart; grown, or in place."""
+    """How the cache is laid out: latent and rope key in one row or apart; grown, or in place.
+
+    With a `store` latents are codes and scales, and rope keys lie apart.
+    """
 
     fused: bool
     growing: bool
     least_rows: int = 2  # rows that an indexer's pools need to be told apart from one pool
+    store: LatentStore | None = None
 
     def buffers(self, call: LayerCall) -> tuple[CacheBuffer, ...]:
         """The caches that a layer keeps."""
-        return buffers_of(call.parts, fused=self.fused)
+        return buffers_of(call.parts, fused=self.fused, store=self.store)
 
     def dims(self) -> tuple[Any, Any, tuple[Any, Any]]:
         """Export dims: batch, new tokens, (rows held before, rows seen)."""
@@ -99,7 +104,7 @@ def trace_layer(
         *(RING_OPERANDS if ring else ()),
     ]
     names = [f"cache{i}" for i in range(len(held))]
-    module = _Layer(layer, call, (own, shared), step)
+    module = _Layer(layer, call, (own, shared), (step, form.store))
     model, weights = onnx_program(
         module, (arguments, plan, tuple(ring.values()), held), dynamic, [*inputs, *names]
     )
@@ -121,13 +126,13 @@ class _Layer(nn.Module):
         layer: nn.Module,
         call: LayerCall,
         buffers: tuple[tuple[CacheBuffer, ...], tuple[CacheBuffer, ...]],
-        step: Step,
+        context: tuple[Step, LatentStore | None],
     ) -> None:
         super().__init__()
         self.layer = layer
         self.call = call
         self.own, self.shared = buffers
-        self.step = step
+        self.step, self.store = context
 
     def forward(
         self,
@@ -144,6 +149,7 @@ class _Layer(nn.Module):
             rings,
             list(zip(self.own, held[:count], strict=True)),
             list(zip(self.shared, held[count:], strict=True)),
+            store=self.store,
         )
         self.step.cache = cache
         tensors = _all_arguments(self.call, arguments, self.step.plan, rings)

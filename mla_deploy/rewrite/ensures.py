@@ -6,6 +6,8 @@ row and one new token. What is left per cached token is then counted:
 - a value that only moves cached rows (casts, slices, transposes) holds at most one row, L + R;
 - any other value holds at most one number per head: scores and masks, never keys or values.
 
+Of latents stored as codes, widening them is moving them, and a query or a probability is two parts.
+
 An expanded key holds H x (N + R) per cached token, so a graph that was not absorbed is refused.
 """
 
@@ -49,7 +51,10 @@ _MOVES = {
     "Unsqueeze",
     "Where",
 }
-_CACHE = ("latent_cache.", "rope_key_cache.", "indexer_key_cache.")
+# Codes times scales, less what stands for zero; nibbles apart.
+_WIDENS = {"BitShift", "BitwiseAnd", "Mul", "Sub"}
+_SCALES = "latent_scale."
+_CACHE = ("latent_cache.", _SCALES, "rope_key_cache.", "indexer_key_cache.")
 _SMALL = 64  # elements of a constant that can be a shape
 
 
@@ -97,7 +102,11 @@ def latent_violations(model: onnx.ModelProto, num_heads: int, row_width: int) ->
     optimizer.fold_constants(folded, onnx_shape_inference=True)
     _constants_inside(folded.graph)
     inferred = shape_inference.infer_shapes(ir.to_proto(folded), data_prop=True)
-    return _Walk(num_heads, row_width).graph(inferred.graph, ChainMap(), set())
+    if any(value.name.startswith(_SCALES) for value in inferred.graph.input):
+        walk = _Walk(2 * num_heads, row_width, _MOVES | _WIDENS)
+    else:
+        walk = _Walk(num_heads, row_width, _MOVES)
+    return walk.graph(inferred.graph, ChainMap(), set())
 
 
 def _first_calls(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -183,7 +192,8 @@ def _repeat_constants(branch: ir.Graph) -> None:
 
 
 class _Walk:
-    def __init__(self, num_heads: int, row_width: int) -> None:
+    def __init__(self, num_heads: int, row_width: int, moves: set[str]) -> None:
+        self.moves = moves
         self.num_heads = num_heads
         self.row_width = row_width
 
@@ -202,7 +212,7 @@ class _Walk:
             subgraphs = list(_subgraphs(node))
             for sub in subgraphs:
                 found.extend(self.graph(sub, known, moved))
-            is_move = node.op_type in _MOVES and any(n in moved for n in reads)
+            is_move = node.op_type in self.moves and any(n in moved for n in reads)
             for name in filter(None, node.output):
                 shape = known.get(name)
                 if shape is None:

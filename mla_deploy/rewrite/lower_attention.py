@@ -96,7 +96,7 @@ class LowerLatentAttention(Rule):
         if len(parts) > len(sources):
             parts = [op.Concat(*parts, axis=-1)]
         scale = op.Constant(value_float=float(attribute(node, "scale")))
-        queries = [_rows(op, op.Mul(part, scale)) for part in parts]
+        queries = [folded(op, op.Mul(part, scale)) for part in parts]
         heads, rank = int(attribute(node, "heads")), static(latent, -1)
         rows = [Rows.of(op, source) for source in sources]
         choice = producer(visible, "SelectVisible", DOMAIN)
@@ -152,6 +152,30 @@ class Folding:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Which cached tokens one new token has chosen, and which of these it may see."""
+
+    index_BK1: ir.Value
+    seen_B11K: ir.Value
+
+    @classmethod
+    def of(cls, op: Any, visible: ir.Value, chosen_B1K: ir.Value) -> Choice:
+        index_B1K = op.Cast(chosen_B1K, to=ir.DataType.INT64)
+        index_BK1 = op.Transpose(index_B1K, perm=[0, 2, 1])
+        index_B11K = op.Unsqueeze(index_B1K, ints(op, [1]))
+        # A choice of -1 is none, and would be read as the last token.
+        is_token_B11K = op.GreaterOrEqual(index_B11K, op.Constant(value_int=0))
+        seen_B11K = op.And(op.GatherElements(visible, index_B11K, axis=3), is_token_B11K)
+        return cls(index_BK1, seen_B11K)
+
+    def rows(self, op: Any, rows_B1TW: ir.Value) -> ir.Value:
+        """The chosen of cached rows: [B, 1, K, W]."""
+        rows_BTW = op.Squeeze(rows_B1TW, ints(op, [1]))
+        taken_BKW = op.GatherND(rows_BTW, self.index_BK1, batch_dims=1)
+        return required(op.Unsqueeze(taken_BKW, ints(op, [1])))
+
+
+@dataclass(frozen=True)
 class Attend:
     """One attention: a query for each row tensor (folded rows, scaled); values are the first's."""
 
@@ -166,15 +190,15 @@ class Attend:
         keys = [rows.rows_B1TW for rows in self.rows]
         scores_B1XT = self._scores(op, keys)
         if plain is None:
-            weights = self._softmax(op, self.folding.masked(op, scores_B1XT, visible))
+            weights = self.softmax(op, self.folding.masked(op, scores_B1XT, visible))
             values = keys[0]
             if self.rows[0].filled_B1T1 is not None:
                 values = _cleared(op, values, self.rows[0].filled_B1T1)
             return self._heads(op, self._read(op, weights, values))
         bare = Body("bare")
-        bare_out = self._read(bare, self._softmax(bare, scores_B1XT), keys[0])
+        bare_out = self._read(bare, self.softmax(bare, scores_B1XT), keys[0])
         stale = Body("stale")
-        weights = self._softmax(stale, self.folding.masked(stale, scores_B1XT, visible))
+        weights = self.softmax(stale, self.folding.masked(stale, scores_B1XT, visible))
         values = _cleared(stale, keys[0], self.rows[0].filled_B1T1)
         stale_out = self._read(stale, weights, values)
         out_B1XW = op.If(
@@ -184,22 +208,13 @@ class Attend:
 
     def chosen(self, op: Any, visible: ir.Value, chosen_B1K: ir.Value) -> ir.Value:
         """Over the chosen rows of one new token. [B, H, 1, L]."""
-        index_B1K = op.Cast(chosen_B1K, to=ir.DataType.INT64)
-        index_BK1 = op.Transpose(index_B1K, perm=[0, 2, 1])
-        index_B11K = op.Unsqueeze(index_B1K, ints(op, [1]))
-        # A choice of -1 is none, and would be read as the last token.
-        is_token_B11K = op.GreaterOrEqual(index_B11K, op.Constant(value_int=0))
-        seen_B11K = op.And(op.GatherElements(visible, index_B11K, axis=3), is_token_B11K)
-        seen_B1K1 = swapped(op, seen_B11K)
-        keys = []
-        for rows in self.rows:
-            rows_BTW = op.Squeeze(rows.rows_B1TW, ints(op, [1]))
-            taken_BKW = op.GatherND(rows_BTW, index_BK1, batch_dims=1)
-            keys.append(_cleared(op, op.Unsqueeze(taken_BKW, ints(op, [1])), seen_B1K1))
+        choice = Choice.of(op, visible, chosen_B1K)
+        seen_B11K, seen_B1K1 = choice.seen_B11K, swapped(op, choice.seen_B11K)
+        keys = [_cleared(op, choice.rows(op, rows.rows_B1TW), seen_B1K1) for rows in self.rows]
         # One new token: the folded rows are the heads, and the mask is the same for all.
         masked = op.Constant(value_float=MASKED)
         scores_B1XK = op.Where(seen_B11K, self._scores(op, keys), masked)
-        return self._heads(op, op.MatMul(self._softmax(op, scores_B1XK), keys[0]))
+        return self._heads(op, op.MatMul(self.softmax(op, scores_B1XK), keys[0]))
 
     def _scores(self, op: Any, keys: list[ir.Value]) -> ir.Value:
         products = [
@@ -208,7 +223,8 @@ class Attend:
         ]
         return products[0] if len(products) == 1 else op.Add(*products)
 
-    def _softmax(self, op: Any, scores_B1XT: ir.Value) -> ir.Value:
+    def softmax(self, op: Any, scores_B1XT: ir.Value) -> ir.Value:
+        """Over the cached tokens, and where there are sinks with their share left out."""
         if self.sinks is None:
             return op.Softmax(scores_B1XT, axis=-1)
         one = ints(op, [1])
@@ -241,7 +257,7 @@ class Attend:
 def _sparse(op: Any, step: Attend, visible: ir.Value, chosen: ir.Value) -> ir.Value:
     """One new token with more rows than it chose reads those; else the choice is a mask."""
     every = every_is_chosen(op, visible, chosen)
-    one_new = op.Equal(op.Squeeze(op.Shape(visible, start=2, end=3)), op.Constant(value_int=1))
+    one_new = is_one_new(op, visible)
     few = Body("few")
     few_out = step.chosen(few, visible, chosen)
     all_rows = Body("rows")
@@ -254,6 +270,12 @@ def _sparse(op: Any, step: Attend, visible: ir.Value, chosen: ir.Value) -> ir.Va
         else_branch=all_rows.graph(all_out),
     )
     return out
+
+
+def is_one_new(op: Any, visible_B1ST: ir.Value) -> ir.Value:
+    """Bool scalar: S is 1."""
+    new = op.Squeeze(op.Shape(visible_B1ST, start=2, end=3))
+    return required(op.Equal(new, op.Constant(value_int=1)))
 
 
 def _all_visible(step: Attend, visible: ir.Value) -> ir.Value | None:
@@ -276,8 +298,8 @@ def _row_sources(latent: ir.Value, rope_key: ir.Value) -> list[ir.Node]:
     rank, rope = static(latent, -1), static(rope_key, -1)
     sliced = producer(latent, "Slice")
     if sliced is None:
-        first = _source(latent)
-        return [first] if rope == 0 else [first, _source(rope_key)]
+        first = rows_of(latent)
+        return [first] if rope == 0 else [first, rows_of(rope_key)]
     row = required(sliced.inputs[0])
     other = producer(rope_key, "Slice")
     if other is None or other.inputs[0] is not row:
@@ -285,7 +307,7 @@ def _row_sources(latent: ir.Value, rope_key: ir.Value) -> list[ir.Node]:
     starts = (_slice_start(latent), _slice_start(rope_key))
     if (*starts, static(row, -1)) != (0, rank, rank + rope):
         raise Mismatch("the row is not [latent | rope key]", rope_key)
-    return [_source(row)]
+    return [rows_of(row)]
 
 
 def row_source(latent: ir.Value, rope_key: ir.Value) -> ir.Value:
@@ -296,7 +318,8 @@ def row_source(latent: ir.Value, rope_key: ir.Value) -> ir.Value:
     return sources[0].outputs[0 if sources[0].op_type == "CacheRead" else 1]
 
 
-def _source(rows: ir.Value) -> ir.Node:
+def rows_of(rows: ir.Value) -> ir.Node:
+    """The composite whose cached rows these are. Raises: Mismatch."""
     for op_type in _SOURCES:
         node = producer(rows, op_type, DOMAIN)
         if node is not None:
@@ -311,7 +334,7 @@ def _slice_start(value: ir.Value) -> int:
     return int(start.item())
 
 
-def _rows(op: Any, x_BHSI: ir.Value) -> ir.Value:
+def folded(op: Any, x_BHSI: ir.Value) -> ir.Value:
     """[B, H, S, I] -> [B, 1, H*S, I]: the heads become rows of one product."""
     return op.Reshape(x_BHSI, op.Concat(ints(op, [0, 1, -1]), op.Shape(x_BHSI, start=3), axis=0))
 

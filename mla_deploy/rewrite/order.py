@@ -19,7 +19,9 @@ from mla_deploy.rewrite import (
     lower_delta,
     lower_expanded,
     lower_experts,
+    lower_integer,
     lower_linear,
+    lower_quantized,
     lower_ring,
     raise_norm,
 )
@@ -46,6 +48,7 @@ def decode_cpu(growing: bool) -> Rules:
         *absorb.RULES,
         # It reads the cache composite behind the latent and the choice behind the mask, so it comes
         # before these are lowered.
+        *lower_integer.RULES,
         *lower_attention.RULES,
         *_lower(growing),
     )
@@ -60,6 +63,7 @@ def _lower(growing: bool) -> Rules:
     return (
         lower_cache.rule(growing),
         lower_cache.READ,
+        *lower_quantized.RULES,
         lower_ring.RULE,
         lower_choice.CHOOSE,
         lower_choice.SELECT,

@@ -5,6 +5,7 @@ the buffer, not its capacity. Rows lie one behind the other at a stride of T tok
 
     batch 1    T = length + new: the exact prefix, no slot more
     batch > 1  T grows in blocks; the rows are moved apart inside the same buffer, last row first
+    codes      T grows in the blocks that their products take, with one row as well
 
 Bytes reserved: layers x batch x capacity x (L + R) x itemsize, whatever T is. Rings and states are
 bound whole (`fixed_tensors.py`).
@@ -20,12 +21,15 @@ from numpy.typing import NDArray
 from mla_deploy.errors import EnvironmentFailure
 from mla_deploy.runtime.cache_spec import Array, CacheSpec, CacheTensor, as_float32
 from mla_deploy.runtime.fixed_tensors import FixedTensors
+from mla_deploy.source.latent_values import decode
 
 # Tokens by which a window of several rows grows. A move costs about one read of the cache, so a
 # small block is dear only when the cache is large.
 _SMALL_BLOCK = 64
 _LARGE_BLOCK = 256
 _LARGE_FROM = 1024
+# Of codes, as `rewrite/lower_integer.py` has its blocks: 512, and from 8192 tokens on 1024.
+_CODES_BLOCK = 512
 _FINITE_BYTE = 0x42  # in every byte: 48.6 in fp32, 3.1 in fp16, 48.5 in bf16
 
 
@@ -64,9 +68,10 @@ class InPlaceCache:
         """
         needed = max(1, int((lengths_B + new_B).max()))  # an idle row at length 0 has slot 0
         if self.batch == 1:
-            self._stride_tokens = needed
+            wanted = needed if self.spec.store is None else self._wider(needed)
+            self._stride_tokens = min(wanted, self.capacity)
         elif needed > self._stride_tokens:
-            self._restride(min(_rounded(needed), self.capacity), lengths_B)
+            self._restride(min(self._wider(needed), self.capacity), lengths_B)
         views = [
             self._rows(buffer, tensor)
             for buffer, tensor in zip(self._buffers, self.spec.tensors, strict=True)
@@ -102,6 +107,14 @@ class InPlaceCache:
             return buffer
         used = self.batch * self._stride_tokens * tensor.width
         return buffer[:used].reshape(self.batch, 1, self._stride_tokens, tensor.width)
+
+    def _wider(self, tokens: int) -> int:
+        """Slots of a row for so many tokens, in blocks."""
+        large = _LARGE_BLOCK if self.spec.store is None else _CODES_BLOCK
+        if self.spec.store is not None and tokens > 16 * large:
+            large *= 2
+        block = _SMALL_BLOCK if tokens < _LARGE_FROM else large
+        return -(-tokens // block) * block
 
     def _restride(self, stride_tokens: int, lengths_B: NDArray[np.int64]) -> None:
         """Move each row from the old stride to a wider one, the last row first.
@@ -224,13 +237,18 @@ def _cached(
 ) -> NDArray[np.float32]:
     """Rows of one layer and batch row side by side, oldest first; of a state, its values."""
     layer, row = place
-    parts = []
+    parts, codes = [], None
     for tensor, array in zip(spec.tensors, arrays, strict=True):
         if tensor.layer != layer:
+            continue
+        if tensor.dtype == "uint8":
+            codes = array[row, 0, :length]
             continue
         values = as_float32(array[row], tensor.dtype)
         if tensor.is_state:
             parts.append(values.reshape(1, -1))
+        elif tensor.kind == "latent_scale" and codes is not None and spec.store is not None:
+            parts.append(decode(codes, values[0, :length], spec.store))
         elif tensor.rows is None:
             parts.append(values[0, :length])
         else:
@@ -253,8 +271,3 @@ def _reserved(spec: CacheSpec, batch: int, capacity: int) -> list[Array]:
             hint="open the runner with a smaller capacity or batch, or export with --dtype fp16",
             cache_bytes=wanted,
         ) from None
-
-
-def _rounded(tokens: int) -> int:
-    block = _SMALL_BLOCK if tokens < _LARGE_FROM else _LARGE_BLOCK
-    return -(-tokens // block) * block

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mla_deploy import shapes
 from mla_deploy.errors import IncompatibleError, quoted
+from mla_deploy.latent_store import STORES, LatentStore
 
 Array = NDArray[Any]
 # Storage of each dtype: numpy's type (bf16 as its bits) and ONNX's element type.
@@ -19,6 +20,7 @@ STORAGE: Mapping[str, tuple[type[np.generic], int]] = {
     "fp32": (np.float32, 1),
     "fp16": (np.float16, 10),
     "bf16": (np.uint16, 16),
+    "uint8": (np.uint8, 2),
 }
 
 
@@ -65,11 +67,15 @@ class CacheTensor:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """The cache part of a bundle's manifest. `tensors` holds latents before rope keys per layer."""
+    """The cache part of a bundle's manifest. `tensors` holds latents before rope keys per layer.
+
+    `store`: how latents are read that are codes and scales.
+    """
 
     tensors: tuple[CacheTensor, ...]
     dtype: str
     grows: bool
+    store: LatentStore | None = None
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -119,7 +125,8 @@ def spec_from_manifest(manifest: Mapping[str, Any]) -> CacheSpec:
                 is_state=rows == "state",
             )
         )
-    return CacheSpec(tuple(tensors), str(cache["dtype"]), cache["kind"] == "growing")
+    store = STORES.get(str(cache["dtype"]))
+    return CacheSpec(tuple(tensors), str(cache["dtype"]), cache["kind"] == "growing", store)
 
 
 def as_float32(values: Array, dtype: str) -> NDArray[np.float32]:

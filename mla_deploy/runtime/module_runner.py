@@ -24,7 +24,7 @@ class ModuleRunner:
         self._capacity = source.config.max_position_embeddings
         checked_sizes(batch, self._capacity, 1)
         self._batch = batch
-        self._dtype = "fp32"
+        self._cache_dtype, self._is_source = "fp32", True
         self.reset()
 
     @property
@@ -57,12 +57,13 @@ class ModuleRunner:
     def reset(self) -> None:
         self._rows: list[list[int]] = [[] for _ in range(self._batch)]
 
-    def store_as(self, dtype: str, *, weights: bool = True) -> None:
-        """Reset, and from now on round weights and cached rows as a bundle of `dtype` does.
+    def store_as(self, dtype: str, *, cache_dtype: str | None = None, weights: bool = True) -> None:
+        """Reset, and from now on round weights and cached rows as a bundle of these does.
 
         Then the raised model stands in for the module, which has no cached rows to round.
         """
-        self._dtype = dtype
+        self._cache_dtype = cache_dtype or dtype
+        self._is_source = dtype == self._cache_dtype == "fp32"
         if dtype != "fp32" and weights:
             round_weights(self._source.raised.source.module, lambda s: stored_dtype(s, 0, dtype))
             for latent in self._source.raised.latents:
@@ -84,7 +85,7 @@ class ModuleRunner:
         last_BV = np.empty((self._batch, self.vocab_size), np.float32)
         for index, tokens in enumerate(rows):
             self._rows[index].extend(int(token) for token in tokens)
-            if self._dtype == "fp32":
+            if self._is_source:
                 ids_1T = torch.tensor([self._rows[index]])
                 logits = whole_logits(self._source.raised.source, ids_1T)
             else:
@@ -96,7 +97,7 @@ class ModuleRunner:
         """Logits of the raised model and the rows that it caches, rounded to the dtype."""
         raised = self._source.raised
         cached: dict[int, torch.Tensor] = {}
-        eager, dtype = raised.eager(cached), DTYPES[self._dtype]
+        eager, dtype = raised.eager(cached), DTYPES[self._cache_dtype]
 
         def rounded(
             index: int, query: torch.Tensor, latent: torch.Tensor, rope_key: torch.Tensor

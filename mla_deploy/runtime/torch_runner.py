@@ -17,7 +17,7 @@ from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.export.weights import stored_dtype
 from mla_deploy.runtime.guards import Rows, checked_rows, checked_sizes, checked_step
 from mla_deploy.source import module_from_checkpoint
-from mla_deploy.source.cache import cache_keyword, cached_parts, source_cache
+from mla_deploy.source.cache import CacheRounding, cache_keyword, cached_parts, source_cache
 from mla_deploy.source.storage import round_weights
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class TorchRunner:
         self._vocab_size = checkpoint.config.vocab_size
         self._router_rows = checkpoint.config.router_rows
         self._batch = batch
-        self._dtype = "fp32"
+        self._rounding = CacheRounding()
         self.reset()
 
     @property
@@ -78,16 +78,16 @@ class TorchRunner:
     def reset(self) -> None:
         self._lengths_B = np.zeros(self._batch, np.int64)
         config = self._module.config
-        self._caches: list[Any] = [source_cache(config, self._dtype) for _ in range(self._batch)]
+        self._caches: list[Any] = [source_cache(config, self._rounding) for _ in range(self._batch)]
 
-    def store_as(self, dtype: str, *, weights: bool = True) -> None:
-        """Reset, and from now on round weights and cached rows as a bundle of `dtype` does.
+    def store_as(self, dtype: str, *, cache_dtype: str | None = None, weights: bool = True) -> None:
+        """Reset, and from now on round weights and cached rows as a bundle does.
 
-        fp32 changes nothing. The weights are rounded in place: there is no way back; a bundle
-        beside its checkpoint keeps them as they are (`weights` false).
+        `cache_dtype` None: the cache is of `dtype` too.
+        The weights are rounded to `dtype` in place: there is no way back; a bundle beside its
+        checkpoint keeps them as they are (`weights` false).
         """
-        if dtype != "fp32":
-            self._dtype = dtype
+        self._rounding = CacheRounding.of(cache_dtype or dtype, dtype)
         if dtype != "fp32" and weights:
             round_weights(self._module, lambda shape: stored_dtype(shape, self._router_rows, dtype))
         self.reset()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig
+
+from mla_deploy.latent_store import STORES, LatentStore, rows_dtype
+from mla_deploy.source.latent_values import rounded
 
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -17,9 +21,35 @@ def cache_keyword(module: nn.Module) -> str:
     return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
-def source_cache(config: PreTrainedConfig, dtype: str) -> DynamicCache:
-    """An empty cache for a model of `config`; rows are rounded to `dtype` unless it is fp32."""
-    return StoredCache(config, dtype) if dtype in HALVES else DynamicCache(config=config)
+def source_cache(config: PreTrainedConfig, form: CacheRounding) -> DynamicCache:
+    """An empty cache for a model of `config`, which rounds the rows that it is given."""
+    if form == CacheRounding():
+        return DynamicCache(config=config)
+    return StoredCache(config, form)
+
+
+@dataclass(frozen=True)
+class CacheRounding:
+    """What cached rows are rounded to: `dtype`, and a latent that keeps every token to `store`."""
+
+    dtype: str = "fp32"
+    store: LatentStore | None = None
+
+    @classmethod
+    def of(cls, cache_dtype: str, dtype: str) -> CacheRounding:
+        """As a bundle of that cache and of weights in `dtype` does."""
+        return cls(rows_dtype(cache_dtype, dtype), STORES.get(cache_dtype))
+
+    def rows(self, rows: torch.Tensor) -> torch.Tensor:
+        if self.dtype not in HALVES:
+            return rows
+        return rows.to(HALVES[self.dtype]).to(rows.dtype)
+
+    def latent(self, rows: torch.Tensor) -> torch.Tensor:
+        if self.store is None:
+            return self.rows(rows)
+        stored = rounded(rows.float().contiguous().numpy(), self.store)
+        return torch.from_numpy(stored).to(rows.dtype)
 
 
 def cached_parts(layer: Any) -> list[torch.Tensor]:
@@ -44,20 +74,21 @@ def cached_parts(layer: Any) -> list[torch.Tensor]:
 
 
 class StoredCache(DynamicCache):
-    """transformers' cache with every row rounded to `dtype` when it is written."""
+    """transformers' cache with every row rounded when it is written."""
 
-    def __init__(self, config: PreTrainedConfig, dtype: str) -> None:
+    def __init__(self, config: PreTrainedConfig, form: CacheRounding) -> None:
         super().__init__(config=config)
-        self._dtype = HALVES[dtype]
+        self._form = form
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *rest: Any, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        rounded = (rows.to(self._dtype).to(rows.dtype) for rows in (key_states, value_states))
-        return super().update(*rounded, *rest, **options)
+        index = rest[0] if rest else options["layer_idx"]
+        slides = getattr(self.layers[index], "is_sliding", False)
+        keys = (self._form.rows if slides else self._form.latent)(key_states)
+        return super().update(keys, self._form.rows(value_states), *rest, **options)
 
     def update_indexer(
         self, indexer_key_states: torch.Tensor, *rest: Any, **options: Any
     ) -> torch.Tensor:
-        rounded = indexer_key_states.to(self._dtype).to(indexer_key_states.dtype)
-        return super().update_indexer(rounded, *rest, **options)
+        return super().update_indexer(self._form.rows(indexer_key_states), *rest, **options)

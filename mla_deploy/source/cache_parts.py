@@ -7,9 +7,11 @@ A *row* part has one row for each cached token (latent, rope key, indexer key): 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+
+from mla_deploy.latent_store import LatentStore
 
 ROWS = ("latent", "rope_key", "indexer_key")
 STATES = ("conv_state", "recurrent_state")
@@ -31,11 +33,17 @@ class CachePart:
 
 @dataclass(frozen=True)
 class CacheBuffer:
-    """One cache tensor of a graph: `parts` side by side along the last axis."""
+    """One cache tensor of a graph: `parts` side by side along the last axis.
+
+    Of a latent stored in fewer bits, `stored` is the dtype of its codes or scales, and `width` how
+    many a row has.
+    """
 
     index: int
-    kind: str  # latent_cache, rope_key_cache, indexer_key_cache, conv_state, recurrent_state
+    kind: str  # latent_cache, latent_scale, rope_key_cache, indexer_key_cache, ..._state
     parts: tuple[CachePart, ...]
+    stored: str | None = None  # uint8, fp32; None: as the cache is
+    width: int | None = None
 
     @property
     def is_state(self) -> bool:
@@ -50,6 +58,8 @@ class CacheBuffer:
         """(W,) of a row, or the whole state without the batch."""
         if self.is_state:
             return self.parts[0].shape
+        if self.width is not None:
+            return (self.width,)
         return (sum(part.shape[0] for part in self.parts),)
 
     @property
@@ -62,17 +72,30 @@ class CacheBuffer:
         return f"{self.kind}_out.{self.index}" if out else f"{self.kind}.{self.index}"
 
 
-def buffers_of(parts: Sequence[CachePart], *, fused: bool) -> tuple[CacheBuffer, ...]:
-    """The buffers of `parts`, in their order; a latent and its rope key share one when `fused`."""
+def buffers_of(
+    parts: Sequence[CachePart], *, fused: bool, store: LatentStore | None = None
+) -> tuple[CacheBuffer, ...]:
+    """The buffers of `parts`, in their order; a latent and its rope key share one when `fused`.
+
+    With a `store`, a latent that keeps every token is two buffers, codes and scales.
+    """
     buffers: list[CacheBuffer] = []
     for part in parts:
         if part.is_state:
             buffers.append(CacheBuffer(part.index, part.kind, (part,)))
         elif part.shape[0] == 0:
             continue  # a layer without rope has no rope key
-        elif part.kind == "rope_key" and fused:
+        elif store is not None and part.kind == "latent" and part.window is None:
+            buffers.extend(_stored(part, store))
+        elif part.kind == "rope_key" and fused and store is None:
             latent = buffers.pop()
             buffers.append(CacheBuffer(part.index, latent.kind, (*latent.parts, part)))
         else:
             buffers.append(CacheBuffer(part.index, f"{part.kind}_cache", (part,)))
     return tuple(buffers)
+
+
+def _stored(latent: CachePart, store: LatentStore) -> Iterator[CacheBuffer]:
+    rank = latent.shape[0]
+    yield CacheBuffer(latent.index, "latent_cache", (latent,), "uint8", store.columns(rank))
+    yield CacheBuffer(latent.index, "latent_scale", (latent,), "fp32", store.tiles(rank))

@@ -2,11 +2,12 @@
 
 update             ->  CacheUpdate(cache_B1MW, rows_B1SW, plan...)     every token is kept
                    ->  RingUpdate(ring_B1WX, rows_B1SX, ring...)       the last `window` are
+                   ->  QuantizedUpdate(codes, scales, rows_B1SL, plan...) kept in fewer bits
 update_indexer     ->  the same, for the indexer's keys
 update_conv_state, then the convolution
                    ->  ConvState(mixed_BSC, state_BPC, weight_C1K, new_lengths_B)
 rows that another layer stored
-                   ->  CacheRead(cache_B1TW, filled, all_visible)
+                   ->  CacheRead(cache_B1TW, filled, all_visible), QuantizedRead likewise
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch.onnx import ops as onnx_ops
 
 from mla_deploy.errors import InputError
+from mla_deploy.latent_store import LatentStore
 from mla_deploy.source.cache_parts import CacheBuffer
 from mla_deploy.source.plan import RingPlan, StepPlan
 
@@ -29,8 +31,15 @@ class TracedCache:
     """The caches of one layer. `buffers` are its own, `shared` those it reads of other layers."""
 
     def __init__(
-        self, plan: StepPlan, ring: RingPlan | None, buffers: Buffers, shared: Buffers = ()
+        self,
+        plan: StepPlan,
+        ring: RingPlan | None,
+        buffers: Buffers,
+        shared: Buffers = (),
+        *,
+        store: LatentStore | None = None,
     ) -> None:
+        self._store = store
         self.plan, self.ring = plan, ring
         self._held = dict(buffers)
         self._shared = dict(shared)
@@ -51,8 +60,11 @@ class TracedCache:
         """transformers' contract: takes the new rows, returns all rows."""
         latent = self._buffer(index, "latent_cache")
         rank = latent_B1SL.shape[-1]
-        if latent.shape[0] == rank:
-            rows = self._append(latent, latent_B1SL)
+        if latent.stored is not None or latent.shape[0] == rank:
+            if latent.stored is None:
+                rows = self._append(latent, latent_B1SL)
+            else:
+                rows = self._append_quantized(latent, latent_B1SL)
             if rope_key_B1SR.shape[-1] == 0:
                 return rows, rows[..., :0]
             return rows, self._append(self._buffer(index, "rope_key_cache"), rope_key_B1SR)
@@ -115,7 +127,12 @@ class TracedCache:
         """Latent and rope key rows that the layer of cache `index` stored in this call."""
         found = {b.kind: (b, t) for b, t in self._shared.items() if b.index == index}
         latent, cache = found["latent_cache"]
-        rows = cache_read(cache, self.plan)
+        if "latent_scale" in found:
+            scales = found["latent_scale"][1]
+            rank = latent.parts[0].shape[0]
+            rows = quantized_read((cache, scales), self.plan, self._store_name(), rank)
+        else:
+            rows = cache_read(cache, self.plan)
         rank = latent.parts[0].shape[0]
         if "rope_key_cache" in found:
             return rows, cache_read(found["rope_key_cache"][1], self.plan)
@@ -142,6 +159,19 @@ class TracedCache:
             cache, rows = ring_update(self._held[buffer], rows_B1SW, self.ring)
         self._put(buffer, cache)
         return rows
+
+    def _append_quantized(self, codes: CacheBuffer, rows_B1SL: torch.Tensor) -> torch.Tensor:
+        scales = self._buffer(codes.index, "latent_scale")
+        held = (self._held[codes], self._held[scales])
+        made = quantized_update(held, rows_B1SL, self.plan, self._store_name())
+        self._put(codes, made[0])
+        self._put(scales, made[1])
+        return made[2]
+
+    def _store_name(self) -> str:
+        if self._store is None:
+            raise InputError("SRC-CACHE", "a latent is stored in codes, but no store was chosen")
+        return self._store.name
 
     def _put(self, buffer: CacheBuffer, value: torch.Tensor) -> None:
         if buffer in self._updated:
@@ -211,5 +241,45 @@ def cache_read(cache_B1TW: torch.Tensor, plan: StepPlan) -> torch.Tensor:
         (cache_B1TW, plan.filled_B1T1, plan.all_visible),
         dtype=torch.float32,
         shape=(*cache_B1TW.shape[:2], plan.filled_B1T1.shape[2], cache_B1TW.shape[3]),
+        version=1,
+    )
+
+
+def quantized_update(
+    held: tuple[torch.Tensor, torch.Tensor], rows_B1SL: torch.Tensor, plan: StepPlan, store: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Composite: codes and scales updated, and their rows in fp32, unfilled slots zero."""
+    batch, total = rows_B1SL.shape[0], plan.filled_B1T1.shape[2]
+    operands = (
+        *held,
+        rows_B1SL,
+        plan.filled_B1T1,
+        plan.all_visible,
+        plan.active_B11,
+        plan.source_BS1,
+        plan.slot_BS3,
+    )
+    widths = (held[0].shape[-1], held[1].shape[-1], rows_B1SL.shape[-1])
+    codes, scales, rows = onnx_ops.symbolic_multi_out(
+        f"{DOMAIN}::QuantizedUpdate",
+        operands,
+        {"store": store},
+        dtypes=(held[0].dtype, held[1].dtype, rows_B1SL.dtype),
+        shapes=tuple((batch, 1, total, width) for width in widths),
+        version=1,
+    )
+    return codes, scales, rows
+
+
+def quantized_read(
+    held: tuple[torch.Tensor, torch.Tensor], plan: StepPlan, store: str, rank: int
+) -> torch.Tensor:
+    """Composite: the rows of codes and scales that are up to date, as `cache_read` gives them."""
+    return onnx_ops.symbolic(
+        f"{DOMAIN}::QuantizedRead",
+        (*held, plan.filled_B1T1, plan.all_visible),
+        {"store": store},
+        dtype=torch.float32,
+        shape=(*held[0].shape[:2], plan.filled_B1T1.shape[2], rank),
         version=1,
     )

@@ -49,8 +49,8 @@ def validate(
     """
     started = time.perf_counter()
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle, verify=verify)
-    dtype = str(opened.manifest["dtype"])
-    gate = gate_for(dtype)
+    dtype, cache_dtype = str(opened.manifest["dtype"]), str(opened.manifest["cache"]["dtype"])
+    gate = gate_for(dtype, cache_dtype)
     with _opened(source, module, weights) as found:
         _require_source(opened, found)
         sessions = _sessions(opened, threads)
@@ -59,7 +59,7 @@ def validate(
             chosen = _chosen(opened, found, cases, reference)
             # Beside a checkpoint, or kept as there, they are its own weights.
             rounded = "in_place" not in opened.manifest and "kept" not in opened.manifest["weights"]
-            stored = reference.stored_as(dtype, chosen, weights=rounded)
+            stored = reference.stored_as(dtype, chosen, cache_dtype=cache_dtype, weights=rounded)
             results = _run(chosen, sessions, (stored, reference), gate, progress)
         memory = measure_memory(opened, found.config, sessions)
         digest, notes = found.digest, found.notes

@@ -1,14 +1,17 @@
-"""How different a bundle may be from its source: one table, by storage dtype.
+"""How different a bundle may be from its source: one table, by storage dtype of weights or cache.
 
 fp32: arithmetic in another order, nothing else. fp16 and bf16: weights and cache are rounded as
 well, and one expert that rounding makes the router exchange moves a position further than any
 bound. So each case of those is held against the source rounded in the same places, where a wrong
 graph shows and rounding does not; what rounding itself costs is judged over all positions, against
-the fp32 source, by mean KL and top-1.
+the fp32 source, by mean KL and top-1. Latents stored as codes are held the same way: a number that
+lies between two codes may fall to either. int4 is allowed a loss that shows: who asks for it is
+told.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -46,15 +49,47 @@ GATES = {
     "bf16": Gate(
         max_abs=None, max_abs_share=None, rel_l2=3e-2, cache_rel_l2=3e-2, mean_kl=5e-3, top1=0.97
     ),
+    "int8": Gate(
+        max_abs=None, max_abs_share=None, rel_l2=1e-2, cache_rel_l2=1e-2, mean_kl=5e-3, top1=0.97
+    ),
+    "int8-tile": Gate(
+        max_abs=None, max_abs_share=None, rel_l2=1e-2, cache_rel_l2=1e-2, mean_kl=5e-3, top1=0.97
+    ),
+    "fp8": Gate(
+        max_abs=None, max_abs_share=None, rel_l2=3e-2, cache_rel_l2=3e-2, mean_kl=1e-2, top1=0.95
+    ),
+    "int4": Gate(
+        max_abs=None, max_abs_share=None, rel_l2=1e-1, cache_rel_l2=1e-1, mean_kl=5e-1, top1=0.75
+    ),
 }
 
 
-def gate_for(dtype: str) -> Gate:
-    """The row of the table. Raises: IncompatibleError VAL-DTYPE."""
-    if dtype not in GATES:
-        raise IncompatibleError(
-            "VAL-DTYPE",
-            f"no gates for dtype {quoted(dtype)}, wanted one of {', '.join(GATES)}",
-            hint="upgrade mla-deploy, or export again with this release",
-        )
-    return GATES[dtype]
+def gate_for(*dtypes: str) -> Gate:
+    """The row of the table; of several dtypes (weights, cache) each bound is the loosest.
+
+    Raises: IncompatibleError VAL-DTYPE.
+    """
+    for dtype in dtypes:
+        if dtype not in GATES:
+            raise IncompatibleError(
+                "VAL-DTYPE",
+                f"no gates for dtype {quoted(dtype)}, wanted one of {', '.join(GATES)}",
+                hint="upgrade mla-deploy, or export again with this release",
+            )
+    rows = [GATES[dtype] for dtype in dtypes]
+    return functools.reduce(_looser, rows)
+
+
+def _looser(one: Gate, other: Gate) -> Gate:
+    return Gate(
+        max_abs=_larger(one.max_abs, other.max_abs),
+        max_abs_share=_larger(one.max_abs_share, other.max_abs_share),
+        rel_l2=max(one.rel_l2, other.rel_l2),
+        cache_rel_l2=max(one.cache_rel_l2, other.cache_rel_l2),
+        mean_kl=max(one.mean_kl, other.mean_kl),
+        top1=min(one.top1, other.top1),
+    )
+
+
+def _larger(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else max(one, other)

@@ -8,6 +8,7 @@ from typing import Any
 from mla_deploy.bundle import Bundle
 from mla_deploy.cache_plan import planned_bytes, planned_bytes_per_token
 from mla_deploy.config import MlaConfig
+from mla_deploy.latent_store import STORES
 from mla_deploy.runtime import OnnxRunner
 from mla_deploy.runtime.sessions import GraphSessions
 
@@ -43,7 +44,7 @@ def measure_memory(bundle: Bundle, config: MlaConfig, sessions: GraphSessions) -
     A growing cache has no capacity to reserve: it is measured after a short prompt instead.
     """
     cache = bundle.manifest["cache"]
-    itemsize = int(cache["itemsize"])
+    itemsize, store = int(cache["itemsize"]), STORES.get(str(cache["dtype"]))
     runner = OnnxRunner(sessions)
     tokens = runner.capacity
     if cache["kind"] == "growing":
@@ -53,9 +54,11 @@ def measure_memory(bundle: Bundle, config: MlaConfig, sessions: GraphSessions) -
     return MemoryReport(
         capacity_tokens=tokens,
         batch=1,
-        predicted_bytes_per_token=planned_bytes_per_token(config, itemsize),
+        predicted_bytes_per_token=planned_bytes_per_token(config, itemsize, store),
         manifest_bytes_per_token=int(cache["bytes_per_token"]),
-        predicted_cache_bytes=planned_bytes(config, batch=1, capacity=tokens, itemsize=itemsize),
+        predicted_cache_bytes=planned_bytes(
+            config, batch=1, capacity=tokens, itemsize=itemsize, store=store
+        ),
         cache_bytes=memory.cache_bytes,
         expanded_cache_bytes=tokens * config.expanded_bytes_per_token(itemsize),
         weight_file_bytes=memory.weight_file_bytes,

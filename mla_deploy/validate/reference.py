@@ -28,7 +28,9 @@ class SourceRunner(Protocol):
     def decode(self, tokens: Sequence[int]) -> Floats: ...
     def reset(self) -> None: ...
     def cached_rows(self, layer: int, row: int) -> Floats: ...
-    def store_as(self, dtype: str, *, weights: bool = True) -> None: ...
+    def store_as(
+        self, dtype: str, *, cache_dtype: str | None = None, weights: bool = True
+    ) -> None: ...
 
 
 class Source(Protocol):
@@ -75,18 +77,27 @@ class Reference:
 
         return cls(ModuleRunner(source))
 
-    def stored_as(self, dtype: str, cases: Sequence[Case], *, weights: bool = True) -> Reference:
+    def stored_as(
+        self,
+        dtype: str,
+        cases: Sequence[Case],
+        *,
+        cache_dtype: str | None = None,
+        weights: bool = True,
+    ) -> Reference:
         """The source as a bundle of `dtype` stores it, its weights too if asked; self for fp32.
+
+        `cache_dtype` where the cache is stored otherwise.
 
         There is memory for one model, so the rows of `cases` are run first; afterwards this
         reference answers for those only.
         """
-        if dtype == "fp32":
+        if dtype == (cache_dtype or dtype) == "fp32":
             return self
         for case in cases:
             for segments in case.rows():
                 self.row(segments)
-        self._source.store_as(dtype, weights=weights)
+        self._source.store_as(dtype, cache_dtype=cache_dtype, weights=weights)
         return Reference(self._source)
 
     def row(self, segments: tuple[Tokens, ...]) -> RowTrace:

@@ -76,9 +76,19 @@ def test_gates_are_the_published_ones() -> None:
         "fp32": (1e-4, 1e-5, 1e-7, 1.0),
         "fp16": (None, 1e-2, 1e-3, 0.99),
         "bf16": (None, 3e-2, 5e-3, 0.97),
+        "int8": (None, 1e-2, 5e-3, 0.97),
+        "int8-tile": (None, 1e-2, 5e-3, 0.97),
+        "fp8": (None, 3e-2, 1e-2, 0.95),
+        "int4": (None, 1e-1, 5e-1, 0.75),
     }
+
+
+def test_of_two_dtypes_the_looser_bound_holds() -> None:
+    assert gate_for("fp32", "fp32") == GATES["fp32"]
+    assert gate_for("bf16", "int8") == GATES["bf16"]
+    assert gate_for("fp32", "int8") == GATES["int8"]
 
 
 def test_no_gate_for_an_unknown_dtype() -> None:
     with pytest.raises(IncompatibleError, match="VAL-DTYPE"):
-        gate_for("fp8")
+        gate_for("fp4")

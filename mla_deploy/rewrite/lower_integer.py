@@ -1,0 +1,318 @@
+"""lower: attention over a latent stored in bytes -> MatMulInteger over the bytes as they lie.
+
+    # before:  q_latent, QuantizedUpdate(...) rows, q_rope, rope keys --LatentAttention--> out_BHSL
+    # after:   scores = scale_T (codes q8^T) + q_rope rope_keys^T --Softmax--> p_XT
+    #          out = sum over blocks of T: (p scale_T)8 codes
+
+Both products are uint8 with the cache as it lies and accumulate exactly in int32. Of the query each
+row is two signed numbers of 7 bits (coarse and fine, 126 fine steps to a coarse one): ONNX Runtime
+adds pairs of uint8 x int8 products in 16 bits, which 255 x 63 x 2 does not leave. Of the
+probabilities, times the scales of their tokens, each row is two bytes (255 fine steps to a coarse
+one) with one scale for each block of tokens, so that a token that takes nearly all attention does
+not round the others away. What is left is the rounding of the cache itself.
+
+Many rows at once (a chunk of new tokens times heads) pay for widening the latent once; so do few
+cached tokens, where the steps above cost more than they save, and fp8 codes, which are not numbers
+that multiply.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from mla_deploy.latent_store import TINY, LatentStore, find_store
+from mla_deploy.rewrite.latent_codes import Plane, decode, planes
+from mla_deploy.rewrite.lower_attention import (
+    Attend,
+    Choice,
+    Folding,
+    LowerLatentAttention,
+    Rows,
+    folded,
+    is_one_new,
+    rows_of,
+)
+from mla_deploy.rewrite.lower_choice import every_is_chosen, selected
+from mla_deploy.rewrite.rule import (
+    DOMAIN,
+    MASKED,
+    Body,
+    Mismatch,
+    attribute,
+    ints,
+    producer,
+    required,
+    required_node,
+    static,
+    swapped,
+)
+
+# Rows (heads times new tokens) up to which bytes are multiplied; above, they are widened.
+_MOST_ROWS = 128
+# Cached tokens from which on bytes are multiplied.
+_LEAST_TOKENS = 1536
+# Tokens of a block, the first that divides T; else all of T are one, up to where int32 might not
+# hold their sum.
+_BLOCKS = (1024, 512)
+_LONGEST = 1 << 16
+_COARSE, _FINE, _PARTS = 63.0, 126.0, 255.0
+_FLOAT, _INT8, _UINT8 = ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.UINT8
+
+
+class LowerIntegerAttention(LowerLatentAttention):
+    """The latent's rows come of a QuantizedUpdate or a QuantizedRead."""
+
+    def check(self, context: Any, latent: ir.Value, rope_key: ir.Value, **_: Any) -> bool:
+        _stored(latent)
+        if static(rope_key, -1):
+            rows_of(rope_key)
+        return True
+
+    def rewrite(
+        self,
+        op: Any,
+        q_latent: ir.Value,
+        q_rope: ir.Value,
+        latent: ir.Value,
+        rope_key: ir.Value,
+        visible: ir.Value,
+        out: ir.Value,
+        sinks: ir.Value | None = None,
+        **_: Any,
+    ) -> Any:
+        node = required_node(out)
+        scale = op.Constant(value_float=float(attribute(node, "scale")))
+        parts = [q_latent] if static(rope_key, -1) == 0 else [q_latent, q_rope]
+        choice = producer(visible, "SelectVisible", DOMAIN)
+        like = visible if choice is None else required(choice.inputs[0])
+        rows = [Rows.of(op, rows_of(rope_key))] if len(parts) > 1 else []
+        latents = LatentBytes.of(op, _stored(latent), static(latent, -1))
+        step = AttendBytes(
+            [folded(op, op.Mul(part, scale)) for part in parts],
+            latents,
+            rows,
+            Folding.of(op, int(attribute(node, "heads")), like),
+            sinks,
+        )
+        if choice is None:
+            return step.dense(op, visible)
+        return _sparse(op, step, *(required(value) for value in choice.inputs))
+
+
+@dataclass(frozen=True)
+class LatentBytes:
+    """Latents as they are stored; the scale of a stale slot is zero."""
+
+    codes_B1TC: ir.Value
+    scales_B1TG: ir.Value
+    store: LatentStore
+    rank: int
+
+    @classmethod
+    def of(cls, op: Any, source: ir.Node, rank: int) -> LatentBytes:
+        store = find_store(str(attribute(source, "store")))
+        is_read = source.op_type == "QuantizedRead"
+        codes, scales = (source.inputs if is_read else source.outputs)[:2]
+        filled = required(source.inputs[2 if is_read else 3])
+        cleared = op.Where(filled, required(scales), op.Constant(value_float=0.0))
+        return cls(required(codes), cleared, store, rank)
+
+    def widened(self, op: Any) -> ir.Value:
+        """[B, 1, T, L] in fp32."""
+        return decode(op, self.codes_B1TC, self.scales_B1TG, self.store, self.rank)
+
+    def planes(self, op: Any) -> list[Plane]:
+        return planes(op, self.codes_B1TC, self.scales_B1TG, self.store, self.rank)
+
+
+@dataclass(frozen=True)
+class AttendBytes:
+    """One attention: queries for latent and rope keys (folded rows X = H*S, scaled)."""
+
+    queries: list[ir.Value]
+    latents: LatentBytes
+    rope_keys: list[Rows]
+    folding: Folding
+    sinks: ir.Value | None
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether bytes are ever multiplied: codes are numbers, and one new token is few rows."""
+        return self.folding.heads <= _MOST_ROWS and self.latents.store.name != "fp8"
+
+    def dense(self, op: Any, visible: ir.Value) -> ir.Value:
+        """Over every row. [B, H, S, L]."""
+        if not self.multiplies:
+            return self._widened(op, visible)
+        most = _MOST_ROWS // self.folding.heads
+        one, several, wide = Body("one"), Body("several"), Body("wide")
+        one_out = self.multiplied(one, lambda scores: self._masked(one, scores, visible))
+        some_out = self.multiplied(
+            several,
+            lambda scores: self.folding.masked(several, scores, visible),
+            _square(several, self.queries[0]),
+        )
+        narrow = Body("bytes")
+        narrow_out = narrow.If(
+            is_one_new(narrow, visible),
+            then_branch=one.graph(one_out),
+            else_branch=several.graph(some_out),
+        )
+        wide_out = self._widened(wide, visible)
+        rows_1 = op.Shape(self.latents.codes_B1TC, start=2, end=3)
+        few = op.LessOrEqual(self.folding.new_tokens, ints(op, [most]))
+        many = op.GreaterOrEqual(rows_1, ints(op, [_LEAST_TOKENS]))
+        fits = op.LessOrEqual(_block(op, self.latents.codes_B1TC), ints(op, [_LONGEST]))
+        out: ir.Value = op.If(
+            op.And(op.And(few, many), fits),
+            then_branch=narrow.graph(narrow_out),
+            else_branch=wide.graph(wide_out),
+        )
+        return out
+
+    def _masked(self, op: Any, scores_B1XT: ir.Value, visible: ir.Value) -> ir.Value:
+        """Of one new token the folded rows are the heads, and the mask is the same for all."""
+        return required(op.Where(visible, scores_B1XT, op.Constant(value_float=MASKED)))
+
+    def chosen(self, op: Any, choice: Choice) -> ir.Value:
+        """Over the rows that one new token has chosen. [B, H, 1, L]."""
+        taken = replace(
+            self.latents,
+            codes_B1TC=choice.rows(op, self.latents.codes_B1TC),
+            scales_B1TG=choice.rows(op, self.latents.scales_B1TG),
+        )
+        keys = [replace(key, rows_B1TW=choice.rows(op, key.rows_B1TW)) for key in self.rope_keys]
+        step = replace(self, latents=taken, rope_keys=keys)
+        return step.multiplied(op, lambda scores: self._masked(op, scores, choice.seen_B11K))
+
+    def multiplied(
+        self, op: Any, mask: Callable[[ir.Value], ir.Value], eye_XX: ir.Value | None = None
+    ) -> ir.Value:
+        """Products of bytes. [B, H, S, L]. `eye_XX` None: of one new token, X is H."""
+        found = self.latents.planes(op)
+        if eye_XX is None:
+            eye_XX = op.Constant(value=ir.tensor(np.eye(self.folding.heads, dtype=np.float32)))
+        terms = [self._scores(op, plane, eye_XX) for plane in found]
+        for query, key in zip(self.queries[1:], self.rope_keys, strict=True):
+            terms.append(op.MatMul(query, swapped(op, key.rows_B1TW)))
+        scores_B1XT = functools.reduce(op.Add, terms)
+        weights_B1XT = self._attend().softmax(op, mask(scores_B1XT))
+        outs = [self._read(op, weights_B1XT, plane, eye_XX) for plane in found]
+        out_B1XL = outs[0] if len(outs) == 1 else op.Concat(*outs, axis=3)
+        return required(
+            op.Reshape(out_B1XL, ints(op, [0, self.folding.heads, -1, self.latents.rank]))
+        )
+
+    def _scores(self, op: Any, plane: Plane, eye_XX: ir.Value) -> ir.Value:
+        """scale_T (query codes^T): [B, 1, X, T]."""
+        query = self.queries[0]
+        if plane.width != self.latents.rank:
+            edges = (ints(op, [plane.first]), ints(op, [plane.first + plane.width]))
+            query = op.Slice(query, *edges, ints(op, [3]))
+        peak = op.ReduceMax(op.Abs(query), ints(op, [3]), keepdims=1)
+        step_B1X1 = op.Div(op.Max(peak, _number(op, TINY)), _number(op, _COARSE))
+        ratio = op.Div(query, step_B1X1)
+        coarse = op.Round(ratio)
+        fine = op.Round(op.Mul(op.Sub(ratio, coarse), _number(op, _FINE)))
+        parts_B1YK = op.Cast(op.Concat(coarse, fine, axis=2), to=_INT8)
+        raw_B1TY = op.MatMulInteger(plane.codes_B1TK, swapped(op, parts_B1YK), self._zero(op))
+        # One product scales the rows, adds fine to coarse, and turns [T, 2X] to [X, T].
+        pair = op.Concat(eye_XX, op.Div(eye_XX, _number(op, _FINE)), axis=1)
+        joined_B1XY = op.Mul(pair, step_B1X1)
+        turned = op.MatMul(joined_B1XY, swapped(op, op.Cast(raw_B1TY, to=_FLOAT)))
+        return required(op.Mul(turned, plane.scale_B11T))
+
+    def _read(self, op: Any, weights_B1XT: ir.Value, plane: Plane, eye_XX: ir.Value) -> ir.Value:
+        """weights times the plane's values: [B, 1, X, K]."""
+        block_1 = _block(op, plane.codes_B1TK)
+        rows_1 = op.Shape(weights_B1XT, start=2, end=3)
+        shape = op.Concat(ints(op, [0]), rows_1, ints(op, [-1]), block_1, axis=0)
+        share_BXUT = op.Reshape(op.Mul(weights_B1XT, plane.scale_B11T), shape)
+        peak = op.ReduceMax(share_BXUT, ints(op, [3]), keepdims=1)
+        step_BXU1 = op.Div(op.Max(peak, _number(op, TINY)), _number(op, _PARTS))
+        ratio = op.Div(share_BXUT, step_BXU1)
+        coarse = op.Cast(ratio, to=_UINT8)  # cut, not rounded: what is left is not negative
+        left = op.Sub(ratio, op.Cast(coarse, to=_FLOAT))
+        half = _number(op, 0.5)
+        fine = op.Cast(op.Add(op.Mul(left, _number(op, _PARTS)), half), to=_UINT8)
+        parts_BUYT = op.Transpose(op.Concat(coarse, fine, axis=1), perm=[0, 2, 1, 3])
+        blocks = op.Reshape(
+            op.Squeeze(plane.codes_B1TK, ints(op, [1])),
+            op.Concat(ints(op, [0, -1]), block_1, ints(op, [plane.width]), axis=0),
+        )
+        none = op.Constant(value=ir.tensor(0, _UINT8))
+        raw_BUYK = op.MatMulInteger(parts_BUYT, blocks, none, self._zero(op))
+        # One product scales each block's parts and adds them up: [X, U*2X] x [U*2X, K].
+        flat = op.Reshape(op.Cast(raw_BUYK, to=_FLOAT), ints(op, [0, 1, -1, plane.width]))
+        pair_X1Y = op.Unsqueeze(
+            op.Concat(eye_XX, op.Div(eye_XX, _number(op, _PARTS)), axis=1), ints(op, [1])
+        )
+        joined = op.Mul(step_BXU1, pair_X1Y)
+        joined_B1XZ = op.Reshape(
+            joined, op.Concat(ints(op, [0, 1]), rows_1, ints(op, [-1]), axis=0)
+        )
+        return required(op.MatMul(joined_B1XZ, flat))
+
+    def _widened(self, op: Any, visible: ir.Value) -> ir.Value:
+        latent = Rows(self.latents.widened(op), None, None)
+        return self._attend([latent, *self.rope_keys]).dense(op, visible, None)
+
+    def _attend(self, rows: Sequence[Rows] = ()) -> Attend:
+        return Attend(self.queries, list(rows), self.latents.rank, self.folding, self.sinks)
+
+    def _zero(self, op: Any) -> ir.Value:
+        return required(op.Constant(value=ir.tensor(self.latents.store.zero, _UINT8)))
+
+
+def _square(op: Any, query_B1XI: ir.Value) -> ir.Value:
+    """The identity of [X, X]."""
+    rows_1 = op.Shape(query_B1XI, start=2, end=3)
+    shape = op.Concat(rows_1, rows_1, axis=0)
+    return required(op.EyeLike(op.ConstantOfShape(shape), dtype=_FLOAT))
+
+
+def _sparse(op: Any, step: AttendBytes, visible: ir.Value, chosen: ir.Value) -> ir.Value:
+    """One new token with more rows than it chose reads those; else the choice is a mask."""
+    if not step.multiplies:
+        return step.dense(op, selected(op, visible, chosen))
+    every = every_is_chosen(op, visible, chosen)
+    few, rest = Body("few"), Body("rows")
+    few_out = step.chosen(few, Choice.of(few, visible, chosen))
+    rest_out = step.dense(rest, selected(rest, visible, chosen))
+    out: ir.Value = op.If(
+        op.And(is_one_new(op, visible), op.Not(every)),
+        then_branch=few.graph(few_out),
+        else_branch=rest.graph(rest_out),
+    )
+    return out
+
+
+def _block(op: Any, codes_B1TK: ir.Value) -> ir.Value:
+    """Tokens of one block, int64 [1]."""
+    rows_1 = op.Shape(codes_B1TK, start=2, end=3)
+    block_1 = rows_1
+    for size in reversed(_BLOCKS):
+        divides = op.Equal(op.Mod(rows_1, ints(op, [size])), ints(op, [0]))
+        block_1 = op.Where(divides, ints(op, [size]), block_1)
+    return required(block_1)
+
+
+def _stored(latent: ir.Value) -> ir.Node:
+    for op_type in ("QuantizedUpdate", "QuantizedRead"):
+        node = producer(latent, op_type, DOMAIN)
+        if node is not None:
+            return node
+    raise Mismatch("the latent is not stored in bytes", latent)
+
+
+def _number(op: Any, value: float) -> ir.Value:
+    return required(op.Constant(value_float=value))
+
+
+RULES = tuple(LowerIntegerAttention.rule("lower_latent_attention", s) for s in (False, True))

@@ -1,0 +1,68 @@
+"""The arithmetic of `latent_store.py` in numpy: what is stored of a latent, what is read back."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mla_deploy.latent_store import TINY, LatentStore
+
+Floats = NDArray[np.float32]
+Codes = NDArray[np.uint8]
+
+
+def encode(rows: Floats, store: LatentStore) -> tuple[Codes, Floats]:
+    """[..., L] -> codes [..., columns] and scales [..., tiles]."""
+    rank = rows.shape[-1]
+    tiled = rows.reshape(*rows.shape[:-1], store.tiles(rank), -1)
+    peaks = np.abs(tiled).max(axis=-1)
+    scales = (np.maximum(peaks, np.float32(TINY)) / np.float32(store.steps)).astype(np.float32)
+    ratios = (tiled / scales[..., None]).reshape(rows.shape)
+    if store.name == "fp8":
+        return _e4m3_codes(ratios), scales
+    codes = (np.rint(ratios) + np.float32(store.zero)).astype(np.uint8)
+    if store.bits == 4:
+        low, high = np.split(codes, 2, axis=-1)
+        codes = low | (high << 4)
+    return codes, scales
+
+
+def decode(codes: Codes, scales: Floats, store: LatentStore) -> Floats:
+    """codes [..., columns], scales [..., tiles] -> [..., L]."""
+    if store.name == "fp8":
+        values = e4m3_values()[codes]
+    else:
+        if store.bits == 4:
+            codes = np.concatenate((codes & 15, codes >> 4), axis=-1)
+        values = codes.astype(np.float32) - np.float32(store.zero)
+    tiled = values.reshape(*values.shape[:-1], scales.shape[-1], -1)
+    rows: Floats = (tiled * scales[..., None]).reshape(values.shape)
+    return rows
+
+
+def rounded(rows: Floats, store: LatentStore) -> Floats:
+    """What is read back of `rows` once they are stored."""
+    return decode(*encode(rows, store), store)
+
+
+def e4m3_values() -> Floats:
+    """The value of each of the 256 codes (OCP FP8, e4m3fn).
+
+    The two that are NaN there are never written; in a stale slot they read as zero.
+    """
+    codes = np.arange(256)
+    exponent, mantissa = (codes >> 3) & 15, codes & 7
+    normal = (8 + mantissa) * np.exp2(exponent - 10.0)
+    values = np.where(exponent == 0, mantissa * 2.0**-9, normal)
+    values = np.where((codes & 127) == 127, 0.0, values)
+    return np.where(codes & 128, -values, values).astype(np.float32)
+
+
+def _e4m3_codes(ratios: Floats) -> Codes:
+    """Round to the nearest e4m3 number, halves to even; a tile's largest value is 448."""
+    size = np.minimum(np.abs(ratios), np.float32(448))
+    exponent = np.where(size > 0, np.maximum(np.frexp(size)[1] - 1, -6), -6)
+    # Steps of this binade, of which a normal number has 8 to 16; the next one begins at 16.
+    steps = np.rint(np.ldexp(size, 3 - exponent))
+    codes = (exponent + 6) * 8 + steps
+    return np.where(np.signbit(ratios), codes + 128, codes).astype(np.uint8)
