@@ -33,6 +33,7 @@ Progress = Callable[[str, int, int], None]
 DEFAULT_CONTEXTS = (512, 2048, 8192, 32768)
 DEFAULT_ROUNDS = 5
 _PROMPT = (5, 8, 2, 13, 1, 7, 11, 3, 200, 42, 17, 9)
+_BLOCK = 1024
 _REPEAT = 3  # timed steps of one round
 _SLOW_SECONDS = 1.0  # from here on a call is not repeated, and needs no warming
 
@@ -75,7 +76,8 @@ def compare(
     )  # fmt: skip
     with ExitStack() as cleanup:
         folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="mla-bench-", dir=work))
-        capacity = max(*contexts, *prefill, len(_PROMPT)) + 1
+        # Caches of codes are read in whole blocks, so there is room for the last one.
+        capacity = -(-max(*contexts, *prefill, len(_PROMPT)) // _BLOCK) * _BLOCK
         plan = line_up.Plan(opened, checkpoint, count, capacity, Path(folder))
         for spec in line_up.our_specs(plan):
             run.start(cleanup, spec)

@@ -73,8 +73,18 @@ def test_every_peer_that_is_installed(command: Command, pair: Exported, tmp_path
     assert all(b["bytes_per_second"] > 1e8 and b["ratio"] > 0 for b in found["bounds"])
 
 
-@pytest.mark.parametrize("options", [HALF_SPLIT, GROWING], ids=["half-split", "growing"])
-def test_bundles_against_one_another(pair: Exported, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("options", "row_bytes"),
+    [
+        (HALF_SPLIT, (16 + 8) * 2),
+        (GROWING, (16 + 8) * 2),
+        ({"cache_dtype": "int8"}, 16 + 4 + 8 * 2),
+    ],
+    ids=["half-split", "growing", "int8"],
+)
+def test_bundles_against_one_another(
+    pair: Exported, options: dict[str, Any], row_bytes: int
+) -> None:
     other = exported("v3", **options)
     found = compare(
         pair.bundle, against=[str(other.bundle.path)], context=(16,), rounds=1, threads=1
@@ -82,7 +92,7 @@ def test_bundles_against_one_another(pair: Exported, options: dict[str, Any]) ->
     name = other.bundle.path.name
     label = next(label for label in found.contenders if label.startswith(name))
     figure = next(f for f in found.at("step", 16) if f.contender == label)
-    assert figure.cache_bytes == LATENT_ROW_BYTES * 16 // 2 and found.ratio(figure) is not None
+    assert figure.cache_bytes == 2 * row_bytes * 16 and found.ratio(figure) is not None
     parity = next(row for row in found.parity if row.contender == label)
     assert parity.max_difference is not None and 0 < parity.max_difference < 0.2
 

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mla_deploy.runtime.cache_spec import spec_from_manifest
+from mla_deploy.latent_store import LatentStore
+from mla_deploy.runtime.cache_spec import CacheTensor, spec_from_manifest
+from mla_deploy.source.latent_values import encode
 
 TOKEN = 7  # what every step appends
-_INT8_PER_UNIT = 42.0  # three standard deviations fill an int8
+_CODES, _SCALES = "uint8", "latent_scale"
 
 
 def layer_rows(layer: int, tokens: int, width: int) -> NDArray[np.float32]:
@@ -24,19 +26,16 @@ def layer_rows(layer: int, tokens: int, width: int) -> NDArray[np.float32]:
 
 
 def stored_rows(
-    rows_TW: NDArray[np.float32], numpy_type: type[np.generic], *, is_scale: bool = False
+    rows_TW: NDArray[np.float32], tensor: CacheTensor, store: LatentStore | None
 ) -> NDArray[Any]:
-    """`rows_TW` as a cache tensor stores them: bf16 as its bits, integers with `is_scale` beside.
-
-    A scale tensor is constant: the one that makes those integers what they were.
-    """
-    if is_scale:
-        return np.full(rows_TW.shape, 1 / _INT8_PER_UNIT, numpy_type)
-    if numpy_type is np.uint16:
+    """`rows_TW` as one cache tensor stores them: bf16 as its bits, codes, or their scales."""
+    if store is not None and tensor.kind == _SCALES:
+        return encode(rows_TW, store)[1]
+    if store is not None and tensor.dtype == _CODES:
+        return encode(rows_TW, store)[0]
+    if tensor.dtype == "bf16":
         return (np.ascontiguousarray(rows_TW).view(np.uint32) >> 16).astype(np.uint16)
-    if np.issubdtype(numpy_type, np.integer):
-        return np.clip(np.rint(rows_TW * _INT8_PER_UNIT), -127, 127).astype(numpy_type)
-    return rows_TW.astype(numpy_type)
+    return rows_TW.astype(tensor.numpy_type)
 
 
 def prompt_ids(tokens: int, vocab_size: int) -> list[int]:
@@ -63,16 +62,14 @@ def cache_rows(manifest: Mapping[str, Any], tokens: int) -> Iterator[NDArray[Any
 
     Latent and rope key are columns of one `layer_rows(layer, tokens, L + R)`.
     """
-    model = manifest["model"]
+    model, spec = manifest["model"], spec_from_manifest(manifest)
     rank, rope = int(model["kv_lora_rank"]), int(model["qk_rope_head_dim"])
-    for tensor, entry in zip(
-        spec_from_manifest(manifest).tensors, manifest["cache"]["tensors"], strict=True
-    ):
-        parts, is_scale = set(entry["parts"]), "scale" in tensor.kind
+    for tensor, entry in zip(spec.tensors, manifest["cache"]["tensors"], strict=True):
+        parts = set(entry["parts"])
         if parts and parts <= {"latent", "rope_key"}:
             both_TW = layer_rows(tensor.layer, tokens, rank + rope)
             start, stop = rank * (parts == {"rope_key"}), rank + rope * ("rope_key" in parts)
-            rows_TW = both_TW[:, start:stop]
+            rows_TW = np.ascontiguousarray(both_TW[:, start:stop])
         else:
             rows_TW = layer_rows(tensor.layer, tokens, tensor.width)
-        yield stored_rows(rows_TW, tensor.numpy_type, is_scale=is_scale)
+        yield stored_rows(rows_TW, tensor, spec.store)
