@@ -15,7 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -227,12 +227,28 @@ def available_bytes() -> int | None:
     if "MemAvailable" not in fields:
         return None
     free = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = (
-        system_file(f"/sys/fs/cgroup/memory.{part}").strip() for part in ("max", "current")
-    )
-    if limit.isdigit() and used.isdigit():
-        free = min(free, max(int(limit) - int(used), 0))
-    return free
+    return min([free, *_container_bytes()])
+
+
+# Of control groups 2 and 1: the limit, what is used, and the files among that, which can be dropped
+# (pages of mapped weights are such).
+_GROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current",
+     "/sys/fs/cgroup/memory.stat", ""),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+     "/sys/fs/cgroup/memory/memory.stat", "total_"),
+)  # fmt: skip
+
+
+def _container_bytes() -> Iterator[int]:
+    """What the container may still take, where it has a limit."""
+    for limit_file, used_file, stat_file, prefix in _GROUPS:
+        limit, used = system_file(limit_file).strip(), system_file(used_file).strip()
+        if limit.isdigit() and used.isdigit():
+            lines = (line.split() for line in system_file(stat_file).splitlines())
+            facts = {words[0]: int(words[1]) for words in lines if len(words) == 2}
+            files = sum(facts.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))
+            yield max(int(limit) - max(int(used) - files, 0), 0)
 
 
 def _field(line: str) -> tuple[str, str]:

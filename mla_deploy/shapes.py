@@ -29,6 +29,9 @@ BATCH = "batch"
 NEW_TOKENS = "new_tokens"
 PAST_TOKENS = "past_tokens"
 CAPACITY = "capacity"
+VERIFIED_TOKENS = "verified_tokens"  # new_tokens up to MOST_VERIFIED, and 1 beyond
+
+MOST_VERIFIED = 8  # new tokens per row whose logits a decode graph gives in one call
 
 _INT64_MAX = 2**63 - 1
 

@@ -13,13 +13,15 @@ import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mla_deploy.bundle import Bundle, open_bundle
 from mla_deploy.export import export
+from tests.families import write_family
 from tests.tiny import write_preset
 
 # Between them these take every way a bundle can be laid out.
@@ -43,15 +45,30 @@ def exported(preset: str = "v3-yarn-all-dim", **options: Any) -> Exported:
     return _exported(preset, tuple(sorted(options.items())))
 
 
+def exported_family(family: str, **fields: Any) -> Exported:
+    """The bundle of a preset of `families.FAMILIES`; `fields` replace those of its config."""
+    return _exported_family(family, tuple(sorted(fields.items())))
+
+
 @functools.lru_cache(maxsize=64)
 def _exported(preset: str, options: tuple[tuple[str, Any], ...]) -> Exported:
     name = "-".join([preset, *(str(value) for _, value in options)])
+    return _made(name, partial(write_preset, name=preset, tokenizer=True), dict(options))
+
+
+@functools.lru_cache(maxsize=64)
+def _exported_family(family: str, fields: tuple[tuple[str, Any], ...]) -> Exported:
+    name = "-".join(["family", family, *(f"{key}-{value}" for key, value in fields)])
+    return _made(name, partial(write_family, name=family, **dict(fields)), {})
+
+
+def _made(name: str, write: Callable[..., Path], options: dict[str, Any]) -> Exported:
     place = _folder() / name
     with _locked(_folder() / f"{name}.lock", fcntl.LOCK_EX):
         checkpoint = place / "checkpoint"
         if not (place / "bundle").exists():
-            write_preset(checkpoint, preset, tokenizer=True)
-            export(checkpoint, place / "bundle", **dict(options))
+            write(checkpoint)
+            export(checkpoint, place / "bundle", **options)
         return Exported(open_bundle(place / "bundle"), checkpoint)
 
 
@@ -75,6 +92,7 @@ _held: list[tuple[Path, int]] = []
 def leave() -> None:
     """Called when this worker's tests are over (`conftest.py`); the last one removes the folder."""
     _exported.cache_clear()
+    _exported_family.cache_clear()
     _folder.cache_clear()
     while _held:
         folder, users = _held.pop()

@@ -85,7 +85,17 @@ def test_memory_that_is_left_counts_the_container(monkeypatch: pytest.MonkeyPatc
     }
     monkeypatch.setattr(machine, "system_file", lambda path: files.get(path, ""))
     assert machine.available_bytes() == 40960 - 8192
+    # Files that were read can be dropped again.
+    files["/sys/fs/cgroup/memory.stat"] = "anon 5\ninactive_file 2048\nactive_file 1024\n"
+    assert machine.available_bytes() == 40960 - 8192 + 3072
     files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert machine.available_bytes() == 64 * 1024
+    first = "/sys/fs/cgroup/memory/memory."  # control groups of the first version
+    files |= {f"{first}limit_in_bytes": "30000\n", f"{first}usage_in_bytes": "20000\n"}
+    assert machine.available_bytes() == 10000
+    files[f"{first}stat"] = "inactive_file 7\ntotal_inactive_file 4000\n"
+    assert machine.available_bytes() == 14000
+    files[f"{first}limit_in_bytes"] = "9223372036854771712\n"
     assert machine.available_bytes() == 64 * 1024
     files.clear()
     assert machine.available_bytes() is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,18 @@ def end_ids(bundle: Bundle) -> tuple[int, ...]:
     more = _optional_json(bundle, "generation_config.json").get("eos_token_id", [])
     found = {*bundle.config.eos_token_ids, *(more if isinstance(more, list) else [more])}
     return tuple(sorted(token for token in found if type(token) is int))
+
+
+def open_stream(tokenizer: Tokenizer, prompt: str, *, is_silent: bool) -> TextStream:
+    """A stream to stdout, the prompt first; silent where the text goes into an object."""
+
+    def write(text: str) -> None:
+        if not is_silent:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    write(prompt)
+    return TextStream(tokenizer, write)
 
 
 class TextStream:

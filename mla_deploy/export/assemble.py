@@ -19,6 +19,7 @@ from onnx_ir.passes import common as common_passes
 from mla_deploy import shapes
 from mla_deploy.config import MlaConfig
 from mla_deploy.errors import MlaDeployError
+from mla_deploy.export.logits import name_logits
 from mla_deploy.export.trace import Trace
 from mla_deploy.export.trace_layer import CacheForm, TracedLayer
 from mla_deploy.export.trace_trunk import INPUTS, frequency_names
@@ -57,7 +58,6 @@ class GraphForm:
     cache_dtype: str  # of cached rows, but for latents that are codes
     all_logits: bool
     layers_prefix: str
-    trunk_rules: order.Rules
     builder: type[Builder]
 
 
@@ -70,22 +70,22 @@ class Assembled:
 
 
 def assemble(
-    trace: Trace, form: GraphForm, layer_rules: order.Rules, layout: WeightLayout
+    trace: Trace, form: GraphForm, rules: order.GraphRules, layout: WeightLayout
 ) -> Assembled:
-    """Rewrite each kind with `layer_rules`, and put the graph together.
+    """Rewrite the trunk and each layer kind with `rules`, and put the graph together.
 
     `layout` learns the weights; `bind_weights` later gives them their bytes.
     """
     trunk = trace.trunk.clone()
-    counts = order.apply_rules(trunk, form.trunk_rules)
+    counts = order.apply_rules(trunk, (*rules.head, *rules.trunk))
     uses = collect_weights(trunk, {*INPUTS, *frequency_names(trace.rope)})
     builder = form.builder(trunk, form, layout, trace)
     builder.trunk_weights({k: renamed_use(u, "model.") for k, u in uses.items()})
     for traced in trace.layers:
-        fired = builder.kind(traced, layer_rules)
+        fired = builder.kind(traced, rules.layers)
         for rule, number in fired.items():
             counts[rule] = counts.get(rule, 0) + number * len(traced.kind.indices)
-    builder.inputs_and_outputs()
+    builder.inputs_and_outputs(rules.verified)
     return Assembled(builder.finished(), counts)
 
 
@@ -212,7 +212,7 @@ class Builder:
                 cast.replace_input_with(0, value)
                 graph.insert_before(graph[0], cast)
 
-    def inputs_and_outputs(self) -> None:
+    def inputs_and_outputs(self, verified: bool) -> None:
         """Name and type the graph's contract: lengths, tokens, caches, logits."""
         graph = self.model.graph
         by_name = {str(v.name): v for v in graph.inputs}
@@ -227,13 +227,12 @@ class Builder:
         by_name["input_ids"].shape = ir.Shape([batch, new])
         by_name["cache_lengths"].shape = ir.Shape([batch])
         by_name["new_lengths"].shape = ir.Shape([batch])
-        logits = graph.outputs[0]
-        logits.name = "logits"
-        vocab = self.form.config.vocab_size
-        logits.shape = ir.Shape([batch, new, vocab] if self.form.all_logits else [batch, vocab])
+        vocab, every = self.form.config.vocab_size, self.form.all_logits
+        behind = name_logits(graph, vocab, every=every, verified=verified)
         for buffer in self.trace.all_buffers:
             graph.inputs.append(self.cache_inputs[buffer.name()])
             graph.outputs.append(self.cache_outputs[buffer.name(out=True)])
+        graph.outputs.extend(behind)
 
     def _bind_row_count(self, rows_held: ir.Value) -> None:
         """How many rows are bound is read off a cache that has a row for every token."""

@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from mla_deploy import shapes
 from mla_deploy.export.assemble import Assembled, Builder, GraphForm
+from mla_deploy.export.logits import name_logits
 from mla_deploy.export.trace import Trace
 from mla_deploy.export.trace_module import INPUTS, SOURCE
 from mla_deploy.export.weights import WeightLayout, renamed_use
@@ -14,7 +15,7 @@ from mla_deploy.rewrite.weights import collect_weights
 
 
 def assemble_module(
-    trace: Trace, form: GraphForm, rules: order.Rules, layout: WeightLayout
+    trace: Trace, form: GraphForm, rules: order.GraphRules, layout: WeightLayout
 ) -> Assembled:
     """Rewrite the module's graph with `rules`; `layout` learns the weights."""
     model = trace.trunk.clone()
@@ -23,16 +24,17 @@ def assemble_module(
     for value in model.graph.inputs:
         if value.name in caches:
             value.type = ir.TensorType(builder.dtype)
-    counts = order.apply_rules(model, rules)
+    # All of it is trunk; the rules of layers do what the trunk's do, and more.
+    counts = order.apply_rules(model, (*rules.head, *rules.layers))
     given = {*INPUTS, *caches}
     uses = collect_weights(model, given)
     order.require_lowered(model)
     builder.trunk_weights({name: renamed_use(use, f"{SOURCE}.") for name, use in uses.items()})
-    _name(model, form, trace)
+    _name(model, form, trace, rules.verified)
     return Assembled(builder.finished(), counts)
 
 
-def _name(model: ir.Model, form: GraphForm, trace: Trace) -> None:
+def _name(model: ir.Model, form: GraphForm, trace: Trace, verified: bool) -> None:
     """The graph's contract: tokens, lengths, caches; logits, then the caches."""
     graph = model.graph
     batch, new = shapes.BATCH, shapes.NEW_TOKENS
@@ -40,11 +42,9 @@ def _name(model: ir.Model, form: GraphForm, trace: Trace) -> None:
     inputs["input_ids"].shape = ir.Shape([batch, new])
     for name in INPUTS[1:]:
         inputs[name].shape = ir.Shape([batch])
-    vocab = form.config.vocab_size
-    logits, *caches = graph.outputs
-    logits.name = "logits"
-    logits.shape = ir.Shape([batch, new, vocab] if form.all_logits else [batch, vocab])
-    for buffer, value in zip(trace.trunk_buffers, caches, strict=True):
+    vocab, every = form.config.vocab_size, form.all_logits
+    behind = name_logits(graph, vocab, every=every, verified=verified)
+    for buffer, value in zip(trace.trunk_buffers, graph.outputs[1:], strict=True):
         held = inputs[buffer.name()]
         rows: tuple[str, str] = (shapes.CAPACITY, shapes.CAPACITY)
         if trace.form.growing:
@@ -52,3 +52,4 @@ def _name(model: ir.Model, form: GraphForm, trace: Trace) -> None:
         value.name = buffer.name(out=True)
         held.shape, value.shape = (ir.Shape([batch, 1, r, *buffer.shape]) for r in rows)
         value.type = held.type
+    graph.outputs.extend(behind)

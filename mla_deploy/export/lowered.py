@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 class Lowering:
     """The rules of each graph, and who puts a graph together."""
 
-    prefill: order.Rules
-    decode: order.Rules
-    trunk: order.Rules
+    graphs: dict[str, order.GraphRules]
     builder: type[Builder]
 
 
@@ -66,7 +64,10 @@ def lowered(
     Raises: InputError REW-TARGET, MlaDeployError REW-* and EXP-*.
     """
     release = find_target(options.target).release
-    lowering = _for_cpu(trace) if release is None else _for_tensorrt(trace, options, release)
+    if release is None:
+        lowering = Lowering(cpu_rules(trace.form.growing, options.all_logits), Builder)
+    else:
+        lowering = _for_tensorrt(trace, options, release)
     form = GraphForm(
         config=config,
         cache=trace.form,
@@ -74,13 +75,9 @@ def lowered(
         cache_dtype=options.rows_dtype,
         all_logits=options.all_logits,
         layers_prefix=trace.layers_prefix,
-        trunk_rules=lowering.trunk,
         builder=lowering.builder,
     )
-    graphs = {
-        "prefill": assemble(trace, form, lowering.prefill, layout),
-        "decode": assemble(trace, form, lowering.decode, layout),
-    }
+    graphs = {name: assemble(trace, form, rules, layout) for name, rules in lowering.graphs.items()}
     if release is not None:
         _as_operator(graphs["decode"])
         for graph in graphs.values():
@@ -102,11 +99,13 @@ def any_capacity(proto: onnx.ModelProto, capacity: int) -> onnx.ModelProto:
     return copy
 
 
-def _for_cpu(trace: Trace) -> Lowering:
-    growing = trace.form.growing
-    return Lowering(
-        order.prefill_cpu(growing), order.decode_cpu(growing), order.trunk_cpu(), Builder
-    )
+def cpu_rules(growing: bool, all_logits: bool) -> dict[str, order.GraphRules]:
+    """The rules of ONNX Runtime's two graphs. Its decode graph checks several new tokens a row."""
+    trunk = order.trunk_cpu()
+    return {
+        "prefill": order.GraphRules(trunk, order.prefill_cpu(growing)),
+        "decode": order.GraphRules(trunk, order.decode_cpu(growing), verified=not all_logits),
+    }
 
 
 def _for_tensorrt(trace: Trace, options: ExportOptions, name: str) -> Lowering:
@@ -119,7 +118,12 @@ def _for_tensorrt(trace: Trace, options: ExportOptions, name: str) -> Lowering:
         names = [rule.name for rule in decode]
         place = names.index("lower_latent_attention")
         decode = (*decode[:place], *mla_decode.rules(blocks), *decode[place:])
-    return Lowering(release.prefill, decode, release.trunk, builder)
+    trunk = release.trunk
+    graphs = {
+        "prefill": order.GraphRules(trunk, release.prefill),
+        "decode": order.GraphRules(trunk, decode),
+    }
+    return Lowering(graphs, builder)
 
 
 def _as_operator(decode: Assembled) -> None:

@@ -203,7 +203,7 @@ def _is_in_place(buffer: CacheBuffer) -> bool:
 def _kind(name: str) -> str:
     if name in ("cache_lengths", "new_lengths"):
         return "length"
-    known = {"input_ids": "token_ids", "logits": "logits"}
+    known = {"input_ids": "token_ids", "logits": "logits", "verify_logits": "logits"}
     return known.get(name) or name.partition(".")[0].removesuffix("_out")
 
 

@@ -16,6 +16,7 @@ from mla_deploy.config import MlaConfig
 from mla_deploy.errors import InputError, quoted
 from mla_deploy.export.assemble import Assembled, Builder, GraphForm, bind_weights
 from mla_deploy.export.assemble_module import assemble_module
+from mla_deploy.export.lowered import cpu_rules
 from mla_deploy.export.manifest import manifest_of
 from mla_deploy.export.pipeline import (
     TOKENIZER_TEXTS,
@@ -129,13 +130,12 @@ def _build(source: ModuleSource, stage: Stage, options: ExportOptions, report: P
         cache_dtype=options.rows_dtype,
         all_logits=options.all_logits,
         layers_prefix="",
-        trunk_rules=order.trunk_cpu(),
         builder=Builder,
     )
     layout = WeightLayout()
     graphs = {
-        "prefill": assemble_module(trace, form, order.prefill_cpu(cache.growing), layout),
-        "decode": assemble_module(trace, form, order.decode_cpu(cache.growing), layout),
+        name: assemble_module(trace, form, rules, layout)
+        for name, rules in cpu_rules(cache.growing, options.all_logits).items()
     }
     _require_fired(graphs, trace, len(source.raised.latents))
     report("rewrite", 1, 1)

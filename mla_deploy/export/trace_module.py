@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from mla_deploy.export.trace import Trace
 from mla_deploy.export.trace_layer import CacheForm
 from mla_deploy.source.attention_seam import attention_composite, expansion
 from mla_deploy.source.cache_parts import CacheBuffer, CachePart, buffers_of
+from mla_deploy.source.head_seam import head_tokens
 from mla_deploy.source.plan import step_plan
 from mla_deploy.source.probe import BATCH, NEW, ROWS
 from mla_deploy.source.traced_cache import TracedCache
@@ -135,15 +137,15 @@ class _Raised(nn.Module):
             bias_HV = expansions[index].value_bias_HV
             return out_BHSV if bias_HV is None else out_BHSV + bias_HV[:, None]
 
-        last_B = None if self.all_logits else torch.clamp(new_lengths - 1, min=0)
+        kept = None if self.all_logits else partial(head_tokens, new_lengths_B=new_lengths)
         positions_BS = cache_lengths[:, None] + steps_S
         logits = self.raised.logits(
-            input_ids, positions_BS, attend, weight=self._weight, last_B=last_B
+            input_ids, positions_BS, attend, weight=self._weight, kept=kept
         ).float()
         if self.all_logits:
             logits = torch.where(plan.valid_BS[..., None], logits, 0.0)
         else:
-            logits = torch.where(plan.active_B11[:, 0], logits[:, 0], 0.0)
+            logits = torch.where(plan.active_B11, logits, 0.0)
         return (logits, *cache.updated)
 
     def _weight(self, placeholder: fx.Node) -> torch.Tensor:

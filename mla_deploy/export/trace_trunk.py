@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from mla_deploy.export.onnx_program import onnx_program
 from mla_deploy.export.trace_layer import CacheForm
+from mla_deploy.source.head_seam import head_tokens
 from mla_deploy.source.layers import decoder_of, layers_of
 from mla_deploy.source.plan import ring_plan, step_plan
 from mla_deploy.source.probe import (
@@ -111,31 +112,28 @@ class _Trunk(nn.Module):
         self.step.rings = {
             w: ring_plan(steps_S, cache_lengths, new_lengths, w) for w in sorted(windows)
         }
-        last_B = torch.clamp(new_lengths - 1, min=0)
         lengths_B = cache_lengths + new_lengths
         with (
             opaque_layers(self.model, self.calls, self.step),
             planned_rope(self.model, self.tables, inv_freqs, lengths_B),
-            self._selected(last_B),
+            self._selected(new_lengths),
         ):
             logits = self.model(
                 input_ids=input_ids, position_ids=positions_BS, use_cache=False
             ).logits.float()
         if self.all_logits:
             return torch.where(plan.valid_BS[..., None], logits, 0.0)
-        return torch.where(plan.active_B11[:, 0], logits[:, 0], 0.0)
+        return torch.where(plan.active_B11, logits, 0.0)
 
     @contextlib.contextmanager
-    def _selected(self, last_B: torch.Tensor) -> Iterator[None]:
-        """The head sees each row's last valid token only: it is the widest product of the step."""
+    def _selected(self, new_lengths: torch.Tensor) -> Iterator[None]:
+        """The head sees few of the new tokens: it is the widest product of the step."""
         if self.all_logits:
             yield
             return
 
         def select(_module: Any, _args: Any, output: Any) -> Any:
-            hidden_BSD = output.last_hidden_state
-            index = last_B[:, None, None].expand(-1, 1, hidden_BSD.shape[-1])
-            output.last_hidden_state = hidden_BSD.gather(1, index)
+            output.last_hidden_state = head_tokens(output.last_hidden_state, new_lengths)
             return output
 
         handle = decoder_of(self.model).register_forward_hook(select)

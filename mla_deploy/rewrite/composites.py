@@ -20,6 +20,23 @@ from mla_deploy.rewrite.rule import DOMAIN, MASKED
 _LEAST_OPSET = 20
 
 _TEXTS = {
+    "HeadTokens": """
+    # hidden states of each new token; padding repeats the row's last valid one
+    HeadTokens (hidden_BSD, new_lengths_B) => (kept_BSD) {
+        zero = Constant <value_int: int = 0> ()
+        one = Constant <value_int: int = 1> ()
+        axis_1 = Constant <value_ints: ints = [1]> ()
+        axis_2 = Constant <value_ints: ints = [2]> ()
+        shape_1 = Shape <start: int = 1, end: int = 2> (hidden_BSD)
+        new_tokens = Squeeze (shape_1)
+        steps_S = Range (zero, new_tokens, one)
+        before_B = Sub (new_lengths_B, one)
+        last_B = Max (before_B, zero)
+        last_B1 = Unsqueeze (last_B, axis_1)
+        index_BS = Min (steps_S, last_B1)
+        index_BS1 = Unsqueeze (index_BS, axis_2)
+        kept_BSD = GatherND <batch_dims: int = 1> (hidden_BSD, index_BS1)
+    }""",
     "RmsNorm": """
     # x / sqrt(mean(x^2) + epsilon) * weight, the mean over the last axis
     RmsNorm <epsilon> (x, weight) => (out) {

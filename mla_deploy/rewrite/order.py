@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -13,12 +14,13 @@ from mla_deploy.errors import MlaDeployError
 from mla_deploy.rewrite import (
     absorb,
     lower_attention,
+    lower_blocked,
     lower_cache,
     lower_choice,
     lower_conv,
     lower_delta,
-    lower_expanded,
     lower_experts,
+    lower_head_tokens,
     lower_integer,
     lower_linear,
     lower_quantized,
@@ -31,12 +33,26 @@ from mla_deploy.rewrite.rule import DOMAIN
 Rules = tuple[Any, ...]
 
 
+@dataclass(frozen=True)
+class GraphRules:
+    """The rules of one graph, and whether it gives the logits of up to 8 new tokens a row."""
+
+    trunk: Rules
+    layers: Rules
+    verified: bool = False
+
+    @property
+    def head(self) -> Rules:
+        """Which new tokens the head is computed on."""
+        return (lower_head_tokens.VERIFIED if self.verified else lower_head_tokens.LAST,)
+
+
 def prefill_cpu(growing: bool) -> Rules:
     """Expanded heads: cheaper than absorbed once the new tokens outnumber the crossover."""
     return (
         *raise_norm.RULES,
         # Before the cache update goes: the pattern ends at its rows.
-        *lower_expanded.RULES,
+        *lower_blocked.RULES,
         *_lower(growing),
     )
 

@@ -132,5 +132,6 @@ class Body:
 
         return add
 
-    def graph(self, *outputs: ir.Value) -> ir.Graph:
-        return ir.Graph([], list(outputs), nodes=self._nodes, name=self._name)
+    def graph(self, *outputs: ir.Value, inputs: Sequence[ir.Value] = ()) -> ir.Graph:
+        """`inputs`: of a loop's body; a branch has none."""
+        return ir.Graph(list(inputs), list(outputs), nodes=self._nodes, name=self._name)

@@ -69,6 +69,9 @@ def _free_values(graph: ir.Graph) -> list[ir.Value]:
     defined = set(graph.inputs) | set(graph.initializers.values())
     for node in ir.traversal.RecursiveGraphIterator(graph):
         defined.update(node.outputs)
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                defined.update(attribute.as_graph().inputs)
     free: dict[ir.Value, None] = {}
     for node in ir.traversal.RecursiveGraphIterator(graph):
         for value in node.inputs:

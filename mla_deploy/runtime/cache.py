@@ -4,7 +4,8 @@ An in-place graph computes over every token slot that is bound, so what is bound
 the buffer, not its capacity. Rows lie one behind the other at a stride of T tokens:
 
     batch 1    T = length + new: the exact prefix, no slot more
-    batch > 1  T grows in blocks; the rows are moved apart inside the same buffer, last row first
+    batch > 1  T grows in blocks; the rows are moved apart inside the same buffer, last row first,
+               and closer again when the rows that needed so much are gone
     codes      T grows in the blocks that their products take, with one row as well
 
 Bytes reserved: layers x batch x capacity x (L + R) x itemsize, whatever T is. Rings and states are
@@ -44,6 +45,8 @@ class Window:
 class InPlaceCache:
     """One flat buffer per tensor with a row for every token; a window is a view of its front."""
 
+    has_row_windows = True  # one row of several can be bound alone, where it lies
+
     def __init__(self, spec: CacheSpec, batch: int, capacity: int) -> None:
         """Reserve every buffer. Zero pages cost no memory until they are written.
 
@@ -68,15 +71,27 @@ class InPlaceCache:
         """
         needed = max(1, int((lengths_B + new_B).max()))  # an idle row at length 0 has slot 0
         if self.batch == 1:
-            wanted = needed if self.spec.store is None else self._wider(needed)
-            self._stride_tokens = min(wanted, self.capacity)
-        elif needed > self._stride_tokens:
+            self._stride_tokens = self._bound(needed)
+        elif needed > self._stride_tokens or 2 * self._wider(needed) <= self._stride_tokens:
             self._restride(min(self._wider(needed), self.capacity), lengths_B)
         views = [
             self._rows(buffer, tensor)
             for buffer, tensor in zip(self._buffers, self.spec.tensors, strict=True)
         ]
         return _window(views, views, self.fixed)
+
+    def row_window(self, row: int, lengths_B: NDArray[np.int64], new_tokens: int) -> Window:
+        """As `window`, of one row of several alone: what a cache of one row binds."""
+        tokens = self._bound(max(1, int(lengths_B[row]) + new_tokens))
+        if tokens > self._stride_tokens:
+            self._restride(min(self._wider(tokens), self.capacity), lengths_B)
+        views = [
+            self._rows(buffer, tensor)
+            if tensor.is_fixed
+            else self._rows(buffer, tensor)[row : row + 1, :, :tokens]
+            for buffer, tensor in zip(self._buffers, self.spec.tensors, strict=True)
+        ]
+        return _window(views, views, self.fixed, slice(row, row + 1))
 
     def poison(self) -> None:
         """Fill every slot with NaN (all bits set, in every dtype), before anything is cached."""
@@ -108,6 +123,10 @@ class InPlaceCache:
         used = self.batch * self._stride_tokens * tensor.width
         return buffer[:used].reshape(self.batch, 1, self._stride_tokens, tensor.width)
 
+    def _bound(self, tokens: int) -> int:
+        """Slots that one row alone binds for so many tokens."""
+        return min(tokens if self.spec.store is None else self._wider(tokens), self.capacity)
+
     def _wider(self, tokens: int) -> int:
         """Slots of a row for so many tokens, in blocks."""
         large = _LARGE_BLOCK if self.spec.store is None else _CODES_BLOCK
@@ -117,15 +136,16 @@ class InPlaceCache:
         return -(-tokens // block) * block
 
     def _restride(self, stride_tokens: int, lengths_B: NDArray[np.int64]) -> None:
-        """Move each row from the old stride to a wider one, the last row first.
+        """Move each row from the old stride to a wider one the last row first, else the first.
 
-        Row b moves from b*old to b*new >= b*old, so it can only land on rows already moved.
+        Row b moves from b*old to b*new, so it can only land on rows already moved.
         """
         old = self._stride_tokens
+        order = range(1, self.batch) if stride_tokens < old else range(self.batch - 1, 0, -1)
         for buffer, tensor in zip(self._buffers, self.spec.tensors, strict=True):
             if tensor.is_fixed:
                 continue
-            for row in reversed(range(1, self.batch)):
+            for row in order:
                 count = int(lengths_B[row]) * tensor.width
                 source, target = row * old * tensor.width, row * stride_tokens * tensor.width
                 buffer[target : target + count] = buffer[source : source + count]
@@ -137,6 +157,8 @@ class WholeCache(InPlaceCache):
 
     Such a graph does not clear stale slots: they are finite, as on a device that began with zeros.
     """
+
+    has_row_windows = False
 
     def window(
         self, lengths_B: NDArray[np.int64], new_B: NDArray[np.int64], new_tokens: int
@@ -157,6 +179,8 @@ class WholeCache(InPlaceCache):
 
 class GrowingCache:
     """The graph returns past plus new as fresh tensors; the last ones are the cache."""
+
+    has_row_windows = False
 
     def __init__(self, spec: CacheSpec, batch: int, capacity: int) -> None:
         self.spec, self.batch, self.capacity = spec, batch, capacity
@@ -224,11 +248,13 @@ def open_cache(spec: CacheSpec, batch: int, capacity: int, *, whole: bool = Fals
     return (GrowingCache if spec.grows else InPlaceCache)(spec, batch, capacity)
 
 
-def _window(inputs: list[Array], outputs: list[Array], fixed: FixedTensors) -> Window:
-    """Arrays of growing tensors, and those of rings and states where there are."""
+def _window(
+    inputs: list[Array], outputs: list[Array], fixed: FixedTensors, rows: slice = slice(None)
+) -> Window:
+    """Arrays of growing tensors, and those of rings and states where there are, of these rows."""
     return Window(
-        tuple(a if f is None else f for a, f in zip(inputs, fixed.held, strict=True)),
-        tuple(a if f is None else f for a, f in zip(outputs, fixed.fresh, strict=True)),
+        tuple(a if f is None else f[rows] for a, f in zip(inputs, fixed.held, strict=True)),
+        tuple(a if f is None else f[rows] for a, f in zip(outputs, fixed.fresh, strict=True)),
     )
 
 

@@ -13,7 +13,7 @@ from mla_deploy.runtime.guards import Rows
 def padded_chunks(
     rows: Rows, chunk: int
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]]:
-    """ids_BS right padded with token 0, new_B, and which rows end here."""
+    """ids_BS right padded with token 0, new_B, and which rows end here; an idle row has none."""
     counts_B = np.array([len(row) for row in rows], np.int64)
     for start in range(0, int(counts_B.max()), chunk):
         new_B = np.clip(counts_B - start, 0, chunk)

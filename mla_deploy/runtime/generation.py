@@ -22,26 +22,38 @@ def generate(
     Raises, before anything runs: InputError RUN-BATCH (more than one row), RUN-COUNT,
     RUN-OVERFLOW; while it runs, as `Runner.prefill`.
     """
+    checked_generation(runner, prompt_ids, max_new_tokens)
+    return _tokens(runner, prompt_ids, max_new_tokens, frozenset(eos_ids))
+
+
+def checked_generation(runner: Runner, prompt_ids: Sequence[int], max_new_tokens: int) -> None:
+    """Raises: InputError RUN-BATCH, RUN-COUNT, RUN-OVERFLOW, as `generate`."""
     if runner.batch != 1:
         raise InputError(
             "RUN-BATCH",
             f"generate() follows one row, this runner has {runner.batch}",
             hint="open a runner with batch=1, or call prefill() and decode() yourself",
         )
+    checked_count(runner.capacity, int(runner.lengths[0]), len(prompt_ids), max_new_tokens)
+
+
+def checked_count(capacity: int, held: int, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Room for all but the last token, which is not cached.
+
+    Raises: InputError RUN-COUNT, RUN-OVERFLOW.
+    """
     if max_new_tokens < 1:
         raise InputError("RUN-COUNT", f"max_new_tokens is {max_new_tokens}, wanted at least 1")
-    held = int(runner.lengths[0])
-    needed = held + len(prompt_ids) + max_new_tokens - 1
-    if needed > runner.capacity:
+    needed = held + prompt_tokens + max_new_tokens - 1
+    if needed > capacity:
         raise InputError(
             "RUN-OVERFLOW",
-            f"CacheOverflow: {held} cached, {len(prompt_ids)} prompt and {max_new_tokens} new "
-            f"tokens need room for {needed}, the runner has {runner.capacity}",
+            f"CacheOverflow: {held} cached, {prompt_tokens} prompt and {max_new_tokens} new "
+            f"tokens need room for {needed}, the runner has {capacity}",
             hint="open the runner with a larger capacity, or ask for fewer new tokens",
             needed=needed,
-            capacity=runner.capacity,
+            capacity=capacity,
         )
-    return _tokens(runner, prompt_ids, max_new_tokens, frozenset(eos_ids))
 
 
 def _tokens(

@@ -9,7 +9,14 @@ import torch
 from numpy.typing import NDArray
 
 from mla_deploy.export.weights import DTYPES, stored_dtype
-from mla_deploy.runtime.guards import Rows, checked_rows, checked_sizes, checked_step
+from mla_deploy.runtime.guards import (
+    Rows,
+    Tokens,
+    checked_places,
+    checked_rows,
+    checked_sizes,
+    checked_step,
+)
 from mla_deploy.source.storage import round_weights
 from mla_deploy.source.user.module_source import ModuleSource
 from mla_deploy.source.user.raised import Attend, whole_logits
@@ -25,7 +32,7 @@ class ModuleRunner:
         checked_sizes(batch, self._capacity, 1)
         self._batch = batch
         self._cache_dtype, self._is_source = "fp32", True
-        self.reset()
+        self._rows: list[list[int]] = [[] for _ in range(batch)]
 
     @property
     def batch(self) -> int:
@@ -48,14 +55,15 @@ class ModuleRunner:
         """None: the module keeps nothing."""
         return 0
 
-    def prefill(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+    def prefill(self, rows: Sequence[Tokens]) -> NDArray[np.float32]:
         return self._append(checked_rows(rows, self.lengths, self._capacity, self.vocab_size))
 
-    def decode(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+    def decode(self, tokens: Sequence[int | None]) -> NDArray[np.float32]:
         return self._append(checked_step(tokens, self.lengths, self._capacity, self.vocab_size))
 
-    def reset(self) -> None:
-        self._rows: list[list[int]] = [[] for _ in range(self._batch)]
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        for row in checked_places(rows, self._batch):
+            self._rows[row] = []
 
     def store_as(self, dtype: str, *, cache_dtype: str | None = None, weights: bool = True) -> None:
         """Reset, and from now on round weights and cached rows as a bundle of these does.
@@ -82,8 +90,10 @@ class ModuleRunner:
 
     @torch.inference_mode()
     def _append(self, rows: Rows) -> NDArray[np.float32]:
-        last_BV = np.empty((self._batch, self.vocab_size), np.float32)
+        last_BV = np.zeros((self._batch, self.vocab_size), np.float32)
         for index, tokens in enumerate(rows):
+            if not len(tokens):
+                continue
             self._rows[index].extend(int(token) for token in tokens)
             if self._is_source:
                 ids_1T = torch.tensor([self._rows[index]])

@@ -16,22 +16,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mla_deploy.bundle import Bundle, open_bundle
-from mla_deploy.errors import EnvironmentFailure, GateError, InputError, quoted
-from mla_deploy.runtime.cache import Window, open_cache
+from mla_deploy.errors import GateError, InputError
+from mla_deploy.runtime.binding import bind, run_bound
+from mla_deploy.runtime.cache import InPlaceCache, Window, open_cache
 from mla_deploy.runtime.cache_spec import spec_from_manifest
 from mla_deploy.runtime.chunks import padded_chunks
 from mla_deploy.runtime.guards import (
     Rows,
+    Tokens,
     checked_padding,
+    checked_places,
+    checked_rollback,
     checked_rows,
     checked_sizes,
     checked_step,
 )
+from mla_deploy.runtime.memory_fit import require_memory
+from mla_deploy.runtime.rows_by_cost import rows_by_cost
 from mla_deploy.runtime.sessions import Graph, GraphSessions, require_cpu
+from mla_deploy.runtime.verified import (
+    VERIFY_LOGITS,
+    Verified,
+    checked_width,
+    is_verifying,
+    require_verifying,
+)
+from mla_deploy.shapes import MOST_VERIFIED
 
 DEFAULT_CHUNK = 512
 _ABSORBED_SHARE = 0.75
-_ALLOCATION = ("bad_alloc", "Failed to allocate memory", "bad allocation")
 
 
 def open_cpu_runner(
@@ -93,11 +106,14 @@ class OnnxRunner:
         self._check_finite = check_finite
         self._spec = spec_from_manifest(manifest)
         self._writes_padding = sessions.writes_padding
+        weight_bytes = _weight_bytes(sessions.bundle)
+        require_memory(self._spec, self._batch, self._capacity, weight_bytes)
         self._cache = open_cache(
             self._spec, self._batch, self._capacity, whole=sessions.binds_whole
         )
         self._lengths_B = np.zeros(self._batch, np.int64)
-        self._bindings: dict[Graph, Any] = {}
+        self._bindings: dict[str, Any] = {}
+        self._verified: Verified | None = None  # the last call, when it was verify()
 
     @property
     def batch(self) -> int:
@@ -121,22 +137,21 @@ class OnnxRunner:
 
     def memory(self) -> RunnerMemory:
         """What this runner holds now; sessions that are not open yet count nothing."""
-        bundle = self._sessions.bundle
         return RunnerMemory(
             cache_bytes=self._cache.bytes,
-            weight_file_bytes=bundle.files[bundle.weight_files[0]].bytes + bundle.kept_bytes,
+            weight_file_bytes=_weight_bytes(self._sessions.bundle),
             session_private_bytes=self._sessions.private_bytes,
         )
 
-    def prefill(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+    def prefill(self, rows: Sequence[Tokens]) -> NDArray[np.float32]:
         checked = checked_rows(rows, self._lengths_B, self._capacity, self._vocab_size)
         return self._append(checked)[0]
 
-    def decode(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+    def decode(self, tokens: Sequence[int | None]) -> NDArray[np.float32]:
         checked = checked_step(tokens, self._lengths_B, self._capacity, self._vocab_size)
         return self._append(checked)[0]
 
-    def prefill_all(self, rows: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+    def prefill_all(self, rows: Sequence[Tokens]) -> list[NDArray[np.float32]]:
         """As `prefill`, with the logits of every new token: one fp32 [len(rows[b]), vocab] per row.
 
         Raises: InputError RUN-LOGITS when the bundle was exported without `--all-logits`.
@@ -150,9 +165,66 @@ class OnnxRunner:
         checked = checked_rows(rows, self._lengths_B, self._capacity, self._vocab_size)
         return self._append(checked)[1]
 
-    def reset(self) -> None:
-        self._lengths_B[:] = 0
-        self._cache.reset()
+    @property
+    def most_verified(self) -> int:
+        return MOST_VERIFIED if is_verifying(self._sessions.bundle) else 0
+
+    def verify(self, rows: Sequence[Tokens]) -> NDArray[np.float32]:
+        """See `protocol.Verifier`: one pass of the decode graph.
+
+        Raises: InputError RUN-VERIFY (over 8 tokens in a row, or a bundle of an older release).
+        """
+        require_verifying(self._sessions.bundle)
+        checked = checked_rows(rows, self._lengths_B, self._capacity, self._vocab_size)
+        checked_width(checked)
+        [(ids_BS, new_B, _)] = padded_chunks(checked, max(map(len, checked)))
+        before_B, output = self._lengths_B, "logits" if self._all_logits else VERIFY_LOGITS
+        logits_BSV = self._call(ids_BS, new_B, "decode", output)
+        self._verified = Verified(before_B, ids_BS)
+        if self._check_finite:
+            try:
+                self._require_finite(logits_BSV)
+            except GateError:
+                self.rollback(before_B)
+                raise
+        logits_BSV[np.arange(ids_BS.shape[1]) >= new_B[:, None]] = 0
+        return logits_BSV
+
+    def rollback(self, lengths: Sequence[int] | NDArray[np.int64]) -> None:
+        """See `protocol.Verifier`. Rows of a cache stay where they are: they are stale.
+
+        Rings and states go back over the last `verify()` only. A state, and a ring shorter than
+        that call, is not kept token by token: what a row keeps of the call runs again.
+        Raises: InputError RUN-ROLLBACK.
+        """
+        now_B, fixed, last = self._lengths_B, self._cache.fixed, self._verified
+        least_B = np.zeros_like(now_B)
+        if not fixed.is_empty:
+            least_B = now_B if last is None else last.before_B
+        kept_B = checked_rollback(lengths, least_B, now_B)
+        if fixed.is_empty or last is None or (kept_B == now_B).all():
+            self._lengths_B = kept_B
+            return
+        after = fixed.held
+        fixed.held, again_B = fixed.taken_back(last.before_B, kept_B, now_B)
+        if again_B.any():
+            self._lengths_B = np.where(again_B, last.before_B, kept_B)
+            new_B = np.where(again_B, kept_B - last.before_B, 0)
+            try:
+                self.step(last.ids_BS[:, : new_B.max()], new_B, "decode")
+            except BaseException:
+                fixed.held, self._lengths_B = after, now_B
+                raise
+        self._lengths_B, self._verified = kept_B, None
+
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        places = checked_places(rows, self._batch)
+        self._verified = None
+        self._lengths_B[places] = 0
+        if rows is None:
+            self._cache.reset()
+        for row in places if rows is not None else ():
+            self._cache.fixed.reset_row(row)
 
     @property
     def cache_layers(self) -> tuple[int, ...]:
@@ -173,28 +245,50 @@ class OnnxRunner:
 
         The caller has checked ids and room. The logits of the graph, unselected.
         """
+        return self._call(ids_BS, new_B, graph, "logits")
+
+    def _call(
+        self,
+        ids_BS: NDArray[np.int64],
+        new_B: NDArray[np.int64],
+        graph: Graph,
+        output: str = "logits",
+        *,
+        row: int | None = None,
+    ) -> NDArray[np.float32]:
+        """`output` names the logits that are asked for; `row` the only one that takes part."""
         session = self._sessions.session(graph)
-        binding = self._bindings.setdefault(graph, session.io_binding())
+        key = graph if output == "logits" else output
+        binding = self._bindings.setdefault(key, session.io_binding())
         batch, new_tokens = ids_BS.shape
         if self._writes_padding:
             checked_padding(self._lengths_B, new_tokens, self._capacity)
-        window = self._cache.window(self._lengths_B, new_B, new_tokens)
-        logits = np.empty(
-            (batch, new_tokens, self._vocab_size)
-            if self._all_logits
-            else (batch, self._vocab_size),
-            np.float32,
-        )
+        window = self._window(new_B, new_tokens, row)
+        every = self._all_logits or output == VERIFY_LOGITS
+        shape = (batch, new_tokens) if every else (batch,)
+        logits = np.empty((*shape, self._vocab_size), np.float32)
         # Held until the run is over: a binding keeps pointers, not arrays.
-        small = (np.ascontiguousarray(ids_BS), self._lengths_B.copy(), np.ascontiguousarray(new_B))
+        places = slice(None) if row is None else slice(row, row + 1)
+        lengths_B = self._lengths_B[places].copy()
+        small = (np.ascontiguousarray(ids_BS), lengths_B, np.ascontiguousarray(new_B))
         for name, array in zip(("input_ids", "cache_lengths", "new_lengths"), small, strict=True):
-            _bind(binding.bind_input, name, np.int64, array)
-        _bind(binding.bind_output, "logits", np.float32, logits)
+            bind(binding.bind_input, name, np.int64, array)
+        bind(binding.bind_output, output, np.float32, logits)
         self._bind_cache(binding, window)
-        _run(session, binding)
-        self._cache.accept(window)
-        self._lengths_B = self._lengths_B + new_B
+        run_bound(session, binding)
+        if row is None:
+            self._cache.accept(window)
+        else:
+            self._cache.fixed.accept_row(row)
+        after_B = self._lengths_B.copy()
+        after_B[places] += new_B
+        self._verified, self._lengths_B = None, after_B
         return logits
+
+    def _window(self, new_B: NDArray[np.int64], new_tokens: int, row: int | None) -> Window:
+        if row is None or not isinstance(self._cache, InPlaceCache):
+            return self._cache.window(self._lengths_B, new_B, new_tokens)
+        return self._cache.row_window(row, self._lengths_B, new_tokens)
 
     def _append(self, rows: Rows) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
         """Append checked rows in chunks: last logits, and all of them where the graph gives them.
@@ -202,26 +296,36 @@ class OnnxRunner:
         All or nothing: when a chunk fails, `lengths` is what it was before the call.
         """
         before, saved = self._lengths_B.copy(), None
-        if max(map(len, rows)) > self._chunk:
+        can_part = self._batch > 1 and self._graph is None and self._cache.has_row_windows
+        parts = rows_by_cost(rows, self._lengths_B) if can_part else [(None, rows)]
+        if len(parts) > 1 or max(map(len, rows)) > self._chunk or self._check_finite:
             saved = self._cache.fixed.saved()
         last_BV = np.zeros((self._batch, self._vocab_size), np.float32)
         every: list[list[NDArray[np.float32]]] = [[] for _ in rows]
         try:
-            for ids_BS, new_B, ends_B in padded_chunks(rows, self._chunk):
-                logits = self.step(ids_BS, new_B, self._graph_for(ids_BS.shape[1]))
-                if self._check_finite:
-                    self._require_finite(logits, new_B)
-                for row in np.flatnonzero(new_B):
-                    if self._all_logits:
-                        every[row].append(logits[row, : new_B[row]])
-                    if ends_B[row]:
-                        last_BV[row] = every[row][-1][-1] if self._all_logits else logits[row]
+            for alone, part in parts:
+                for ids_BS, new_B, ends_B in padded_chunks(part, self._chunk):
+                    graph = self._graph_for(ids_BS.shape[1])
+                    if alone is None:
+                        logits = self.step(ids_BS, new_B, graph)
+                    else:
+                        logits = self._call(ids_BS, new_B, graph, row=alone)
+                    if self._check_finite:
+                        self._require_finite(logits, alone or 0)
+                    for index in np.flatnonzero(new_B):
+                        row, given = index if alone is None else alone, logits[index]
+                        if self._all_logits:
+                            every[row].append(given[: new_B[index]])
+                            given = every[row][-1][-1]
+                        if ends_B[index]:
+                            last_BV[row] = given
         except BaseException:
             self._lengths_B = before
             if saved is not None:
                 self._cache.fixed.restore(saved)
             raise
-        return last_BV, [np.concatenate(parts) for parts in every if parts]
+        none = np.empty((0, self._vocab_size), np.float32)
+        return last_BV, [np.concatenate([none, *parts]) for parts in every]
 
     def _graph_for(self, new_tokens: int) -> Graph:
         if self._graph is not None:
@@ -232,14 +336,15 @@ class OnnxRunner:
         for tensor, past, present in zip(
             self._spec.tensors, window.inputs, window.outputs, strict=True
         ):
-            _bind(binding.bind_input, tensor.input, tensor.onnx_type, past)
-            _bind(binding.bind_output, tensor.output, tensor.onnx_type, present)
+            bind(binding.bind_input, tensor.input, tensor.onnx_type, past)
+            bind(binding.bind_output, tensor.output, tensor.onnx_type, present)
 
-    def _require_finite(self, logits: NDArray[np.float32], new_B: NDArray[np.int64]) -> None:
+    def _require_finite(self, logits: NDArray[np.float32], first_row: int = 0) -> None:
+        """`first_row` is the one that the first of the logits are of."""
         if np.isfinite(logits).all():
             return
-        bad = ~np.isfinite(logits.reshape(self._batch, -1)).all(axis=1)
-        row = int(np.flatnonzero(bad)[0])
+        bad = ~np.isfinite(logits.reshape(len(logits), -1)).all(axis=1)
+        row = first_row + int(np.flatnonzero(bad)[0])
         layer = self._first_bad_layer(row)
         place = "after the last layer" if layer is None else f"first in the cache of layer {layer}"
         raise GateError(
@@ -257,27 +362,10 @@ class OnnxRunner:
         return None
 
 
+def _weight_bytes(bundle: Bundle) -> int:
+    return bundle.files[bundle.weight_files[0]].bytes + bundle.kept_bytes
+
+
 def _absorbed_until(crossover_tokens: float | None) -> float:
     """The widest chunk that the absorbed graph takes; no crossover means it always wins."""
     return float("inf") if crossover_tokens is None else _ABSORBED_SHARE * crossover_tokens
-
-
-def _bind(bind: Any, name: str, element_type: Any, array: NDArray[Any]) -> None:
-    bind(name, "cpu", 0, element_type, array.shape, array.ctypes.data)
-
-
-def _run(session: Any, binding: Any) -> None:
-    try:
-        session.run_with_iobinding(binding)
-    except Exception as problem:  # onnxruntime's own classes, all straight from Exception
-        if any(sign in str(problem) for sign in _ALLOCATION):
-            raise EnvironmentFailure(
-                "RUN-MEMORY",
-                f"no memory for this step: {quoted(problem)}",
-                hint="use a smaller chunk or batch",
-            ) from problem
-        raise GateError(
-            "RUN-STEP",
-            f"ONNX Runtime could not run the step: {quoted(problem)}",
-            hint="the graph is wrong for these inputs; `mla-deploy validate` tells more",
-        ) from problem

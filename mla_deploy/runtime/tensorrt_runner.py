@@ -25,7 +25,9 @@ from mla_deploy.runtime.chunks import padded_chunks
 from mla_deploy.runtime.engine_guard import Admitted, admit, coded
 from mla_deploy.runtime.guards import (
     Rows,
+    Tokens,
     checked_padding,
+    checked_places,
     checked_rows,
     checked_sizes,
     checked_step,
@@ -146,15 +148,16 @@ class TensorRtRunner:
         """Whether decode steps run as one CUDA graph by now."""
         return self._model.is_recorded
 
-    def prefill(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+    def prefill(self, rows: Sequence[Tokens]) -> NDArray[np.float32]:
         return self._append(checked_rows(rows, self._lengths_B, self.capacity, self.vocab_size))
 
-    def decode(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+    def decode(self, tokens: Sequence[int | None]) -> NDArray[np.float32]:
         return self._append(checked_step(tokens, self._lengths_B, self.capacity, self.vocab_size))
 
-    def reset(self) -> None:
-        self._lengths_B[:] = 0
-        self._asked(self._model.reset)
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        self._lengths_B[checked_places(rows, self.batch)] = 0
+        if rows is None:
+            self._asked(self._model.reset)
 
     def close(self) -> None:
         """Let the memory of the GPU go; the runner is of no use afterwards."""

@@ -15,7 +15,14 @@ from numpy.typing import NDArray
 
 from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.export.weights import stored_dtype
-from mla_deploy.runtime.guards import Rows, checked_rows, checked_sizes, checked_step
+from mla_deploy.runtime.guards import (
+    Rows,
+    Tokens,
+    checked_places,
+    checked_rows,
+    checked_sizes,
+    checked_step,
+)
 from mla_deploy.source import module_from_checkpoint
 from mla_deploy.source.cache import CacheRounding, cache_keyword, cached_parts, source_cache
 from mla_deploy.source.storage import round_weights
@@ -42,6 +49,8 @@ class TorchRunner:
         self._router_rows = checkpoint.config.router_rows
         self._batch = batch
         self._rounding = CacheRounding()
+        self._lengths_B = np.zeros(batch, np.int64)
+        self._caches: list[Any] = [None] * batch
         self.reset()
 
     @property
@@ -69,16 +78,16 @@ class TorchRunner:
             for tensor in cached_parts(layer)
         )
 
-    def prefill(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+    def prefill(self, rows: Sequence[Tokens]) -> NDArray[np.float32]:
         return self._append(checked_rows(rows, self.lengths, self._capacity, self._vocab_size))
 
-    def decode(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+    def decode(self, tokens: Sequence[int | None]) -> NDArray[np.float32]:
         return self._append(checked_step(tokens, self.lengths, self._capacity, self._vocab_size))
 
-    def reset(self) -> None:
-        self._lengths_B = np.zeros(self._batch, np.int64)
-        config = self._module.config
-        self._caches: list[Any] = [source_cache(config, self._rounding) for _ in range(self._batch)]
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        for row in checked_places(rows, self._batch):
+            self._lengths_B[row] = 0
+            self._caches[row] = source_cache(self._module.config, self._rounding)
 
     def store_as(self, dtype: str, *, cache_dtype: str | None = None, weights: bool = True) -> None:
         """Reset, and from now on round weights and cached rows as a bundle does.
@@ -102,8 +111,10 @@ class TorchRunner:
 
     @torch.inference_mode()
     def _append(self, rows: Rows) -> NDArray[np.float32]:
-        last_BV = np.empty((self._batch, self._vocab_size), np.float32)
+        last_BV = np.zeros((self._batch, self._vocab_size), np.float32)
         for index, tokens in enumerate(rows):
+            if not len(tokens):
+                continue
             out = self._module(
                 input_ids=torch.from_numpy(tokens)[None],
                 use_cache=True,

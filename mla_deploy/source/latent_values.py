@@ -35,7 +35,8 @@ def decode(codes: Codes, scales: Floats, store: LatentStore) -> Floats:
         if store.bits == 4:
             codes = np.concatenate((codes & 15, codes >> 4), axis=-1)
         values = codes.astype(np.float32) - np.float32(store.zero)
-    tiled = values.reshape(*values.shape[:-1], scales.shape[-1], -1)
+    tiles = scales.shape[-1]  # the size of one is spelled out: there may be no rows to tell it by
+    tiled = values.reshape(*values.shape[:-1], tiles, values.shape[-1] // tiles)
     rows: Floats = (tiled * scales[..., None]).reshape(values.shape)
     return rows
 

@@ -13,7 +13,8 @@ from mla_deploy.bundle import Bundle, open_bundle
 from mla_deploy.checkpoint import Checkpoint, open_checkpoint
 from mla_deploy.errors import InputError, IntegrityError
 from mla_deploy.runtime.sessions import GraphSessions
-from mla_deploy.validate.cases import Case, default_cases
+from mla_deploy.runtime.verified import is_verifying
+from mla_deploy.validate.cases import Case, default_cases, verify_case
 from mla_deploy.validate.gates import Gate, gate_for
 from mla_deploy.validate.memory import measure_memory
 from mla_deploy.validate.parity import CaseResult, run_case
@@ -117,10 +118,15 @@ def _chosen(
 ) -> tuple[Case, ...]:
     if cases is None:
         text = text_case(bundle, source.config, reference)
-        return (*default_cases(source.config), *(() if text is None else (text,)))
+        checked = verify_case(source.config) if _verifies(bundle) else ()
+        return (*default_cases(source.config), *checked, *(() if text is None else (text,)))
     if not cases:
         raise InputError("VAL-CASE", "found no cases, wanted at least one")
     return tuple(cases)
+
+
+def _verifies(bundle: Bundle) -> bool:
+    return "engine" not in bundle.manifest and is_verifying(bundle)
 
 
 @contextlib.contextmanager

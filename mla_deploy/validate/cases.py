@@ -15,6 +15,7 @@ import numpy as np
 
 from mla_deploy.config import MlaConfig
 from mla_deploy.errors import InputError
+from mla_deploy.shapes import MOST_VERIFIED
 
 Tokens = tuple[int, ...]
 Form = Literal["auto", "absorbed", "expanded"]
@@ -41,6 +42,7 @@ class Call:
 class Case:
     """Calls on one runner. `form` forces a graph; `chunk` makes the runner split prompts.
 
+    `checked` decode calls in a row are made as one, by `verify()`; wrong tokens are taken back.
     Raises on construction: InputError VAL-CASE.
     """
 
@@ -48,6 +50,7 @@ class Case:
     calls: tuple[Call, ...]
     form: Form = "auto"
     chunk: int = 512
+    checked: int = 1
 
     def __post_init__(self) -> None:
         sizes = {len(call.rows) for call in self.calls}
@@ -84,6 +87,16 @@ def default_cases(config: MlaConfig) -> tuple[Case, ...]:
         *_batch_cases(tokens, config.rope_original_length),
     ]
     return tuple(case for case in cases if case.longest <= longest)
+
+
+def verify_case(config: MlaConfig) -> tuple[Case, ...]:
+    """Several new tokens a row in one pass, of ragged rows; none where the model has no room."""
+    tokens = _Tokens(config.vocab_size)
+    prompts = [tokens.row(index, length) for index, length in enumerate((_SHORT, 5, 1))]
+    more = [tokens.row(index + 3, 3 * MOST_VERIFIED - 1) for index in range(3)]
+    steps = (_decode(*((token,) for token in step)) for step in zip(*more, strict=True))
+    case = Case("verify-3", (_prefill(*prompts), *steps), checked=MOST_VERIFIED)
+    return (case,) if case.longest <= config.max_position_embeddings else ()
 
 
 def continued_case(name: str, prompt: Sequence[int], more: Sequence[int]) -> Case:

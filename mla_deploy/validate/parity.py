@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 from mla_deploy.errors import GateError, MlaDeployError
 from mla_deploy.runtime import OnnxRunner
 from mla_deploy.runtime.sessions import Graph, GraphSessions
-from mla_deploy.validate.cases import Case, Form
+from mla_deploy.validate.cases import Call, Case, Form
 from mla_deploy.validate.difference import LogitDifference, logit_difference, relative_l2
 from mla_deploy.validate.gates import Gate
 from mla_deploy.validate.reference import Reference, RowTrace
@@ -81,7 +83,7 @@ def run_case(
             graph=_GRAPHS[case.form],
         )
         runner.poison()
-        logits = [_logits(runner, case, index) for index in range(len(case.calls))]
+        logits = [each for calls in _together(case) for each in _logits(runner, calls)]
     except GateError as refusal:
         return _result(case, started, (_told(refusal),))
     wanted_XV = np.concatenate([trace.logits for trace in traces])
@@ -103,11 +105,32 @@ def _widest(case: Case) -> int:
     return min(case.chunk, max(len(row) for call in case.calls for row in call.rows))
 
 
-def _logits(runner: OnnxRunner, case: Case, index: int) -> Floats:
-    call = case.calls[index]
+def _together(case: Case) -> Iterator[list[Call]]:
+    """Calls that are made as one: decode calls, as many as the case says."""
+    for is_decode, calls in groupby(case.calls, lambda call: call.is_decode):
+        given = list(calls)
+        count = case.checked if is_decode else 1
+        yield from (given[start : start + count] for start in range(0, len(given), count))
+
+
+def _logits(runner: OnnxRunner, calls: list[Call]) -> Sequence[Floats]:
+    """What each of the calls gives."""
+    if len(calls) > 1:
+        columns = zip(*(call.rows for call in calls), strict=True)
+        return _verified(runner, [[row[0] for row in column] for column in columns])
+    (call,) = calls
     if call.is_decode:
-        return runner.decode([row[0] for row in call.rows])
-    return runner.prefill(call.rows)
+        return [runner.decode([row[0] for row in call.rows])]
+    return [runner.prefill(call.rows)]
+
+
+def _verified(runner: OnnxRunner, rows: list[list[int]]) -> list[Floats]:
+    """Half of the tokens with wrong ones behind, which are taken back; then the other half."""
+    half, before_B = len(rows[0]) // 2, runner.lengths
+    tried = runner.verify([[*row[:half], *row[:half:-1], row[0]] for row in rows])
+    runner.rollback(before_B + half)
+    rest = runner.verify([row[half:] for row in rows])
+    return [*tried[:, :half].swapaxes(0, 1), *rest.swapaxes(0, 1)]
 
 
 def _layer_difference(runner: OnnxRunner, traces: list[RowTrace], bound: float) -> LayerDifference:

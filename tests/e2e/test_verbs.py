@@ -130,6 +130,21 @@ def test_run_prints_what_the_library_generates(command: Command, bundle: Path) -
     assert "cache 24,576 bytes (128 tokens a row)" in shown.out.splitlines()[-1]
 
 
+def test_run_speculates(command: Command, bundle: Path) -> None:
+    """The same text in fewer passes, and what that brought."""
+    asked = ("run", bundle, "--prompt", "a b a b a", "--max-new-tokens", 30)
+    plain = command(*asked, "--json").object("run")["result"]
+    for more in (("--speculate",), ("--speculate", 2)):
+        found = command(*asked, "--json", *more).object("run")["result"]
+        gain = found.pop("speculation")
+        assert found["text"] == plain["text"] and "speculation" not in plain
+        assert gain["passes"] + gain["accepted_tokens"] == found["new_tokens"] - 1
+        assert gain["accepted_tokens"] <= gain["drafted_tokens"]
+    assert "tokens a pass" in command(*asked, "--speculate").out
+    refused = command(*asked, "--json", "--speculate", 8)
+    assert refused.status == 2
+
+
 def test_run_reads_stdin(command: Command, bundle: Path, monkeypatch: Any) -> None:
     told = command("run", bundle, "--prompt", "a b", "--max-new-tokens", 4, "--json").object()
     monkeypatch.setattr("sys.stdin", io.StringIO("a b"))

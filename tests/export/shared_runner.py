@@ -136,6 +136,7 @@ def check_counts(made: Exported) -> None:
         "lower_linear": linear,
         "lower_cache_update": layers,
         "lower_experts": sparse,
+        "lower_head_tokens": 1,
     }
     expanded = {"lower_expanded_attention": layers}
     absorbed = {"absorb_projections": layers, "lower_latent_attention": layers}

@@ -124,10 +124,13 @@ def test_graph_inputs_and_outputs(preset: str, options: dict[str, Any]) -> None:
     per_token = ["new_tokens"] if "all_logits" in options else []
     logits = {"name": "logits", "dtype": "fp32", "shape": ["batch", *per_token, VOCAB_SIZE],
               "kind": "logits"}  # fmt: skip
+    checked = {"name": "verify_logits", "dtype": "fp32", "kind": "logits",
+               "shape": ["batch", "verified_tokens", VOCAB_SIZE]}  # fmt: skip
     for graph in GRAPHS:
         io = manifest["io"][graph]
         assert io["inputs"] == [tokens, *lengths, *caches("", held)]
-        assert io["outputs"] == [logits, *caches("_out", after)]
+        verify = [] if graph == "prefill" or per_token else [checked]
+        assert io["outputs"] == [logits, *caches("_out", after), *verify]
     pairs = [
         [f"{kind}.{layer}", f"{kind}_out.{layer}"] for layer in range(2) for kind in widths
     ]  # fmt: skip

@@ -16,7 +16,7 @@ import pytest
 
 from mla_deploy.errors import EnvironmentFailure, GateError
 from mla_deploy.runtime import OnnxRunner, open_runner
-from mla_deploy.runtime.onnx_runner import _run
+from mla_deploy.runtime.binding import run_bound
 from mla_deploy.runtime.sessions import GraphSessions
 from tests.exported import exported
 from tests.faults.refused import refused
@@ -67,7 +67,7 @@ REFUSALS: list[tuple[str, str, Act]] = [
     ("F-RUN-24-float", "RUN-TOKEN", lambda r: r.prefill([[1.0], [2]])),
     ("F-RUN-24-bool", "RUN-TOKEN", lambda r: r.decode([True, False])),
     ("F-RUN-24-text", "RUN-TOKEN", lambda r: r.prefill(["ab", "c"])),
-    ("F-RUN-24-none", "RUN-TOKEN", lambda r: r.decode([None, 1])),
+    ("F-RUN-24-all-idle", "RUN-EMPTY", lambda r: r.decode([None, None])),
     ("F-RUN-24-nested", "RUN-TOKEN", lambda r: r.prefill([[[1, 2]], [[3, 4]]])),
     ("F-RUN-24-ragged-row", "RUN-TOKEN", lambda r: r.prefill([[1, [2, 3]], [4]])),
 ]  # fmt: skip
@@ -151,9 +151,9 @@ class _Failing:
 
 def test_F_RUN_26_a_graph_that_cannot_run() -> None:
     with pytest.raises(GateError, match="RUN-STEP"):
-        _run(_Failing("Non-zero status code: indices out of range"), None)
+        run_bound(_Failing("Non-zero status code: indices out of range"), None)
 
 
 def test_F_RUN_26_no_memory_for_a_step() -> None:
     with pytest.raises(EnvironmentFailure, match="RUN-MEMORY"):
-        _run(_Failing("Failed to allocate memory for requested buffer of size 9"), None)
+        run_bound(_Failing("Failed to allocate memory for requested buffer of size 9"), None)

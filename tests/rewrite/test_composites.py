@@ -234,9 +234,11 @@ def test_oldest_opset() -> None:
 
 
 def test_every_composite_is_tried_here() -> None:
-    """Or beside its rule: `test_delta_bodies.py`, `test_lower_{cache,ring,choice}.py`."""
+    """Or beside its rule: `test_delta_bodies.py`, `test_lower_{cache,ring,choice}.py` and
+    `test_lower_head_tokens.py`.
+    """
     assert set(COMPOSITES) == {
         "RmsNorm", "SplitHeads", "ExpandLatent", "Attention", "SinkAttention", "LatentAttention",
         "LatentSinkAttention", "CacheUpdate", "CacheRead", "RingUpdate", "ChooseTokens",
-        "SelectVisible", "MoE", "DeltaAttention", "ConvState",
+        "SelectVisible", "MoE", "DeltaAttention", "ConvState", "HeadTokens",
     }  # fmt: skip

@@ -107,7 +107,8 @@ def test_every_rule_is_counted_even_at_zero() -> None:
                                order.decode_cpu(False))  # fmt: skip
     assert counts == dict.fromkeys((
         "raise_rms_norm", "absorb_projections", "lower_latent_attention", "lower_cache_update",
-        "lower_cache_read", "lower_ring_update", "lower_choose_tokens", "lower_select_visible",
+        "lower_cache_read", "lower_quantized_update", "lower_quantized_read", "lower_ring_update",
+        "lower_choose_tokens", "lower_select_visible",
         "lower_experts", "lower_delta_attention", "lower_conv_state", "lower_linear",
         "lower_rms_norm",
     ), 0)  # fmt: skip

@@ -49,6 +49,8 @@ def values(poison: str, shape: Any, dtype: Any, rng: np.random.Generator) -> np.
         "huge": np.full(shape, 1e30, np.float32),
         "random": rng.standard_normal(shape).astype(np.float32),
     }[poison]
+    if dtype == np.uint8:  # codes: any value is a number, their scales hold the poison
+        return rng.integers(0, 256, shape, np.uint8) if poison != "zero" else np.zeros(shape, dtype)
     if dtype == np.uint16:
         return (np.ascontiguousarray(wide).view(np.uint32) >> 16).astype(np.uint16)
     with np.errstate(over="ignore"):  # 1e30 becomes Inf in fp16, which is poison too

@@ -16,6 +16,7 @@ from mla_deploy.checkpoint import Checkpoint, open_checkpoint
 from mla_deploy.errors import InputError
 from mla_deploy.runtime.sessions import GraphSessions
 from mla_deploy.validate import default_cases
+from mla_deploy.validate.cases import verify_case
 from mla_deploy.validate.gates import gate_for
 from mla_deploy.validate.mutants import MUTANTS, Mutant, write_mutant
 from mla_deploy.validate.parity import CaseResult, run_case
@@ -31,7 +32,7 @@ def first_failure(
     sessions: GraphSessions, checkpoint: Checkpoint, reference: Reference
 ) -> CaseResult | None:
     """The first case that says no."""
-    for case in default_cases(checkpoint.config):
+    for case in (*default_cases(checkpoint.config), *verify_case(checkpoint.config)):
         found = run_case(case, sessions, reference, gate_for("fp32"))
         if not found.passed:
             return found

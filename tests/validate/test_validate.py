@@ -45,7 +45,7 @@ def test_every_default_case_and_one_of_text_is_run(
     report: ValidationReport, checkpoint: Checkpoint
 ) -> None:
     wanted = [case.name for case in default_cases(checkpoint.config)]
-    assert [case.name for case in report.cases] == [*wanted, "text"]
+    assert [case.name for case in report.cases] == [*wanted, "verify-3", "text"]
 
 
 def test_report_names_what_it_is_about(report: ValidationReport, made: Exported) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from mla_deploy.errors import InputError
 from mla_deploy.source.user.attention import Operand, Site, attention_sites
@@ -50,23 +50,22 @@ class RaisedModule:
         positions_BS: torch.Tensor,
         attend: Attend,
         weight: Callable[[fx.Node], torch.Tensor] | None = None,
-        last_B: torch.Tensor | None = None,
+        kept: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Logits [B, S, vocab] of new tokens at `positions_BS`; or [B, 1, vocab], of `last_B`.
+        """Logits [B, S, vocab] of new tokens at `positions_BS`; or of those that `kept` leaves.
 
         `attend` keeps what was cached. `weight` gives the tensors of placeholders.
         """
         weight = weight or self.graph.weight
         run = _Run(self, ids_BS, positions_BS, weight, attend)
         node = self.graph.logits
-        if last_B is None:
+        if kept is None:
             return run.of(node)
-        is_head = node.target is ATEN.linear.default
-        read: Any = node.args[0] if is_head else node  # the widest product: of one token a row
-        value_BSX = run.of(read)
-        index_B1X = last_B[:, None, None].expand(-1, 1, value_BSX.shape[-1])
-        run.values.known[read] = value_BSX.gather(1, index_B1X)
-        return run.of(node) if is_head else run.values.known[read]
+        if node.target is not ATEN.linear.default:
+            return kept(run.of(node))
+        # The widest product: of few tokens a row. Whole, for how many is not known here.
+        hidden, *parameters = (run.of(value) for value in node.args if isinstance(value, fx.Node))
+        return nn.functional.linear(kept(hidden), *parameters)
 
     def eager(self, cached: dict[int, torch.Tensor]) -> Attend:
         """Attention in PyTorch, expanded, over the rows [B, T, L + R] that `cached` collects."""

@@ -61,6 +61,18 @@ def stale_slots_read(model: ir.Model, config: MlaConfig) -> int:
     )
 
 
+def verify_shifted(model: ir.Model, config: MlaConfig) -> int:
+    """Of tokens that are checked together all but the last get the logits of the one before."""
+
+    def edit(node: ir.Node, index_BK1: ir.Value) -> ir.Value:
+        last = insert(node, "ReduceMax", index_BK1, constant(node, [1]), keepdims=1)
+        earlier = insert(node, "Sub", index_BK1, constant(node, 1))
+        shifted = insert(node, "Max", earlier, constant(node, 0))
+        return insert(node, "Where", insert(node, "Equal", index_BK1, last), index_BK1, shifted)
+
+    return sum(wrap(node, 1, edit) for node in nodes(model.graph, "GatherND"))
+
+
 def _place(model: ir.Model, call: ir.Node, name: str) -> int:
     """Where a layer's function takes the input `name`."""
     inputs = model.functions[call.op_identifier()].inputs
@@ -75,4 +87,5 @@ MUTANTS = (
     Mutant("cache-update-dropped", update_dropped),
     Mutant("cache-stale-slots-read", stale_slots_read),
     Mutant("cache-stale-slots-read-in-decode-only", stale_slots_read, ("decode",)),
+    Mutant("verify-logits-shifted", verify_shifted, ("decode",)),
 )
