@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         MlaDeployError,
     )
     from mla_deploy.export import export
+    from mla_deploy.export.requantize import quantize
     from mla_deploy.runtime import Runner, generate, open_runner
     from mla_deploy.validate import ValidationReport, validate
 
@@ -52,6 +53,7 @@ __all__ = [
     "open_bundle",
     "open_checkpoint",
     "open_runner",
+    "quantize",
     "read_config",
     "validate",
 ]
@@ -64,6 +66,7 @@ _HOME = {
     "Checkpoint": "checkpoint",
     "open_checkpoint": "checkpoint",
     "build": "engine.pipeline",
+    "quantize": "export.requantize",
     "MlaConfig": "config",
     "read_config": "config",
     "BusyError": "errors",

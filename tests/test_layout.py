@@ -24,7 +24,7 @@ GROUND = ("errors", "strict_json", "shapes", "targets", "door", "fields", "text_
           "cache_plan", "machine", "jetson", "callable_package", "trust")  # fmt: skip
 FLOORS: tuple[tuple[str, ...], ...] = (
     GROUND,
-    ("bundle", "checkpoint", "device"),
+    ("bundle", "checkpoint", "device", "weight_forms"),
     ("source",),
     ("export", "rewrite"),
     ("runtime", "engine"),
@@ -37,6 +37,7 @@ AT_IMPORT = {
     "source": {"torch", "transformers", "numpy", "networkx"},
     "export": {"torch", "transformers", "numpy", "onnx", "onnx_ir", "onnxscript", "ml_dtypes"},
     "rewrite": {"numpy", "onnx", "onnx_ir", "onnxscript"},
+    "weight_forms": {"torch"},
     "engine": {"numpy", "onnx_ir"},  # tensorrt by name, in the worker: `tensorrt_api.py`
     "runtime": {"numpy", "onnxruntime", "torch", "ml_dtypes"},
     "device": {"numpy"},  # tensorrt by name: `device/library.py`

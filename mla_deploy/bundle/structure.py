@@ -34,6 +34,8 @@ def check_sections(manifest: Mapping[str, Any], files: set[str]) -> None:
         _check_rules(manifest, _IN_PLACE_RULES)
     if "kept" in manifest["weights"]:
         _check_rules(manifest, _KEPT_RULES)
+    if "quantized" in manifest["weights"]:
+        _check_rules(manifest, _QUANTIZED_RULES)
     _check_cache(manifest["cache"])
     _check_file("weights.file", manifest["weights"]["file"], files)
     for graph in GRAPHS:
@@ -226,6 +228,15 @@ _IN_PLACE_RULES: dict[str, _Rule] = {
 
 # Only where weights were copied in the form they have in the checkpoint.
 _KEPT_RULES: dict[str, _Rule] = {"weights.kept.tensors": _NATURAL, "weights.kept.bytes": _NATURAL}
+
+# Only where weights were quantised by this tool.
+_QUANTIZED_RULES: dict[str, _Rule] = {
+    "weights.quantized.plan": _TEXT,
+    "weights.quantized.kind": _one_of("int4", "int8", "fp8"),
+    "weights.quantized.roles": _TEXTS,
+    "weights.quantized.tensors": _NATURAL,
+    "weights.quantized.bytes": _NATURAL,
+}
 
 
 def _damaged(path: str, found: str, wanted: str) -> IntegrityError:

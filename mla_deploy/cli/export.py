@@ -31,9 +31,9 @@ from mla_deploy.cli.verb import choice, verb
 )
 @click.option(
     "--weights",
-    metavar="keep|FILE",
-    help="keep: store them as the checkpoint does, FP8 and int8 too; of --module: its "
-    ".safetensors file.  [converted to --dtype]",
+    metavar="FORM|keep|FILE",
+    help="int4, int8, fp8, or refined as int4:block=128,head=int8: quantise them, and measure the "
+    "loss; keep: as the checkpoint stores them; of --module: its file.  [converted to --dtype]",
 )
 @choice("--cache", "in-place|growing", "Bound buffer, or one that grows at each step.  [in-place]")
 @choice("--cache-layout", "fused|split", "Latent and rope key in one tensor, or in two.  [fused]")
@@ -51,8 +51,8 @@ def export(
 ) -> Outcome:
     """Export CHECKPOINT, a Hugging Face folder with latent attention, to the bundle OUT.
 
-    Two ONNX graphs over one weight file: prefill with expanded heads, decode absorbed. The latent
-    cache is an explicit input and output of both. Nothing stands under OUT until all is written.
+    Two ONNX graphs over one weight file: prefill expanded, decode absorbed. The latent cache is an
+    input and output of both. Nothing stands under OUT until all is written.
     With --module the model is what a function of yours, package.file:factory, returns; this runs
     your code. With --in-place the bundle is CHECKPOINT's own folder with a few files mla-deploy.*
     added.
@@ -63,14 +63,15 @@ def export(
         raise click.UsageError("one of CHECKPOINT and --module is needed.")
     import mla_deploy
     from mla_deploy.cli.bundle_sheets import bundle_result, bundle_sheets
+    from mla_deploy.cli.loss_sheets import loss_of, loss_sheets, loss_words
 
     started = perf_counter()
     with progress_bar(screen) as report:
         bundle = mla_deploy.export(checkpoint, out, progress=report, **options)
-    seconds = perf_counter() - started
-    result = {**bundle_result(bundle), "export_seconds": round(seconds, 3)}
-    summary = (
-        f"exported {result['model']['model_type']} to {out or checkpoint} in {seconds:.1f} s: "
-        f"{result['target']}, {result['dtype']}, {byte_text(result['total_bytes'])}"
-    )
-    return Outcome(summary, result, bundle_sheets(bundle))
+        seconds = perf_counter() - started
+        loss = loss_of(bundle, checkpoint, progress=report)
+    result = {**bundle_result(bundle), "export_seconds": round(seconds, 3), "loss": loss}
+    model, size = result["model"]["model_type"], byte_text(result["total_bytes"])
+    summary = f"exported {model} to {out or checkpoint} in {seconds:.1f} s: "
+    summary += f"{result['target']}, {result['dtype']}, {size}"
+    return Outcome(summary + loss_words(loss), result, (*loss_sheets(loss), *bundle_sheets(bundle)))

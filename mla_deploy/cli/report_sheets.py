@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mla_deploy.cli.loss_sheets import loss_sheets, loss_words
 from mla_deploy.cli.output import Sheet, byte_text
 from mla_deploy.errors import GateError, MlaDeployError
 
@@ -19,7 +20,7 @@ def report_summary(report: dict[str, Any]) -> str:
     return (
         f"{verdict} ({report['dtype']}): {passed} of {len(cases)} cases passed, "
         f"max |logit difference| {_number(worst)}, top-1 {top1['share']:.2%} "
-        f"of {top1['positions']:,} positions"
+        f"of {top1['positions']:,} positions{loss_words(report['loss'])}"
     )
 
 
@@ -27,6 +28,7 @@ def report_sheets(report: dict[str, Any]) -> tuple[Sheet, ...]:
     sheets = [_case_sheet(report), memory_sheet(report["memory"])]
     if report["rounding"]:
         sheets.insert(1, _rounding_sheet(report))
+    sheets[1:1] = loss_sheets(report["loss"])
     failures = [(case["name"], told) for case in report["cases"] for told in case["failures"]]
     if failures:
         sheets.insert(0, Sheet("Gates not met", ("case", "what"), failures))
@@ -142,6 +144,8 @@ def _other(report: dict[str, Any]) -> str:
         return (
             f"rounding to {report['dtype']} costs a mean KL of {report['rounding']['mean_kl']:.2g}"
         )
+    if report["loss"] and report["loss"]["failures"]:
+        return f"quantised weights: {report['loss']['failures'][0]}"
     return "the cache does not take the bytes that were predicted"
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -19,6 +18,7 @@ from onnx_ir.passes import common as common_passes
 from mla_deploy import shapes
 from mla_deploy.config import MlaConfig
 from mla_deploy.errors import MlaDeployError
+from mla_deploy.export import bind
 from mla_deploy.export.logits import name_logits
 from mla_deploy.export.trace import Trace
 from mla_deploy.export.trace_layer import CacheForm, TracedLayer
@@ -29,23 +29,20 @@ from mla_deploy.export.weights import (
     StoredWeight,
     WeightLayout,
     full_use,
-    half_name,
     renamed_use,
     stored_dtype,
+    stored_name,
 )
 from mla_deploy.rewrite import order
+from mla_deploy.rewrite.quantized_weight import DTYPES as IR_DTYPES
 from mla_deploy.rewrite.rule import DOMAIN
 from mla_deploy.rewrite.weights import WeightUse, collect_weights
 from mla_deploy.source.cache_parts import CacheBuffer
 from mla_deploy.source.probe import BATCH, NEW
+from mla_deploy.weight_forms.form import WeightPlan
 
 OPSET = 23  # RMSNormalization; every other operator means the same since the trace's opset
-IR_DTYPES = {
-    "fp32": ir.DataType.FLOAT,
-    "fp16": ir.DataType.FLOAT16,
-    "bf16": ir.DataType.BFLOAT16,
-    "uint8": ir.DataType.UINT8,
-}
+_HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 @dataclass(frozen=True)
@@ -59,6 +56,7 @@ class GraphForm:
     all_logits: bool
     layers_prefix: str
     builder: type[Builder]
+    plan: WeightPlan | None = None
 
 
 @dataclass
@@ -74,7 +72,7 @@ def assemble(
 ) -> Assembled:
     """Rewrite the trunk and each layer kind with `rules`, and put the graph together.
 
-    `layout` learns the weights; `bind_weights` later gives them their bytes.
+    `layout` learns the weights; `bind.bind_weights` later gives them their bytes.
     """
     trunk = trace.trunk.clone()
     counts = order.apply_rules(trunk, (*rules.head, *rules.trunk))
@@ -87,25 +85,6 @@ def assemble(
             counts[rule] = counts.get(rule, 0) + number * len(traced.kind.indices)
     builder.inputs_and_outputs(rules.verified)
     return Assembled(builder.finished(), counts)
-
-
-def bind_weights(model: ir.Model, layout: WeightLayout, folder: Path, file: str) -> None:
-    """Point every weight initializer at its bytes in the weight file."""
-    ranges = layout.ranges()
-    for name, value in model.graph.initializers.items():
-        if name in ranges and name in layout.weights:
-            offset, length = ranges[name]
-            stored = layout.weights[name]
-            value.type = ir.TensorType(IR_DTYPES[stored.dtype])
-            value.const_value = ir.ExternalTensor(
-                file,
-                offset,
-                length,
-                IR_DTYPES[stored.dtype],
-                shape=ir.Shape(stored.shape),
-                name=name,
-                base_dir=folder,
-            )
 
 
 class Builder:
@@ -206,7 +185,7 @@ class Builder:
         """After rules ran; `arguments` gives the stored weight of each formal one."""
         graph = layer.graph
         for value, weight in arguments.items():
-            if weight.dtype != ir.DataType.FLOAT:
+            if weight.dtype in _HALVES:
                 cast = ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT})
                 value.replace_all_uses_with(cast.outputs[0])
                 cast.replace_input_with(0, value)
@@ -262,15 +241,25 @@ class Builder:
         constant = self.trace.constants.get(use.parameter)
         if constant is not None:
             return self._initializer(ir.tensor(constant.numpy(), name=use.parameter))
-        name = use.parameter if use.half is None else half_name(use)
-        dtype = stored_dtype(shape, self.form.config.router_rows, self.form.dtype)
-        weight = StoredWeight(name, use, shape, dtype)
+        name, is_view = stored_name(use), False
+        if use.part is None:
+            weight = StoredWeight(name, use, shape, self._stored_dtype(shape))
+        else:
+            weight, is_view = bind.stored_part(name, use, shape)
         self.layout.add(weight)
         # Offsets are known once every weight is; until then the place in the file is held empty.
         place = ir.ExternalTensor(
-            WEIGHT_FILE, 0, weight.nbytes, IR_DTYPES[dtype], shape=ir.Shape(shape), name=name
+            WEIGHT_FILE,
+            0,
+            weight.nbytes,
+            IR_DTYPES[weight.dtype],
+            shape=ir.Shape(shape),
+            name=name + bind.ROWS_VIEW if is_view else name,
         )
         return self._initializer(place)
+
+    def _stored_dtype(self, shape: tuple[int, ...]) -> str:
+        return stored_dtype(shape, self.form.config.router_rows, self.form.dtype)
 
     def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
         graph = self.model.graph
@@ -288,7 +277,7 @@ class Builder:
 
     def read_weight(self, stored: ir.Value, like: ir.Value) -> ir.Value:
         """The stored weight in fp32; an embedding is widened after the rows are gathered."""
-        if stored.dtype == ir.DataType.FLOAT:
+        if stored.dtype not in _HALVES:
             return stored
         graph = self.model.graph
         uses = list(like.uses())

@@ -13,11 +13,15 @@ import onnx_ir as ir
 from onnx_ir.passes import common as common_passes
 
 from mla_deploy.errors import MlaDeployError
-from mla_deploy.export.assemble import Builder
+from mla_deploy.export.assemble import Builder, GraphForm
+from mla_deploy.export.dequantized import DequantizedWeights
+from mla_deploy.export.trace import Trace
 from mla_deploy.export.trace_layer import TracedLayer
+from mla_deploy.export.weights import WeightLayout, full_use
 from mla_deploy.rewrite.rule import DOMAIN
 from mla_deploy.rewrite.step_inputs import lift_step_inputs
 from mla_deploy.rewrite.strong_types import assign_types
+from mla_deploy.rewrite.weights import WeightUse
 from mla_deploy.source.cache_parts import CacheBuffer
 
 _FLOAT = ir.DataType.FLOAT
@@ -28,6 +32,26 @@ class TypedBuilder(Builder):
 
     capacity = 0
     visible: ir.Value | None = None  # the plan's mask in the trunk
+
+    def __init__(
+        self, trunk: ir.Model, form: GraphForm, layout: WeightLayout, trace: Trace
+    ) -> None:
+        super().__init__(trunk, form, layout, trace)
+        self.weights = DequantizedWeights(form, super()._weight)
+
+    def trunk_weights(self, uses: dict[str, WeightUse]) -> None:
+        by_name = {str(v.name): v for v in self.model.graph.inputs}
+        for name, use in uses.items():
+            if any(node.op_type == "Gather" for node, _ in by_name[name].uses()):
+                self.weights.left.add(full_use(use, "", self.trace.tied).parameter)
+        self.weights.role = "head"
+        super().trunk_weights(uses)
+        self.weights.role = None
+
+    def _weight(self, use: WeightUse, shape: tuple[int, ...]) -> ir.Value:
+        if use.parameter in self.trace.constants:
+            return super()._weight(use, shape)
+        return self.weights.value(use, shape, self.model.graph)
 
     def type_caches(
         self, graph: ir.Graph, traced: TracedLayer, held: Sequence[CacheBuffer]

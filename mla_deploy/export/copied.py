@@ -45,6 +45,16 @@ class CopiedTensor:
         return ITEM_BYTES[self.file_dtype]
 
     @property
+    def unit(self) -> int:
+        """As `StoredWeight.unit`."""
+        return self.item_bytes
+
+    @property
+    def file_shape(self) -> tuple[int, ...]:
+        """As the file's header tells it."""
+        return self.shape
+
+    @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.item_bytes
 

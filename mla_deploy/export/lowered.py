@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import onnx
@@ -15,10 +15,11 @@ from mla_deploy.export.assemble import Assembled, Builder, GraphForm, assemble
 from mla_deploy.export.assemble_typed import typed_builder
 from mla_deploy.export.trace import Trace
 from mla_deploy.export.weights import WeightLayout
-from mla_deploy.rewrite import mla_decode, mla_decode_body, order
+from mla_deploy.rewrite import mla_decode, mla_decode_body, order, quantize_cpu, quantize_heads
 from mla_deploy.rewrite.release import composites_of, require_composites, require_operators
 from mla_deploy.rewrite.releases import find_release
 from mla_deploy.targets import find_target
+from mla_deploy.weight_forms.form import WeightPlan
 
 if TYPE_CHECKING:
     from mla_deploy.export.pipeline import ExportOptions
@@ -65,7 +66,10 @@ def lowered(
     """
     release = find_target(options.target).release
     if release is None:
-        lowering = Lowering(cpu_rules(trace.form.growing, options.all_logits), Builder)
+        graphs_of = cpu_rules(trace.form.growing, options.all_logits)
+        if options.plan is not None:
+            graphs_of = _quantized(graphs_of, options.plan, config, is_tied=bool(trace.tied))
+        lowering = Lowering(graphs_of, Builder)
     else:
         lowering = _for_tensorrt(trace, options, release)
     form = GraphForm(
@@ -76,6 +80,7 @@ def lowered(
         all_logits=options.all_logits,
         layers_prefix=trace.layers_prefix,
         builder=lowering.builder,
+        plan=options.plan,
     )
     graphs = {name: assemble(trace, form, rules, layout) for name, rules in lowering.graphs.items()}
     if release is not None:
@@ -105,6 +110,27 @@ def cpu_rules(growing: bool, all_logits: bool) -> dict[str, order.GraphRules]:
     return {
         "prefill": order.GraphRules(trunk, order.prefill_cpu(growing)),
         "decode": order.GraphRules(trunk, order.decode_cpu(growing), verified=not all_logits),
+    }
+
+
+def _quantized(
+    graphs: dict[str, order.GraphRules], plan: WeightPlan, config: MlaConfig, *, is_tied: bool
+) -> dict[str, order.GraphRules]:
+    """The same with quantised weights: linear layers before they become Gemm, the rest behind."""
+    first = quantize_cpu.linear_rules(plan, config.router_rows)
+    experts = quantize_cpu.expert_rules(plan, config.router_rows)
+    trunk = quantize_cpu.trunk_rules(plan, config.hidden_size, tied=is_tied)
+    halves = {
+        "prefill": quantize_heads.expanded_rules(plan),
+        "decode": quantize_heads.absorbed_rules(plan),
+    }
+    return {
+        name: replace(
+            rules,
+            trunk=(*trunk, *rules.trunk),
+            layers=(*first, *rules.layers, *experts, *halves[name]),
+        )
+        for name, rules in graphs.items()
     }
 
 

@@ -103,6 +103,7 @@ def manifest_of(
             "bytes": layout.total_bytes,
             "tensors": len(layout.weights) + len(layout.copied),
             **_kept(options, layout),
+            **_quantized(options, layout),
         },
     }
 
@@ -113,6 +114,21 @@ def _kept(options: ExportOptions, layout: WeightLayout) -> dict[str, Any]:
         return {}
     copied = layout.copied.values()
     return {"kept": {"tensors": len(copied), "bytes": sum(tensor.nbytes for tensor in copied)}}
+
+
+def _quantized(options: ExportOptions, layout: WeightLayout) -> dict[str, Any]:
+    """The form of each role, and what of the file is in such a form; only where asked for."""
+    if options.plan is None:
+        return {}
+    parts = [weight for weight in layout.weights.values() if weight.use.part is not None]
+    values = [weight for weight in parts if weight.use.part and weight.use.part.name == "values"]
+    return {
+        "quantized": {
+            **options.plan.to_dict(),
+            "tensors": len(values),
+            "bytes": sum(weight.nbytes for weight in parts),
+        }
+    }
 
 
 def _engine(options: ExportOptions) -> dict[str, Any]:

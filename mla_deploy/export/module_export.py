@@ -14,8 +14,9 @@ import torch
 from mla_deploy.bundle import Bundle, Stage, refuse_overlap, stage_bundle
 from mla_deploy.config import MlaConfig
 from mla_deploy.errors import InputError, quoted
-from mla_deploy.export.assemble import Assembled, Builder, GraphForm, bind_weights
+from mla_deploy.export.assemble import Assembled, Builder, GraphForm
 from mla_deploy.export.assemble_module import assemble_module
+from mla_deploy.export.bind import bind_weights
 from mla_deploy.export.lowered import cpu_rules
 from mla_deploy.export.manifest import manifest_of
 from mla_deploy.export.pipeline import (

@@ -10,21 +10,24 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import Protocol
 
 import onnx_ir as ir
 
 from mla_deploy.bundle import Bundle, Stage, refuse_overlap, stage_bundle, stage_in_place
-from mla_deploy.checkpoint import Checkpoint, open_checkpoint
+from mla_deploy.checkpoint import Checkpoint, WeightMap, open_checkpoint
 from mla_deploy.checkpoint.tied import check_tied
 from mla_deploy.config import MlaConfig
 from mla_deploy.door import open_folder
 from mla_deploy.errors import InputError
-from mla_deploy.export.assemble import Assembled, bind_weights
+from mla_deploy.export.assemble import Assembled
+from mla_deploy.export.bind import bind_weights
+from mla_deploy.export.bundle_source import BundleSource
 from mla_deploy.export.copied import copy_kept
 from mla_deploy.export.in_place import Kept, files_section, keep, own_dtype, require_plain_files
 from mla_deploy.export.keep import WAYS, kept_dtype, require_keepable
 from mla_deploy.export.lowered import any_capacity, lowered, require_form
-from mla_deploy.export.manifest import manifest_of
+from mla_deploy.export.manifest import Source, manifest_of
 from mla_deploy.export.trace import Trace, trace_model
 from mla_deploy.export.trace_layer import CacheForm
 from mla_deploy.export.weights import DTYPES, WeightLayout, WeightSource
@@ -34,6 +37,8 @@ from mla_deploy.rewrite import order
 from mla_deploy.rewrite.ensures import require_latent_only
 from mla_deploy.source.model import source_weights
 from mla_deploy.targets import DEFAULT_TARGET, buildable_target, check_dtype, find_target
+from mla_deploy.weight_forms.fit import check_forms, fitted
+from mla_deploy.weight_forms.form import KINDS, WeightPlan, is_plan, parse_plan
 
 DEFAULT_CAPACITY = 4096
 CACHE_KINDS = ("in-place", "growing")
@@ -64,7 +69,14 @@ class ExportOptions:
     capacity: int
     all_logits: bool
     in_place: bool
-    weights: str | None
+    weights: str | None  # None, "keep", or a plan of `weight_forms.form`
+
+    @property
+    def plan(self) -> WeightPlan | None:
+        """How weights are quantised."""
+        if self.weights is None or not is_plan(self.weights):
+            return None
+        return fitted(find_target(self.target), parse_plan(self.weights))
 
     @property
     def store(self) -> LatentStore | None:
@@ -101,6 +113,7 @@ def export(
     a latent as codes with scales (`latent_store.py`) and what lies beside it in 16 bits.
     `weights` "keep": they are stored as in the checkpoint instead, FP8 and int8 with their scales,
     and the cache in the dtype of most of them; what must be made (halves of kv_b_proj) in float.
+    "int4", "int8", "fp8" or a refined one (`weight_forms/form.py`): quantised, rounded to nearest.
     `capacity` is the tokens a runner reserves per row unless told otherwise.
     Nothing is left under `out` unless everything succeeded; `replace` swaps whole bundles.
     `module`, `package.file:factory`, in place of a checkpoint: the user's own torch.nn.Module, with
@@ -133,7 +146,7 @@ def export(
             source.config, dtype=found, weights=None if weights is None else str(weights)
         )
         with _staged(source, out, options, replace) as stage:
-            return _build(source, stage, options, report)
+            return build_bundle(source, source_weights(source), stage, options, report)
 
 
 def _require_one_source(
@@ -145,9 +158,10 @@ def _require_one_source(
         ((module is None) == (checkpoint is None), "takes a checkpoint or a module; wanted one"),
         (module is not None and in_place, "of a module goes to an output, not in place"),
         (
-            module is None and weights is not None and weights not in WAYS,
-            f"of a checkpoint takes weights {' or '.join(WAYS)}, not {weights!r}",
+            module is None and weights is not None and not _is_way(str(weights)),
+            f"of a checkpoint takes weights {' or '.join((*WAYS, *KINDS))}, not {weights!r}",
         ),
+        (in_place and is_plan(str(weights)), "in place leaves weights as they are"),
     ):
         if is_wrong:
             raise InputError("EXP-OPTION", f"an export {told}")
@@ -156,7 +170,11 @@ def _require_one_source(
 def _dtype(source: Checkpoint, asked: str | None, in_place: bool, weights: object) -> str | None:
     if in_place:
         return own_dtype(source, asked)
-    return asked if weights is None else kept_dtype(source, asked)
+    return kept_dtype(source, asked) if weights == "keep" else asked
+
+
+def _is_way(weights: str) -> bool:
+    return weights in WAYS or is_plan(weights)
 
 
 def _options(
@@ -186,7 +204,16 @@ def _options(
         in_place=in_place,
         weights=weights,
     )
+    check_options(chosen)
+    return chosen
+
+
+def check_options(chosen: ExportOptions) -> None:
+    """Raises: InputError EXP-OPTION, EXP-CACHE, EXP-WEIGHT-FORM, TARGET-*."""
+    row = find_target(chosen.target)
     check_dtype(row, chosen.dtype)
+    if chosen.weights is not None and is_plan(chosen.weights):
+        check_forms(row, parse_plan(chosen.weights))
     for name, found, known in (
         ("dtype", chosen.dtype, tuple(DTYPES)),
         ("cache", chosen.cache, CACHE_KINDS),
@@ -199,7 +226,6 @@ def _options(
         raise InputError("EXP-OPTION", f"capacity is {chosen.capacity!r}; wanted 1 to 2^31 tokens")
     _require_storable(chosen)
     require_form(chosen)
-    return chosen
 
 
 def _require_storable(options: ExportOptions) -> None:
@@ -229,7 +255,24 @@ def _staged(
     return stage_bundle(out, replace=replace, needed_bytes=needed)
 
 
-def _build(source: Checkpoint, stage: Stage, options: ExportOptions, report: Progress) -> Bundle:
+class Described(Source, Protocol):
+    """A source that knows its folder: a checkpoint, or a bundle."""
+
+    @property
+    def folder(self) -> Path: ...
+
+
+def build_bundle(
+    source: Described,
+    weights: WeightMap | BundleSource,
+    stage: Stage,
+    options: ExportOptions,
+    report: Progress,
+) -> Bundle:
+    """Trace, rewrite, write and publish what `options` ask for.
+
+    Raises: as `export`.
+    """
     config = source.config
     cache = CacheForm(
         fused=options.cache_layout == "fused",
@@ -238,10 +281,11 @@ def _build(source: Checkpoint, stage: Stage, options: ExportOptions, report: Pro
         store=options.store,
     )
     # All that headers and small files can get refused comes before the trace, which takes seconds.
-    weights = source_weights(source)
-    check_tied(weights)
-    if options.weights == "keep":
-        require_keepable(weights, find_target(options.target))
+    checkpoint = weights if isinstance(weights, WeightMap) else None
+    if checkpoint is not None:
+        check_tied(checkpoint)
+        if options.weights == "keep":
+            require_keepable(checkpoint, find_target(options.target))
     if not options.in_place:
         copy_texts(source.folder, stage, _TEXTS)
     report("trace", 0, 1)
@@ -253,10 +297,10 @@ def _build(source: Checkpoint, stage: Stage, options: ExportOptions, report: Pro
     report("rewrite", 1, 1)
     kept: Kept = {}
     place = source.folder if options.in_place else stage.path
-    if options.in_place or options.weights == "keep":
-        kept = keep(layout, weights, [graph.model for graph in graphs.values()])
+    if checkpoint is not None and (options.in_place or options.weights == "keep"):
+        kept = keep(layout, checkpoint, [graph.model for graph in graphs.values()])
         if not options.in_place:
-            kept = copy_kept(layout, kept, source, stage.named("weights"))
+            kept = copy_kept(layout, kept, checkpoint.checkpoint, stage.named("weights"))
         stage.require_space(layout.total_bytes)
     write_weights(weights, layout, stage, report)
     for name, graph in graphs.items():
@@ -271,8 +315,8 @@ def _build(source: Checkpoint, stage: Stage, options: ExportOptions, report: Pro
     manifest = manifest_of(
         source, options, trace, graphs, layout=layout, weights=weights, named=stage.named
     )
-    if options.in_place:
-        manifest["in_place"] = files_section(source, _TEXTS, kept)
+    if options.in_place and checkpoint is not None:
+        manifest["in_place"] = files_section(checkpoint.checkpoint, _TEXTS, kept)
     bundle = stage.publish(manifest)
     report("publish", 1, 1)
     return bundle

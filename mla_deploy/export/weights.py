@@ -2,7 +2,8 @@
 
 Offsets follow from names, shapes and dtypes alone, so the graphs can point at their bytes first.
 Tensors are read in blocks, converted and written; memory holds a few blocks, whatever the size of
-the model. The absorbed halves w_uk_HNL and w_uv_HLV are cut from kv_b_proj on the way.
+the model. The absorbed halves w_uk_HNL and w_uv_HLV are cut from kv_b_proj on the way, and weights
+are quantised.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from math import prod
 from typing import Protocol
 
@@ -21,10 +23,13 @@ from mla_deploy.errors import InputError, MlaDeployError
 from mla_deploy.export.copied import CopiedTensor
 from mla_deploy.export.gather import CHUNK_BYTES, Gather, Writable
 from mla_deploy.rewrite.weights import WeightUse
+from mla_deploy.weight_forms.parts import Part, part_bytes
 
 WEIGHT_FILE = "weights.safetensors"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _SAFETENSORS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+# Parts of quantised weights; four-bit ones lie two to a byte, for safetensors has no name for them.
+_BYTES = {"uint8": "U8", "int8": "I8", "int4": "U8", "fp8": "F8_E4M3"}
 _BLOCK_BYTES = 64 * 1024 * 1024
 _ALIGNMENT = 64
 _FP16_MAX = 65504.0
@@ -56,21 +61,33 @@ class StoredWeight:
 
     name: str
     use: WeightUse  # with the full parameter name
-    shape: tuple[int, ...]
-    dtype: str  # fp32 | fp16 | bf16
+    shape: tuple[int, ...]  # in the graph
+    dtype: str  # fp32 | fp16 | bf16, of a part also uint8 | int8 | int4 | fp8
 
     @property
     def item_bytes(self) -> int:
-        return DTYPES[self.dtype].itemsize
+        return DTYPES[self.dtype].itemsize if self.dtype in DTYPES else 1
+
+    @property
+    def file_shape(self) -> tuple[int, ...]:
+        """As the file's header tells it."""
+        return (prod(self.shape) // 2,) if self.dtype == "int4" else self.shape
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * self.item_bytes
+        return prod(self.file_shape) * self.item_bytes
+
+    @property
+    def unit(self) -> int:
+        """What a place in the file after it is a multiple of, if it began at such a place."""
+        if self.use.part is None:
+            return self.item_bytes
+        return 4 if self.nbytes % 4 == 0 else self.item_bytes
 
     @property
     def file_dtype(self) -> str:
         """As safetensors calls it."""
-        return _SAFETENSORS[self.dtype]
+        return _SAFETENSORS.get(self.dtype) or _BYTES[self.dtype]
 
 
 @dataclass
@@ -93,7 +110,7 @@ class WeightLayout:
         for weight in self._ordered():
             entries[weight.name] = {
                 "dtype": weight.file_dtype,
-                "shape": list(weight.shape),
+                "shape": list(weight.file_shape),
                 "data_offsets": [offset, offset + weight.nbytes],
             }
             offset += weight.nbytes
@@ -115,13 +132,13 @@ class WeightLayout:
         return sum(weight.nbytes for weight in self._ordered())
 
     def _ordered(self) -> list[StoredWeight | CopiedTensor]:
-        # Wide elements first: the others then never leave them unaligned. Halves of a weight
-        # stand together, for they are cut from one reading.
+        # Wide elements first: the others then never leave them unaligned. Halves of a weight and
+        # its quantised parts stand together, for they are made from one reading.
         first: dict[str, int] = {}
         for place, weight in enumerate(self.weights.values()):
             first.setdefault(weight.use.parameter, place)
         made = sorted(self.weights.values(), key=lambda w: first[w.use.parameter])
-        return sorted([*made, *self.copied.values()], key=lambda w: -w.item_bytes)
+        return sorted([*made, *self.copied.values()], key=lambda w: -w.unit)
 
     def write(
         self,
@@ -155,7 +172,8 @@ def _gathered(
         return
     for block in _blocks(weight, source, last):
         _require_range(block, weight)
-        data = block.to(DTYPES[weight.dtype]).contiguous().flatten()
+        dtype = DTYPES.get(weight.dtype, block.dtype)
+        data = block.to(dtype).contiguous().flatten()
         gather.put(data.view(torch.uint8).numpy().data)
         yield data.nbytes
 
@@ -169,7 +187,7 @@ def _checkpoint_of(source: WeightSource) -> Checkpoint:
 def _plain(weight: StoredWeight, source: WeightMap) -> CopiedTensor | None:
     """Where a weight lies whole and in float, None where it has to be made."""
     part = source.slices.get(weight.use.parameter)
-    if weight.use.half is not None or not isinstance(part, TensorSlice):
+    if weight.use.half or weight.use.part or not isinstance(part, TensorSlice):
         return None
     if source.checkpoint.scheme(part.tensor) is not None or part.dtype not in _SAFETENSORS.values():
         return None
@@ -213,12 +231,14 @@ def _one_thread() -> Iterator[None]:
 
 
 class _LastRead:
-    """Both halves of a weight are cut from one reading of it."""
+    """Both halves of a weight are cut from one reading of it, all parts from one rounding."""
 
     def __init__(self, source: WeightSource) -> None:
         self._source = source
         self._name = ""
         self._value = torch.empty(0)
+        self._use: WeightUse | None = None  # whose parts are held, whatever their names
+        self._parts: dict[str, torch.Tensor] = {}
 
     def read(self, name: str) -> torch.Tensor:
         if name != self._name:
@@ -226,8 +246,34 @@ class _LastRead:
             self._name, self._value = name, self._source.read(name)
         return self._value
 
+    def parts(
+        self, use: WeightUse, part: Part, blocks: Iterator[torch.Tensor]
+    ) -> Iterator[torch.Tensor]:
+        """`part` of each block; those of a weight of one block are made once and held."""
+        whole = replace(use, part=replace(part, name=""))
+        if whole == self._use:
+            yield self._parts[part.name]
+            return
+        self._use, self._parts = None, {}
+        first = next(blocks)
+        second = next(blocks, None)
+        found = part_bytes(first, part)
+        if second is None:
+            self._use, self._parts = whole, found
+        yield found[part.name]
+        for block in chain(() if second is None else (second,), blocks):
+            yield part_bytes(block, part)[part.name]
+
 
 def _blocks(weight: StoredWeight, source: WeightSource, last: _LastRead) -> Iterator[torch.Tensor]:
+    part = weight.use.part
+    blocks = _float_blocks(weight, source, last)
+    return blocks if part is None else last.parts(weight.use, part, blocks)
+
+
+def _float_blocks(
+    weight: StoredWeight, source: WeightSource, last: _LastRead
+) -> Iterator[torch.Tensor]:
     use = weight.use
     if use.half is not None:
         yield _half(last.read(use.parameter), use)
@@ -283,14 +329,17 @@ def stored_dtype(shape: tuple[int, ...], router_rows: int, dtype: str) -> str:
 def full_use(use: WeightUse, prefix: str, tied: Mapping[str, str]) -> WeightUse:
     """`use` with its parameter's full module name, tied names resolved."""
     name = f"{prefix}{use.parameter}"
-    return WeightUse(tied.get(name, name), use.half, use.heads, use.nope, use.value)
+    return replace(use, parameter=tied.get(name, name))
 
 
 def renamed_use(use: WeightUse, prefix: str) -> WeightUse:
     """`use` without a prefix of its parameter's name."""
-    return WeightUse(use.parameter.removeprefix(prefix), use.half, use.heads, use.nope, use.value)
+    return replace(use, parameter=use.parameter.removeprefix(prefix))
 
 
-def half_name(use: WeightUse) -> str:
-    """What an absorbed half is called in the weight file."""
-    return f"{use.parameter.removesuffix('.weight')}.{use.half}"
+def stored_name(use: WeightUse) -> str:
+    """What a weight, an absorbed half, or a part of one quantised is called in the weight file."""
+    name = use.parameter
+    if use.half is not None:
+        name = f"{name.removesuffix('.weight')}.{use.half}"
+    return name if use.part is None else f"{name}.{use.part.name}"

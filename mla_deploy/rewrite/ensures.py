@@ -25,6 +25,7 @@ from onnxscript import optimizer
 
 from mla_deploy import shapes
 from mla_deploy.errors import MlaDeployError
+from mla_deploy.rewrite.plain_products import plain_products
 
 _T = 10007
 _DIMS = {
@@ -97,6 +98,7 @@ def latent_violations(model: onnx.ModelProto, num_heads: int, row_width: int) ->
     flat = inliner.inline_local_functions(_first_calls(model))
     _set_sizes(flat)
     _forget_weights(flat)
+    plain_products(flat.graph)
     # Shapes that hang on a Range or a Shape are known only once those are folded.
     folded = ir.from_proto(flat)
     optimizer.fold_constants(folded, onnx_shape_inference=True)

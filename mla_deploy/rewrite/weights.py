@@ -1,29 +1,34 @@
 """Weights of a layer graph: every free value and every split half becomes a graph input.
 
 Rules name the weight they need; here the graph learns of it. What a name stands for in the
-checkpoint (the whole tensor, or one half of it) is a `WeightUse`, resolved when bytes are written.
+checkpoint (the whole tensor, one half of it, one part of it quantised) is a `WeightUse`, resolved
+when bytes are written.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
+from mla_deploy.rewrite.quantized_weight import lifted_parts
 from mla_deploy.rewrite.rule import DOMAIN, required
+from mla_deploy.weight_forms.parts import Part
 
 HALVES = ("w_uk_HNL", "w_uv_HLV")
 
 
 @dataclass(frozen=True)
 class WeightUse:
-    """A weight input: `parameter` of the module, whole or one absorbed half of [H*(N+V), L]."""
+    """A weight input: `parameter` of the module, whole or one absorbed half of [H*(N+V), L], in
+    float or as one `part` of it quantised."""
 
     parameter: str
     half: str | None = None  # None, or one of HALVES
     heads: int = 0
     nope: int = 0
     value: int = 0
+    part: Part | None = None
 
 
 def collect_weights(model: ir.Model, given: set[str]) -> dict[str, WeightUse]:
@@ -35,15 +40,19 @@ def collect_weights(model: ir.Model, given: set[str]) -> dict[str, WeightUse]:
     for node in list(model.graph):
         if node.op_type == "SplitHeads" and node.domain == DOMAIN:
             uses.update(_lift_halves(model.graph, node))
+    for weight, value, part in lifted_parts(model.graph):
+        whole = uses.get(str(weight.name), WeightUse(str(weight.name)))
+        uses[str(value.name)] = replace(whole, part=part)
     for value in _free_values(model.graph):
         model.graph.inputs.append(value)
     for value in list(model.graph.inputs):
         name = str(value.name)
-        if name in given or name in uses:
+        if name in given:
             continue
         if value.uses():
-            uses[name] = WeightUse(parameter=name)
+            uses.setdefault(name, WeightUse(parameter=name))
         else:
+            uses.pop(name, None)
             model.graph.inputs.remove(value)
     return {str(v.name): uses[str(v.name)] for v in model.graph.inputs if v.name in uses}
 

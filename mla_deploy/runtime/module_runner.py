@@ -17,7 +17,7 @@ from mla_deploy.runtime.guards import (
     checked_sizes,
     checked_step,
 )
-from mla_deploy.source.storage import round_weights
+from mla_deploy.source.storage import Rounded, round_weights
 from mla_deploy.source.user.module_source import ModuleSource
 from mla_deploy.source.user.raised import Attend, whole_logits
 
@@ -65,8 +65,17 @@ class ModuleRunner:
         for row in checked_places(rows, self._batch):
             self._rows[row] = []
 
-    def store_as(self, dtype: str, *, cache_dtype: str | None = None, weights: bool = True) -> None:
+    def store_as(
+        self,
+        dtype: str,
+        *,
+        cache_dtype: str | None = None,
+        weights: bool = True,
+        quantized: Rounded | None = None,
+    ) -> None:
         """Reset, and from now on round weights and cached rows as a bundle of these does.
+
+        No bundle of a module is quantised.
 
         Then the raised model stands in for the module, which has no cached rows to round.
         """
@@ -77,6 +86,11 @@ class ModuleRunner:
             for latent in self._source.raised.latents:
                 latent.w_kv_b.copy_(latent.w_kv_b.to(DTYPES[dtype]).float())
         self.reset()
+
+    def every_logit(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Logits after each of `tokens`, one prefix after the other: fp32 [tokens, vocab]."""
+        self.reset()
+        return np.stack([self.prefill([[token]])[0] for token in tokens])
 
     @property
     def cache_layers(self) -> tuple[int, ...]:

@@ -70,7 +70,7 @@ class GraphSessions:
         try:
             session = ort.InferenceSession(
                 self.model(graph),
-                self._options(),
+                self._options(graph),
                 providers=_PROVIDERS,
                 disabled_optimizers=self._unwanted(graph),
             )
@@ -90,12 +90,13 @@ class GraphSessions:
         """The file of `graph`, or what is to be opened in its place."""
         return str(self.bundle.graph(graph))
 
-    def _options(self) -> ort.SessionOptions:
+    def _options(self, graph: Graph) -> ort.SessionOptions:
         options = ort.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         options.enable_mem_pattern = False
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(self.bundle.path))
-        options.add_session_config_entry("session.disable_prepacking", "1")
+        if "quantized" not in self.bundle.manifest["weights"]:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         return options

@@ -25,7 +25,7 @@ from mla_deploy.runtime.guards import (
 )
 from mla_deploy.source import module_from_checkpoint
 from mla_deploy.source.cache import CacheRounding, cache_keyword, cached_parts, source_cache
-from mla_deploy.source.storage import round_weights
+from mla_deploy.source.storage import Rounded, round_weights, transform_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,16 +89,28 @@ class TorchRunner:
             self._lengths_B[row] = 0
             self._caches[row] = source_cache(self._module.config, self._rounding)
 
-    def store_as(self, dtype: str, *, cache_dtype: str | None = None, weights: bool = True) -> None:
+    def store_as(
+        self,
+        dtype: str,
+        *,
+        cache_dtype: str | None = None,
+        weights: bool = True,
+        quantized: Rounded | None = None,
+    ) -> None:
         """Reset, and from now on round weights and cached rows as a bundle does.
 
-        `cache_dtype` None: the cache is of `dtype` too.
-        The weights are rounded to `dtype` in place: there is no way back; a bundle beside its
-        checkpoint keeps them as they are (`weights` false).
+        `cache_dtype` None: the cache is of `dtype` too. `quantized` rounds what such a bundle
+        quantises, before the rest is rounded to `dtype`.
+        The weights are rounded in place: there is no way back; a bundle beside its checkpoint
+        keeps them as they are (`weights` false).
         """
+        done: frozenset[str] = frozenset()
+        if quantized is not None:
+            done = transform_weights(self._module, quantized)
         self._rounding = CacheRounding.of(cache_dtype or dtype, dtype)
         if dtype != "fp32" and weights:
-            round_weights(self._module, lambda shape: stored_dtype(shape, self._router_rows, dtype))
+            router_rows = self._router_rows
+            round_weights(self._module, lambda s: stored_dtype(s, router_rows, dtype), done)
         self.reset()
 
     @property
@@ -108,6 +120,13 @@ class TorchRunner:
     def cached_rows(self, layer: int, row: int) -> NDArray[np.float32]:
         parts = cached_parts(self._caches[row].layers[layer])
         return torch.cat(parts, dim=-1).float().numpy()
+
+    @torch.inference_mode()
+    def every_logit(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Logits after each of `tokens`, a row of its own, nothing kept: fp32 [tokens, vocab]."""
+        ids = torch.tensor([list(tokens)])
+        found = self._module(input_ids=ids, use_cache=False).logits[0]
+        return np.asarray(found.float().numpy())
 
     @torch.inference_mode()
     def _append(self, rows: Rows) -> NDArray[np.float32]:

@@ -11,16 +11,19 @@ from typing import Literal
 
 from mla_deploy.bundle import Bundle, open_bundle
 from mla_deploy.checkpoint import Checkpoint, open_checkpoint
+from mla_deploy.config import MlaConfig
 from mla_deploy.errors import InputError, IntegrityError
 from mla_deploy.runtime.sessions import GraphSessions
 from mla_deploy.runtime.verified import is_verifying
 from mla_deploy.validate.cases import Case, default_cases, verify_case
-from mla_deploy.validate.gates import Gate, gate_for
+from mla_deploy.validate.gates import LOSS_GATES, Gate, gate_for
+from mla_deploy.validate.loss import loss_over, text_rows
 from mla_deploy.validate.memory import measure_memory
+from mla_deploy.validate.opening import open_sessions, plan_of, rounding_of
 from mla_deploy.validate.parity import CaseResult, run_case
 from mla_deploy.validate.reference import Progress, Reference, Source
 from mla_deploy.validate.report import ValidationReport, rounding_loss, top_one
-from mla_deploy.validate.stand_in import NOTE, StandInSessions
+from mla_deploy.validate.stand_in import NOTE
 from mla_deploy.validate.text import text_case
 
 _LIBRARIES = ("mla-deploy", "torch", "transformers", "onnxruntime-gpu", "onnxruntime", "numpy")
@@ -51,19 +54,21 @@ def validate(
     started = time.perf_counter()
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle, verify=verify)
     dtype, cache_dtype = str(opened.manifest["dtype"]), str(opened.manifest["cache"]["dtype"])
-    gate = gate_for(dtype, cache_dtype)
+    plan = plan_of(opened.manifest)
+    gate = gate_for(dtype, cache_dtype, quantized=plan is not None)
     with _opened(source, module, weights) as found:
         _require_source(opened, found)
-        sessions = _sessions(opened, threads)
+        sessions = open_sessions(opened, threads)
         with _torch_threads(threads):
             reference = _reference(found)
             chosen = _chosen(opened, found, cases, reference)
-            # Beside a checkpoint, or kept as there, they are its own weights.
-            rounded = "in_place" not in opened.manifest and "kept" not in opened.manifest["weights"]
-            stored = reference.stored_as(dtype, chosen, cache_dtype=cache_dtype, weights=rounded)
+            loss = None  # measured before the source is rounded
+            if plan is not None:
+                loss = loss_over(*text_rows(opened), reference.every_logit, sessions, progress)
+            stored = _rounded_alike(opened, found.config, reference, chosen)
             results = _run(chosen, sessions, (stored, reference), gate, progress)
         memory = measure_memory(opened, found.config, sessions)
-        digest, notes = found.digest, found.notes
+        digest, told = found.digest, (*_stood_in(opened), *found.notes)
     return ValidationReport(
         bundle_digest=opened.digest,
         source_digest=digest,
@@ -74,17 +79,32 @@ def validate(
         cases=results,
         top1=top_one(results, gate),
         rounding=rounding_loss(results, gate),
+        loss=loss,
+        loss_gate=None if plan is None else LOSS_GATES[plan.kind],
         memory=memory,
         versions=_versions(),
-        notes=(*_stood_in(opened), *notes, *_scaled_gates(results, gate)),
+        notes=(*told, *_scaled_gates(results, gate)),
         seconds=time.perf_counter() - started,
     )
 
 
-def _sessions(bundle: Bundle, threads: int | None) -> GraphSessions:
-    if "engine" in bundle.manifest:
-        return StandInSessions(bundle, threads)
-    return GraphSessions(bundle, threads)
+def _rounded_alike(
+    bundle: Bundle, config: MlaConfig, reference: Reference, cases: Sequence[Case]
+) -> Reference:
+    """The source as the bundle stores it: dtype, cache, quantised weights."""
+    manifest, plan = bundle.manifest, plan_of(bundle.manifest)
+    return reference.stored_as(
+        str(manifest["dtype"]),
+        cases,
+        cache_dtype=str(manifest["cache"]["dtype"]),
+        weights=not _is_own(bundle),
+        quantized=None if plan is None else rounding_of(plan, config, manifest),
+    )
+
+
+def _is_own(bundle: Bundle) -> bool:
+    """Beside a checkpoint, or kept as there, the weights are the checkpoint's own."""
+    return "in_place" in bundle.manifest or "kept" in bundle.manifest["weights"]
 
 
 def _stood_in(bundle: Bundle) -> tuple[str, ...]:

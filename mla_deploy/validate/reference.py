@@ -14,6 +14,7 @@ from mla_deploy.config import MlaConfig
 from mla_deploy.validate.cases import Case, Tokens
 
 if TYPE_CHECKING:
+    from mla_deploy.source.storage import Rounded
     from mla_deploy.source.user.module_source import ModuleSource
 
 Floats = NDArray[np.float32]
@@ -26,10 +27,16 @@ class SourceRunner(Protocol):
     def cache_layers(self) -> tuple[int, ...]: ...
     def prefill(self, rows: Sequence[Sequence[int]]) -> Floats: ...
     def decode(self, tokens: Sequence[int]) -> Floats: ...
+    def every_logit(self, tokens: Sequence[int]) -> Floats: ...
     def reset(self) -> None: ...
     def cached_rows(self, layer: int, row: int) -> Floats: ...
     def store_as(
-        self, dtype: str, *, cache_dtype: str | None = None, weights: bool = True
+        self,
+        dtype: str,
+        *,
+        cache_dtype: str | None = None,
+        weights: bool = True,
+        quantized: Rounded | None = None,
     ) -> None: ...
 
 
@@ -84,21 +91,27 @@ class Reference:
         *,
         cache_dtype: str | None = None,
         weights: bool = True,
+        quantized: Rounded | None = None,
     ) -> Reference:
         """The source as a bundle of `dtype` stores it, its weights too if asked; self for fp32.
 
-        `cache_dtype` where the cache is stored otherwise.
+        `cache_dtype` where the cache is stored otherwise; `quantized` rounds what the bundle
+        quantises.
 
         There is memory for one model, so the rows of `cases` are run first; afterwards this
         reference answers for those only.
         """
-        if dtype == (cache_dtype or dtype) == "fp32":
+        if dtype == (cache_dtype or dtype) == "fp32" and quantized is None:
             return self
         for case in cases:
             for segments in case.rows():
                 self.row(segments)
-        self._source.store_as(dtype, cache_dtype=cache_dtype, weights=weights)
+        self._source.store_as(dtype, cache_dtype=cache_dtype, weights=weights, quantized=quantized)
         return Reference(self._source)
+
+    def every_logit(self, tokens: Tokens) -> Floats:
+        """Logits after each token of a row of its own."""
+        return self._source.every_logit(tokens)
 
     def row(self, segments: tuple[Tokens, ...]) -> RowTrace:
         """The trace of a row whose calls append `segments`, one after the other."""

@@ -12,7 +12,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 from mla_deploy.door import create_file
-from mla_deploy.validate.gates import Gate
+from mla_deploy.validate.gates import Gate, LossGate
+from mla_deploy.validate.loss import Loss, told_of
 from mla_deploy.validate.memory import MemoryReport
 from mla_deploy.validate.parity import CaseResult
 
@@ -52,6 +53,8 @@ class ValidationReport:
     cases: tuple[CaseResult, ...]
     top1: TopOne
     rounding: RoundingLoss | None  # None for fp32
+    loss: Loss | None  # of quantised weights, else None
+    loss_gate: LossGate | None
     memory: MemoryReport
     versions: dict[str, str]
     notes: tuple[str, ...]
@@ -62,7 +65,15 @@ class ValidationReport:
         """Every case, the agreement and the rounding loss over all, and the memory."""
         every_case = bool(self.cases) and all(case.passed for case in self.cases)
         rounding = self.rounding is None or self.rounding.passed
-        return every_case and self.top1.passed and rounding and self.memory.passed
+        loss = not self.loss_failures
+        return every_case and self.top1.passed and rounding and loss and self.memory.passed
+
+    @property
+    def loss_failures(self) -> tuple[str, ...]:
+        """What quantised weights cost beyond their gate."""
+        if self.loss is None or self.loss_gate is None:
+            return ()
+        return self.loss.failures(self.loss_gate)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; a distance that is not finite is null."""
@@ -78,6 +89,7 @@ class ValidationReport:
                 "cases": [case.to_dict() for case in self.cases],
                 "top1": self.top1.to_dict(),
                 "rounding": None if self.rounding is None else self.rounding.to_dict(),
+                "loss": None if self.loss is None else told_of(self.loss, self.loss_gate),
                 "memory": self.memory.to_dict(),
                 "versions": dict(self.versions),
                 "notes": list(self.notes),
@@ -148,6 +160,8 @@ def write_junit(report: ValidationReport, path: str | os.PathLike[str]) -> None:
     if report.rounding is not None:
         shown = f"mean KL is {report.rounding.mean_kl:.3g}, wanted {report.rounding.wanted_mean_kl}"
         _append(suite, "rounding", 0.0, () if report.rounding.passed else (shown,))
+    if report.loss is not None:
+        _append(suite, "loss", 0.0, report.loss_failures)
     memory = report.memory
     shown = f"the cache takes {memory.cache_bytes} bytes, predicted {memory.predicted_cache_bytes}"
     _append(suite, "memory", 0.0, () if memory.passed else (shown,))

@@ -12,12 +12,14 @@ import pytest
 import mla_deploy
 from mla_deploy.checkpoint import open_checkpoint
 from mla_deploy.errors import InputError
+from mla_deploy.export.requantize import quantize
 from mla_deploy.latent_store import STORES
 from mla_deploy.rewrite import lower_integer
 from mla_deploy.runtime import OnnxRunner
 from mla_deploy.runtime.sessions import GraphSessions
 from mla_deploy.runtime.torch_runner import TorchRunner
 from mla_deploy.validate.gates import gate_for
+from mla_deploy.validate.loss_check import measure_loss
 from tests.export.shared_runner import GRAPHS, distance, ids, open_poisoned
 from tests.exported import exported
 from tests.families import FAMILIES, write_family
@@ -161,3 +163,19 @@ def test_refused(options: dict[str, Any], told: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=told):
         mla_deploy.export(folder, tmp_path / "bundle", **options)
     assert not (tmp_path / "bundle").exists()
+
+
+def test_a_float_bundle_is_stored_anew(tmp_path: Path) -> None:
+    """`quantize` of the cache alone gives the graphs that an export from the checkpoint gives."""
+    plain, made = exported("v3-all-dense"), exported("v3-all-dense", cache_dtype="int8")
+    found = quantize(plain.bundle, tmp_path / "out", cache_dtype="int8")
+    names = ("weights.safetensors", "prefill.onnx", "decode.onnx")
+    assert [found.files[n].sha256 for n in names] == [made.bundle.files[n].sha256 for n in names]
+    loss = measure_loss(found, plain.bundle, threads=1)
+    assert loss["gates"]["mean_kl"] == 5e-3
+    assert 0 < loss["mean_kl"] < 5e-3
+    both = quantize(plain.bundle, tmp_path / "both", weights="int8", cache_dtype="int8")
+    assert both.manifest["cache"]["store"]["name"] == "int8"
+    assert "quantized" in both.manifest["weights"]
+    with pytest.raises(InputError, match="QNT-OPTION"):
+        quantize(plain.bundle, tmp_path / "none")

@@ -1,0 +1,57 @@
+"""`mla-deploy quantize`: float bundle -> the same bundle with quantised weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import click
+
+from mla_deploy.cli.output import Outcome, Screen, byte_text
+from mla_deploy.cli.progress import progress_bar
+from mla_deploy.cli.verb import choice, verb
+
+
+@click.command(short_help="Bundle to bundle: weights or cache in fewer bits, the loss measured.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The bundle to write.")
+@click.option(
+    "--weights",
+    metavar="FORM",
+    help="int4, int8, fp8, or refined: int4:block=128,asymmetric,head=int8.  [as they are]",
+)
+@choice(
+    "--cache-dtype",
+    "fp32|fp16|bf16|int8|int8-tile|fp8|int4",
+    "Of the cache; the last four store latents as codes with scales.  [as it is]",
+)
+@click.option(
+    "--text", type=click.Path(path_type=Path), help="Measure the loss on this.  [a sample]"
+)
+@click.option("--replace", is_flag=True, default=None, help="Swap out a bundle that is there.")
+@verb
+def quantize(screen: Screen, bundle: Path, out: Path, **options: Any) -> Outcome:
+    """Write BUNDLE to OUT, its weights rounded to --weights, its cache stored as --cache-dtype.
+
+    BUNDLE stays as it is, and so do target and capacity. The loss against BUNDLE is measured on
+    text where it has a tokenizer, on random ids where it has none.
+    """
+    from mla_deploy.cli.bundle_sheets import bundle_result, bundle_sheets
+    from mla_deploy.cli.loss_sheets import loss_sheets, loss_words, quantized
+
+    started = perf_counter()
+    with progress_bar(screen) as progress:
+        found, loss = quantized(bundle, out, progress=progress, **options)
+    seconds = perf_counter() - started
+    result = {**bundle_result(found), "quantize_seconds": round(seconds, 3), "loss": loss}
+    forms = ", ".join(
+        f"{told} {options[name]}"
+        for name, told in (("weights", "weights"), ("cache_dtype", "cache"))
+        if options.get(name)
+    )
+    summary = (
+        f"quantised {bundle} to {out} in {seconds:.1f} s: {forms}, "
+        f"{byte_text(result['total_bytes'])}{loss_words(loss)}"
+    )
+    return Outcome(summary, result, (*loss_sheets(loss), *bundle_sheets(found)))

@@ -1,0 +1,130 @@
+"""A float bundle as the source of another one: its config, and its weight file as it stands.
+
+The absorbed halves of kv_b_proj are cut there already; a graph that wants the whole gets it joined.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+
+from mla_deploy.bundle import Bundle
+from mla_deploy.checkpoint.header import TensorInfo, read_header
+from mla_deploy.checkpoint.shards import Shards
+from mla_deploy.checkpoint.values import read_values
+from mla_deploy.config import MlaConfig
+from mla_deploy.door import open_folder
+from mla_deploy.errors import InputError, quoted
+from mla_deploy.rewrite.weights import HALVES
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The shape of a weight of which the file holds two halves."""
+
+    shape: tuple[int, ...]
+
+
+class BundleSource:
+    """A context manager; both the `Source` of a manifest and the `WeightSource` of a file."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Raises: InputError QNT-AGAIN, QNT-SOURCE; as `read_config`."""
+        manifest = bundle.manifest
+        _require_float(bundle)
+        made_of = manifest["source"]
+        self.config: MlaConfig = bundle.config
+        self.folder = bundle.path
+        self.digest = str(made_of["checkpoint_digest"])
+        self.files: tuple[str, ...] = tuple(made_of["files"])
+        self.total_bytes = int(made_of["total_bytes"])
+        self.notes = (*made_of["notes"], f"weights read from bundle {bundle.digest}")
+        self.skipped: Mapping[str, int] = dict(made_of["skipped"])
+        file = bundle.file(str(manifest["weights"]["file"])).name
+        self._opened = open_folder(bundle.path)
+        self._shards = Shards(self._opened)
+        descriptor = self._shards.duplicate(file)
+        try:
+            self._tensors = {info.name: info for info in read_header(descriptor, file)}
+        finally:
+            os.close(descriptor)
+        self.slices: Mapping[str, TensorInfo | Joined] = {**self._tensors, **self._joined()}
+
+    def read(self, name: str) -> torch.Tensor:
+        """A weight, halves joined. Raises: as `Checkpoint.read`."""
+        if name in self._tensors:
+            return read_values(self._shards, self._tensors[name], None, None)
+        uk, uv = (self._tensors.get(half) for half in _halves(name))
+        if uk is None or uv is None:
+            raise InputError("CKPT-MISSING", f"there is no weight {quoted(name)}", tensor=name)
+        w_uk_HNL = read_values(self._shards, uk, None, None)
+        w_uv_HLV = read_values(self._shards, uv, None, None)
+        return torch.cat([w_uk_HNL, w_uv_HLV.transpose(1, 2)], dim=1).flatten(0, 1)
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of a weight. Raises: as `Checkpoint.read`."""
+        if name in self._tensors:
+            return read_values(self._shards, self._tensors[name], slice(start, stop), None)
+        return self.read(name)[start:stop]
+
+    def stacked_parts(self, name: str) -> tuple[str, ...]:
+        """None: stacks lie whole in the file."""
+        return ()
+
+    def _joined(self) -> dict[str, Joined]:
+        found = {}
+        for name in self._tensors:
+            whole = f"{name.removesuffix(HALVES[0]).rstrip('.')}.weight"
+            uk, uv = (self._tensors.get(half) for half in _halves(whole))
+            if name.endswith(HALVES[0]) and uk is not None and uv is not None:
+                heads, nope, rank = uk.shape
+                found[whole] = Joined((heads * (nope + uv.shape[2]), rank))
+        return found
+
+    def close(self) -> None:
+        self._shards.close()
+        self._opened.close()
+
+    def __enter__(self) -> BundleSource:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _halves(whole: str) -> tuple[str, str]:
+    stem = whole.removesuffix(".weight")
+    return f"{stem}.{HALVES[0]}", f"{stem}.{HALVES[1]}"
+
+
+def _require_float(bundle: Bundle) -> None:
+    weights = bundle.manifest["weights"]
+    if "quantized" in weights:
+        raise InputError(
+            "QNT-AGAIN",
+            f"the bundle's weights are {weights['quantized']['plan']} already; rounding them once "
+            "more would add its loss to theirs",
+            hint="name the float bundle that it was made from, or export the checkpoint",
+            plan=weights["quantized"]["plan"],
+        )
+    reasons = {
+        "its weights stay in a checkpoint's own files": "in_place" in bundle.manifest,
+        "its weights were kept as the checkpoint stores them": "kept" in weights,
+        "it was made from a module, and has no config.json": "config.json" not in bundle.files,
+    }
+    for reason, is_so in reasons.items():
+        if is_so:
+            raise InputError(
+                "QNT-SOURCE",
+                f"the bundle cannot be quantised: {reason}; wanted float weights of its own",
+                hint="export the checkpoint with `--weights`",
+            )

@@ -1,0 +1,72 @@
+"""`quantize`: a float bundle to one with quantised weights or cache, its own file the source."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace as changed
+from math import prod
+
+from mla_deploy.bundle import Bundle, open_bundle, refuse_overlap, stage_bundle
+from mla_deploy.errors import InputError, quoted
+from mla_deploy.export.bundle_source import BundleSource
+from mla_deploy.export.pipeline import ExportOptions, Progress, build_bundle, check_options
+from mla_deploy.latent_store import STORES
+from mla_deploy.weight_forms.form import is_plan
+
+
+def quantize(
+    bundle: Bundle | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    weights: str | None = None,
+    cache_dtype: str | None = None,
+    replace: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Publish `out`, which is `bundle` but for its weights or the form of its cache.
+
+    `weights`: a plan such as "int4" (`weight_forms/form.py`); `cache_dtype`: as `export` takes it.
+    None leaves them as they are, and one of the two is needed. Target and capacity stay.
+    Raises: InputError QNT-AGAIN, QNT-SOURCE, QNT-OPTION, EXP-WEIGHT-FORM, EXP-CACHE, TARGET-*;
+    BUN-*; as `export`.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    if weights is None and cache_dtype is None:
+        raise InputError(
+            "QNT-OPTION",
+            "neither weights nor a cache dtype are given; wanted at least one",
+            hint="for example `--weights int4 --cache-dtype int8`",
+        )
+    if weights is not None and not is_plan(weights):
+        raise InputError(
+            "EXP-WEIGHT-FORM",
+            f"weights are {quoted(weights)}; wanted a form to quantise to",
+            hint="for example `--weights int4`",
+            weights=weights,
+        )
+    refuse_overlap(out, opened.path)
+    with BundleSource(opened) as source:
+        options = changed(options_of(opened), weights=weights)
+        if cache_dtype is not None:
+            layout = "split" if cache_dtype in STORES else options.cache_layout
+            options = changed(options, cache_dtype=cache_dtype, cache_layout=layout)
+        check_options(options)
+        needed = sum(prod(info.shape) for info in source.slices.values())
+        with stage_bundle(out, replace=replace, needed_bytes=needed) as stage:
+            return build_bundle(source, source, stage, options, progress or (lambda *_: None))
+
+
+def options_of(bundle: Bundle) -> ExportOptions:
+    """What `bundle` was exported with."""
+    manifest, cache = bundle.manifest, bundle.manifest["cache"]
+    return ExportOptions(
+        target=str(manifest["target"]),
+        dtype=str(manifest["dtype"]),
+        cache=str(cache["kind"]),
+        cache_layout=str(cache["layout"]),
+        cache_dtype=str(cache["dtype"]),
+        capacity=int(cache["capacity"]),
+        all_logits=bool(manifest["all_logits"]),
+        in_place=False,
+        weights=None,
+    )

@@ -1,0 +1,121 @@
+"""Round to nearest: float weights to whole numbers, or to float8, and a scale for each block.
+
+    symmetric    q = clamp(round(w / s), -2^(b-1), 2^(b-1) - 1)          w' = q s        s > 0
+    asymmetric   q = clamp(round(w / s) + z, 0, 2^b - 1)                 w' = (q - z) s
+    fp8          q = float8_e4m3(w / s)                                  w' = q s
+
+All along the last axis. The symmetric scale of four bits is chosen among a few by the squared
+error of the block: the widest value may be cut a little where that lets all others be finer. It
+stays positive, since TensorRT takes no other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mla_deploy.weight_forms.form import WeightForm
+
+FP8_MAX = 448.0
+# The largest magnitude of a block falls on one of these values; 7 cuts nothing.
+_CANDIDATES_4 = (7.0, 7.5, 8.0, 8.75)
+SCALE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A weight [..., K]: `values` as wide, int8 or float8, of signed numbers when symmetric and of
+    0 to 2^bits - 1, as uint8, when not; `scales` fp32 [..., blocks]; `zero_points` uint8 like them,
+    None when symmetric."""
+
+    values: torch.Tensor
+    scales: torch.Tensor
+    zero_points: torch.Tensor | None
+
+
+def quantized(weight: torch.Tensor, form: WeightForm, scale_dtype: str = "fp32") -> Quantized:
+    """`weight` [..., K], of any float dtype, rounded to `form`.
+
+    Scales are fp32 numbers that `scale_dtype` (fp32, fp16, bf16) holds exactly.
+    """
+    held, columns = SCALE_DTYPES[scale_dtype], weight.shape[-1]
+    blocked = _blocked(weight.float(), form)
+    if form.is_float:
+        scales = _held(_positive(blocked.abs().amax(-1) / FP8_MAX), held)
+        values = (blocked / scales[..., None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        return Quantized(_flat(values, columns), scales, None)
+    if form.symmetric:
+        scales = _held(_symmetric_scales(blocked, form.bits), held)
+        values = _rounded(blocked, scales, form.bits).to(torch.int8)
+        return Quantized(_flat(values, columns), scales, None)
+    most = 2**form.bits - 1
+    # Zero is a value of its own: an exact zero stays one.
+    low, high = blocked.amin(-1).clamp(max=0.0), blocked.amax(-1).clamp(min=0.0)
+    scales = _held(_positive((high - low) / most), held)
+    zero = (-low / scales).round().clamp(0, most)
+    shifted = (blocked / scales[..., None]).round() + zero[..., None]
+    values = shifted.clamp(0, most).to(torch.uint8)
+    return Quantized(_flat(values, columns), scales, zero.to(torch.uint8))
+
+
+def dequantized(quantized: Quantized, form: WeightForm) -> torch.Tensor:
+    """The weight that a graph computes with, fp32."""
+    values = quantized.values.float()
+    columns = values.shape[-1]
+    width = form.width(columns)
+    spread = quantized.scales.repeat_interleave(width, -1)[..., :columns]
+    if quantized.zero_points is not None:
+        values = values - quantized.zero_points.float().repeat_interleave(width, -1)[..., :columns]
+    return values * spread
+
+
+def _blocked(weight: torch.Tensor, form: WeightForm) -> torch.Tensor:
+    """[..., K] -> [..., blocks, width]; a short last block is filled with zeros."""
+    columns = weight.shape[-1]
+    width, blocks = form.width(columns), form.blocks(columns)
+    if blocks * width != columns:
+        weight = torch.nn.functional.pad(weight, (0, blocks * width - columns))
+    return weight.reshape(*weight.shape[:-1], blocks, width)
+
+
+def _flat(values: torch.Tensor, columns: int) -> torch.Tensor:
+    return values.flatten(-2)[..., :columns]
+
+
+def _symmetric_scales(blocked: torch.Tensor, bits: int) -> torch.Tensor:
+    largest = blocked.abs().amax(-1)
+    if bits == 8:
+        return _positive(largest / 127.0)
+    best = _positive(largest / _CANDIDATES_4[0])
+    least = _error(blocked, best, bits)
+    for divisor in _CANDIDATES_4[1:]:
+        scales = _positive(largest / divisor)
+        error = _error(blocked, scales, bits)
+        better = error < least
+        best = torch.where(better, scales, best)
+        least = torch.where(better, error, least)
+    return best
+
+
+def _error(blocked: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    found = _rounded(blocked, scales, bits).mul_(scales[..., None])
+    return found.sub_(blocked).square_().sum(-1)
+
+
+def _rounded(blocked: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    half = 2 ** (bits - 1)
+    return (blocked / scales[..., None]).round_().clamp_(-half, half - 1)
+
+
+def _held(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rounded to `dtype`, and never to zero, nor to one of its coarse smallest numbers."""
+    if dtype == torch.float32:
+        return scales
+    return scales.clamp(min=torch.finfo(dtype).tiny).to(dtype).float()
+
+
+def _positive(scales: torch.Tensor) -> torch.Tensor:
+    """A block of zeros, or of denormals, keeps a scale that can be divided by."""
+    return torch.where(scales < _TINY, torch.ones_like(scales), scales)
