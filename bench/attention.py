@@ -15,10 +15,11 @@ import numpy as np
 import onnx_ir as ir
 from attention_feeds import expanded_feeds, latent_feeds, without_last
 from attention_graphs import Sizes
-from interleave import Timing, interleave
 from op_profile import profile_rows
-from sessions import bound_call, open_session, session_options
 from table import Goal
+
+from mla_deploy.bench.interleave import Timing, interleave
+from mla_deploy.bench.sessions import bound_call, open_session, session_options
 
 LONG = 8192  # tokens of context at which the goals are set
 OURS, REEXPANDED, OPERATOR = "ours, absorbed", "re-expanding", "Attention, concat"

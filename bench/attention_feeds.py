@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 from attention_graphs import Sizes
-from sessions import Arrays
+
+from mla_deploy.bench.sessions import Arrays
 
 
 def latent_feeds(s: Sizes, total: int, rng: np.random.Generator) -> Arrays:

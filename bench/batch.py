@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 import stack
-from interleave import Timing, integers, interleave
-from line_up import random_rows
-from provenance import provenance
 from table import Goal, Report, bench_arguments, show
 
+from mla_deploy.bench.contenders.rows import layer_rows
+from mla_deploy.bench.interleave import Timing, interleave
+from mla_deploy.bench.provenance import provenance
+from mla_deploy.bench.sizes import token_counts
 from mla_deploy.bundle import Bundle
 from mla_deploy.export import export
 from mla_deploy.runtime import OnnxRunner
@@ -33,9 +34,9 @@ _ROOM = 64  # tokens of a row behind its context: the window is wider than the r
 def main() -> None:
     parser = bench_arguments(__doc__)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--context", type=integers, default=(512, 2048))
-    parser.add_argument("--batch", type=integers, default=(1, 2, 4, 8, 16))
-    parser.add_argument("--checked", type=integers, default=(1, 2, 4, 8))
+    parser.add_argument("--context", type=token_counts, default=(512, 2048))
+    parser.add_argument("--batch", type=token_counts, default=(1, 2, 4, 8, 16))
+    parser.add_argument("--checked", type=token_counts, default=(1, 2, 4, 8))
     options = parser.parse_args()
     report = Report("batch", {})
     with ExitStack() as cleanup:
@@ -97,8 +98,7 @@ def _filled(sessions: GraphSessions, batch: int, context: int) -> OnnxRunner:
     runner = OnnxRunner(sessions, batch=batch, capacity=context + _ROOM)
     runner._cache.window(np.zeros(batch, np.int64), np.full(batch, context + _ROOM), 1)
     for buffer, tensor in zip(runner._cache._buffers, runner._spec.tensors, strict=True):  # type: ignore[union-attr]
-        (rows,) = random_rows(1, len(buffer) // tensor.width, tensor.width)
-        buffer[:] = rows.ravel()
+        buffer[:] = layer_rows(tensor.layer, len(buffer) // tensor.width, tensor.width).ravel()
     return runner
 
 

@@ -10,17 +10,17 @@ from __future__ import annotations
 import shutil
 import tempfile
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import stack
-from interleave import integers, interleave
-from peers import Ours
-from provenance import provenance
 from table import Goal, Report, bench_arguments, show
 
-from mla_deploy import open_runner
+from mla_deploy.bench.contenders.bundle import BundleContender
+from mla_deploy.bench.interleave import interleave
+from mla_deploy.bench.provenance import provenance
+from mla_deploy.bench.sizes import token_counts
 from mla_deploy.export import export
 
 _SPARSE, _DENSE = "sparse indexer", "dense"
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=128)
     parser.add_argument("--index-heads", type=int, default=64)
     parser.add_argument("--top", type=int, default=2048)
-    parser.add_argument("--context", type=integers, default=(2048, 8192, 32768))
+    parser.add_argument("--context", type=token_counts, default=(2048, 8192, 32768))
     options = parser.parse_args()
     settings = {k: getattr(options, k) for k in ("layers", "heads", "index_heads", "top")}
     report = Report("choice", provenance(
@@ -41,12 +41,12 @@ def main() -> None:
     with ExitStack() as cleanup:
         work = Path(tempfile.mkdtemp(prefix="bench-choice-", dir=options.work))
         cleanup.callback(shutil.rmtree, work, ignore_errors=True)
-        runners = {
-            name: _runner(work / name.split()[0], fields, options)
+        contenders = {
+            name: _contender(work / name.split()[0], fields, options)
             for name, fields in _models(options).items()
         }
         for context in options.context:
-            report.rows += _rows(runners, context, options)
+            report.rows += _rows(contenders, context, options)
     longest = [row for row in report.rows if row["context"] == max(options.context)]
     ratio = next(row["ratio"] for row in longest if row["form"] == _DENSE)
     report.goals.append(Goal(f"step at {max(options.context)}: dense / sparse", ratio, 1.0))
@@ -63,21 +63,19 @@ def _models(options: Any) -> dict[str, dict[str, Any]]:
     return {_SPARSE: {**common, **indexer}, _DENSE: common}
 
 
-def _runner(folder: Path, fields: dict[str, Any], options: Any) -> Ours:
+def _contender(folder: Path, fields: dict[str, Any], options: Any) -> BundleContender:
     checkpoint = stack.write_checkpoint(folder / "checkpoint", fields)
-    bundle = export(checkpoint, folder / "bundle", capacity=max(options.context))
-    return Ours(open_runner(bundle, threads=options.threads))
+    capacity = max(options.context)
+    export(checkpoint, folder / "bundle", capacity=capacity)
+    return BundleContender(str(folder / "bundle"), threads=options.threads, capacity=capacity)
 
 
-def _rows(runners: dict[str, Ours], context: int, options: Any) -> list[dict[str, Any]]:
-    random = np.random.default_rng(0)
-    for runner in runners.values():
-        widths = [tensor.width for tensor in runner.runner._spec.tensors]
-        runner.fill(
-            [random.standard_normal((context - 1, width)).astype(np.float32) for width in widths]
-        )
-        runner.step()
-    calls = {name: runner.step for name, runner in runners.items()}
+def _rows(
+    contenders: dict[str, BundleContender], context: int, options: Any
+) -> list[dict[str, Any]]:
+    for contender in contenders.values():
+        contender.fill(context)
+    calls = {name: partial(_step, contender) for name, contender in contenders.items()}
     found = interleave(calls, options.rounds, realtime=options.realtime)
     ours = found[_SPARSE].median
     common = {"table": "one decode step", "context": context}
@@ -85,6 +83,11 @@ def _rows(runners: dict[str, Ours], context: int, options: Any) -> list[dict[str
         {**common, "form": name, **timing.to_dict(), "ratio": timing.median / ours}
         for name, timing in found.items()
     ]
+
+
+def _step(contender: BundleContender) -> None:
+    contender.step()
+    contender.rewind()
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ import numpy as np
 import onnx_ir as ir
 from delta_chunked import chunked
 from delta_forms import Linear
-from interleave import interleave
-from provenance import provenance
-from sessions import Arrays, bound_call, open_session, session_options
 from table import Goal, Report, bench_arguments, show
+
+from mla_deploy.bench.interleave import interleave
+from mla_deploy.bench.provenance import provenance
+from mla_deploy.bench.sessions import Arrays, bound_call, open_session, session_options
 
 _OURS, _CHUNKED = "ours", "chunked"
 _Forms = dict[str, Callable[[Linear], ir.Model]]

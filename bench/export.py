@@ -19,9 +19,10 @@ from typing import Any
 import stack
 from export_rows import export_once, export_row, peer_row
 from families import measure_families
-from provenance import provenance
 from scripts import run_script
 from table import Goal, Report, bench_arguments, show
+
+from mla_deploy.bench.provenance import provenance
 
 _MOST_SECONDS, _MOST_GROWTH, _MOST_GIB = 30.0, 2.0, 1.5
 

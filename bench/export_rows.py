@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from interleave import Timing
-from scripts import run_script
+from scripts import run_module, run_script
+
+from mla_deploy.bench.interleave import Timing
 
 
 def export_once(checkpoint: Path, out: Path, threads: int, realtime: bool) -> dict[str, float]:
@@ -44,7 +45,9 @@ def peer_row(work: Path, limit: float) -> dict[str, Any]:
     """transformers' OnnxExporter, its decode graph only, on the shallow model."""
     row: dict[str, Any] = {"table": "export", "model": "shallow, OnnxExporter"}
     try:
-        text = run_script("exporter_graph.py", work / "shallow", work / "peer", limit=limit)
+        text = run_module(
+            "mla_deploy.bench.exporter_graph", work / "shallow", work / "peer", limit=limit
+        )
     except subprocess.TimeoutExpired:
         return {**row, "spread_s": f"no result in {limit:g} s"}
     except subprocess.CalledProcessError as problem:

@@ -17,10 +17,11 @@ from typing import Any
 import onnx
 from graph_checks import counted
 from onnx.inliner import inline_local_functions
-from provenance import provenance
 from scripts import run_script
 from sparse import write_sparse
 from table import Report, bench_arguments, show
+
+from mla_deploy.bench.provenance import provenance
 
 _SMALL: dict[str, Any] = {
     "hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 128, "vocab_size": 1024,

@@ -9,9 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from interleave import interleave
-from provenance import provenance
 from table import Goal, Report, bench_arguments, show
+
+from mla_deploy.bench.interleave import interleave
+from mla_deploy.bench.provenance import provenance
 
 _OURS, _BARE = "mla-deploy --help", "python -c ''"
 

@@ -12,10 +12,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from provenance import provenance
 from scripts import run_script
 from sparse import write_sparse
 from table import Goal, Report, bench_arguments, show
+
+from mla_deploy.bench.provenance import provenance
 
 _GIB = 2**30
 

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from interleave import integers, interleave
 from moe_feeds import tokens_of, weights_of
 from moe_forms import FORMS, Experts
-from provenance import provenance
-from sessions import bound_call, open_session, session_options
 from table import Goal, Report, bench_arguments, show
+
+from mla_deploy.bench.interleave import interleave
+from mla_deploy.bench.provenance import provenance
+from mla_deploy.bench.sessions import bound_call, open_session, session_options
+from mla_deploy.bench.sizes import token_counts
 
 _OURS = "ours, If per expert"
 _GATHER_LIMIT_BYTES = 2 << 30
@@ -24,7 +26,7 @@ _GATHER_LIMIT_BYTES = 2 << 30
 
 def main() -> None:
     parser = bench_arguments(__doc__)
-    parser.add_argument("--tokens", type=integers, default=(1, 8, 64))
+    parser.add_argument("--tokens", type=token_counts, default=(1, 8, 64))
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--chosen", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=2048)

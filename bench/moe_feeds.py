@@ -8,7 +8,8 @@ from typing import Any, Literal
 import numpy as np
 from moe_forms import STACK, Experts
 from numpy.typing import NDArray
-from sessions import Arrays
+
+from mla_deploy.bench.sessions import Arrays
 
 Array = NDArray[Any]
 Mode = Literal["r", "w+"]

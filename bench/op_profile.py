@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from interleave import scheduled
-from sessions import Arrays, bound_call, open_session, session_options
 
+from mla_deploy.bench.interleave import scheduled
+from mla_deploy.bench.sessions import Arrays, bound_call, open_session, session_options
 from mla_deploy.bundle import Bundle
 
 _STEPS = 10

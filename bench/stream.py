@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from provenance import provenance
 from scripts import run_script
 from sparse import LITE, write_sparse
 from table import Goal, Report, bench_arguments, show
+
+from mla_deploy.bench.provenance import provenance
 
 _MOST_GIB, _LEAST_PACE = 3.0, 0.7
 

@@ -6,11 +6,13 @@ because a broken native library may abort the process that loads it. Nothing her
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +24,7 @@ from typing import Any, Literal
 State = Literal["ok", "absent", "broken"]
 
 _IMPORT_SECONDS = 60
+_PR_SET_PDEATHSIG = 1
 _LIBRARIES = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime",
               "safetensors", "tokenizers", "numpy")  # fmt: skip
 _ENGINES = ("tensorrt_rtx", "tensorrt")
@@ -202,6 +205,20 @@ def peak_bytes() -> int:
     """The most memory this process has held, in bytes; 0 where the system does not say."""
     fields = dict(_field(line) for line in _proc("self/status").splitlines() if ":" in line)
     return int(fields.get("VmHWM", "0 kB").split()[0]) * 1024
+
+
+def resident_bytes() -> tuple[int, int]:
+    """Bytes of this process in memory: all, and those that no file backs; 0 where unknown."""
+    fields = dict(_field(line) for line in _proc("self/status").splitlines() if ":" in line)
+    whole, private = (int(fields.get(name, "0 kB").split()[0]) for name in ("VmRSS", "RssAnon"))
+    return whole * 1024, private * 1024
+
+
+def die_with_parent() -> None:
+    """Linux: a parent that is killed takes this process with it."""
+    call = getattr(ctypes.CDLL(None), "prctl", None)
+    if call is not None:
+        call(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def available_bytes() -> int | None:

@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("export", "rewrite"),
     ("runtime", "engine"),
     ("validate",),
-    ("device_package",),
+    ("device_package", "bench"),
     ("cli",),
 )
 # Third-party libraries a package may load when it is imported, and those it may load in a function.
@@ -43,6 +43,7 @@ AT_IMPORT = {
     "device": {"numpy"},  # tensorrt by name: `device/library.py`
     "device_package": {"numpy", "onnx_ir"},
     "validate": {"numpy", "torch", "onnx_ir"},  # onnx_ir: the mutants are graph surgery
+    "bench": {"numpy", "torch", "transformers", "onnxruntime", "onnx_ir"},
     "cli": {"click"},
     # One file, imported in functions only.
     "mla_deploy/checkpoint/values.py": {"torch"},
@@ -51,6 +52,7 @@ IN_FUNCTIONS = {
     "bundle": {"numpy", "onnx"},
     "checkpoint": {"torch", "numpy", "safetensors"},
     "validate": {"tokenizers"},
+    "bench": {"openvino", "llama_cpp", "gguf"},  # peers, which may not be installed
     "cli": {"rich", "tokenizers"},
 }
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_POSITIONAL, MEDIAN_LINES = 400, 60, 5, 200

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from mla_deploy import __version__
+from mla_deploy.cli.bench import bench
 from mla_deploy.cli.build import build
 from mla_deploy.cli.doctor import doctor
 from mla_deploy.cli.export import export
@@ -34,5 +35,5 @@ def group(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for _command in (inspect, export, quantize, build, validate, run, doctor):
+for _command in (inspect, export, quantize, build, validate, run, bench, doctor):
     group.add_command(_command)

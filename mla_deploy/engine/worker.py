@@ -7,10 +7,8 @@ are JSON lines on the descriptor named on the command line, so that nothing prin
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -21,16 +19,15 @@ from mla_deploy.door import create_file
 from mla_deploy.engine.build_log import BuildLog
 from mla_deploy.engine.request import BuildRequest
 from mla_deploy.engine.tensorrt_api import TensorRt
-from mla_deploy.machine import peak_bytes
+from mla_deploy.machine import die_with_parent, peak_bytes
 
-_PR_SET_PDEATHSIG = 1
 _PROGRESS_SECONDS = 0.1
 Send = Callable[..., None]
 
 
 def main() -> int:
     """Build what standard input asks for. 0 when a result was sent, whatever it says."""
-    _die_with_parent()
+    die_with_parent()
     events = int(sys.argv[1])
     os.dup2(2, 1)  # what native code prints goes where errors go
 
@@ -104,13 +101,6 @@ def _throttled(send: Send) -> Callable[[str, int, int], None]:
             send("progress", stage=stage, done=done, total=total)
 
     return report
-
-
-def _die_with_parent() -> None:
-    """Linux: a parent that is killed takes this process with it."""
-    call = getattr(ctypes.CDLL(None), "prctl", None)
-    if call is not None:
-        call(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,14 @@ from transformers.exporters.utils import decompose_for_generation
 from mla_deploy.checkpoint import open_checkpoint
 from mla_deploy.source import module_from_checkpoint
 
+FORMS = ("plain", "fused")
 
-def write_exporter_graph(checkpoint: Path, out: Path) -> dict[str, float]:
-    """Multi-token decode with every axis dynamic, as `export_for_generation` makes it, saved as
-    `plain` and as `fused`; the seconds are those of the export alone.
+
+def write_exporter_graph(checkpoint: str, out: str) -> dict[str, float]:
+    """Multi-token decode with every axis dynamic, as `export_for_generation` makes it, saved under
+    `out` as `plain/model.onnx` and `fused/model.onnx`; the seconds are those of the export alone.
     """
-    with open_checkpoint(checkpoint) as source:
+    with open_checkpoint(Path(checkpoint)) as source:
         module = module_from_checkpoint(source)
     module.set_attn_implementation("sdpa")  # transformers' default
     if module._can_set_experts_implementation():
@@ -38,11 +40,11 @@ def write_exporter_graph(checkpoint: Path, out: Path) -> dict[str, float]:
     submodel, inputs = stages["decode"]
     exported = OnnxExporter().export(submodel, inputs, OnnxConfig(dynamic=True))
     seconds = time.perf_counter() - start
-    exported.save_pretrained(str(out / "plain"))
+    exported.save_pretrained(str(Path(out) / "plain"))
     fuse_for_onnxruntime(exported.program, "cpu")  # what its option `ort_fusions="cpu"` adds
-    exported.save_pretrained(str(out / "fused"))
+    exported.save_pretrained(str(Path(out) / "fused"))
     return {"seconds": seconds}
 
 
 if __name__ == "__main__":
-    print(json.dumps(write_exporter_graph(Path(sys.argv[1]), Path(sys.argv[2]))))
+    print(json.dumps(write_exporter_graph(sys.argv[1], sys.argv[2])))

@@ -1,6 +1,6 @@
 """ONNX Runtime sessions for the benches, all with the options of a product session.
 
-They are those of `mla_deploy/runtime/sessions.py`, so that a difference of two figures is a
+They are those of `runtime/sessions.py`, so that a difference of two figures is a
 difference of two graphs.
 """
 

@@ -1,8 +1,9 @@
 """Timing by interleaved rounds: A B C, A B C, ... so that a noisy machine slows all of them alike.
 
-Only ratios of medians taken in one run are compared. `realtime` puts every thread of the process
-under SCHED_RR around the timed call, where the system lets it: a busy machine then does not
-preempt half of a two-threaded step. Where it does not, timing goes on as it is.
+Here are the clock of a call and the rounds of contenders that share a process; those of processes
+are in `compare.py`. Only ratios of medians taken in one run are compared. `realtime` puts every
+thread of the process under SCHED_RR around the timed call, where the system lets it: a busy machine
+then does not preempt half of a two-threaded step. Where it does not, timing goes on as it is.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import contextlib
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_REST_SECONDS = 0.02  # lets the spinning threads of the previous contender fall asleep
+REST_SECONDS = 0.02  # lets the spinning threads of the previous contender fall asleep
 
 
 @dataclass(frozen=True)
@@ -57,18 +58,13 @@ def interleave(
         call()
     for _ in range(rounds):
         for name, call in contenders.items():
-            time.sleep(_REST_SECONDS)
+            time.sleep(REST_SECONDS)
             with scheduled(realtime):
                 start = time.perf_counter()
                 for _ in range(repeat):
                     call()
                 found[name].append((time.perf_counter() - start) / repeat)
     return {name: Timing(tuple(seconds)) for name, seconds in found.items()}
-
-
-def integers(text: str) -> Sequence[int]:
-    """`512,8192` of a command line."""
-    return tuple(int(part) for part in text.split(","))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,164 @@
+"""A real comparison of a tiny model with every peer that is installed, through the command line."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mla_deploy.bench import line_up
+from mla_deploy.bench.compare import compare
+from mla_deploy.bench.peer import ContenderSpec
+from mla_deploy.cli import main
+from mla_deploy.errors import EnvironmentFailure
+from mla_deploy.export import export
+from tests.cli.conftest import Command, command
+from tests.exported import GROWING, HALF_SPLIT, Exported, exported
+from tests.families import write_family
+
+__all__ = ["command"]
+CONTEXTS = (16, 64)
+LATENT_ROW_BYTES = 2 * (16 + 8) * 4
+
+
+@pytest.fixture(scope="module")
+def pair() -> Exported:
+    return exported("v3")
+
+
+def peers() -> list[str]:
+    """What is installed of the families."""
+    return [
+        name
+        for name, family in line_up.FAMILIES.items()
+        if all(importlib.util.find_spec(module) is not None for module in family.modules)
+    ]
+
+
+@pytest.mark.parametrize("name", list(line_up.FAMILIES))
+def test_which_peers_run_below(pair: Exported, name: str) -> None:
+    if name not in peers():
+        pytest.skip(f"{name} is not installed: pip install {line_up.FAMILIES[name].install}")
+    line_up.check_line_up(pair.bundle, [name], pair.checkpoint)
+
+
+@pytest.mark.slow
+def test_every_peer_that_is_installed(command: Command, pair: Exported, tmp_path: Path) -> None:
+    words = [part for name in peers() for part in ("--against", name)]
+    ran = command(
+        "bench", pair.bundle.path, *words, "--source", pair.checkpoint, "--context", "16,64",
+        "--prefill", "8", "--threads", 1, "--rounds", 2, "--work", tmp_path, "--json",
+    )  # fmt: skip
+    found = ran.object("bench")["result"]
+    assert list(tmp_path.iterdir()) == []
+    assert not [f for f in found["contenders"].values() if "failed" in f]
+    exact = [p for p in found["parity"] if "kv=f16" not in p["contender"]]
+    worst = {p["contender"]: p["max_difference"] for p in exact if "fa " not in p["contender"]}
+    assert len(worst) >= 2 and max(worst.values()) < 1e-4
+    steps = [f for f in found["figures"] if f["work"] == "step"]
+    by_family = {name: [f for f in steps if f["family"] == name] for name in ("ours", *peers())}
+    for figures in by_family.values():
+        assert {f["size"] for f in figures} == set(CONTEXTS)
+        assert all(f["rounds"] == 6 and 0 < f["min_ms"] <= f["median_ms"] for f in figures)
+        assert all(f["resident_bytes"] > f["private_bytes"] > 0 for f in figures)
+    for name in {"ours", "transformers", "onnx-exporter", "openvino"} & set(by_family):
+        assert all(f["cache_bytes"] == LATENT_ROW_BYTES * f["size"] for f in by_family[name])
+    best = {(b["family"], b["size"]) for b in found["best"] if b["work"] == "step"}
+    assert best == {(name, size) for name in peers() for size in CONTEXTS}
+    read = {f["family"] for f in found["figures"] if f["work"] == "prefill"}
+    assert {"ours", "transformers"} <= read and not read & {"onnx-exporter", "openvino"}
+    assert [b["context"] for b in found["bounds"]] == [*CONTEXTS]
+    assert all(b["bytes_per_second"] > 1e8 and b["ratio"] > 0 for b in found["bounds"])
+
+
+@pytest.mark.parametrize(
+    ("options", "row_bytes"),
+    [
+        (HALF_SPLIT, (16 + 8) * 2),
+        (GROWING, (16 + 8) * 2),
+        ({"cache_dtype": "int8"}, 16 + 4 + 8 * 2),
+    ],
+    ids=["half-split", "growing", "int8"],
+)
+def test_bundles_against_one_another(
+    pair: Exported, options: dict[str, Any], row_bytes: int
+) -> None:
+    other = exported("v3", **options)
+    found = compare(
+        pair.bundle, against=[str(other.bundle.path)], context=(16,), rounds=1, threads=1
+    )
+    name = other.bundle.path.name
+    label = next(label for label in found.contenders if label.startswith(name))
+    figure = next(f for f in found.at("step", 16) if f.contender == label)
+    assert figure.cache_bytes == 2 * row_bytes * 16 and found.ratio(figure) is not None
+    parity = next(row for row in found.parity if row.contender == label)
+    assert parity.max_difference is not None and 0 < parity.max_difference < 0.2
+
+
+def test_progress_is_told_and_one_dead_contender_is_left_out(
+    pair: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nowhere = {"path": "/nowhere", "threads": 1}
+    same = {"path": str(pair.bundle.path), "threads": 1, "capacity": 20}
+    instead = ContenderSpec("instead", "broken", "bundle", same)
+    broken = ContenderSpec("broken", "broken", "openvino", nowhere, {}, instead)
+    monkeypatch.setattr(line_up, "check_line_up", lambda *_: None)
+    monkeypatch.setattr(line_up, "peer_specs", lambda *_: [broken])
+    stages: list[str] = []
+    found = compare(
+        pair.bundle, against=["openvino"], context=(16,), rounds=1, threads=1,
+        progress=lambda stage, _done, _total: stages.append(stage),
+    )  # fmt: skip
+    assert "failed" in found.contenders["broken"]
+    assert [f.contender for f in found.figures] == ["ours", "instead"]
+    assert {"loading ours", "steps at 16 tokens"} <= set(stages)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["kimi_linear", "dots3_note_text"])
+def test_states_rings_and_index_keys_come_of_real_tokens(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(line_up, "_ATTENTIONS", ("eager",))
+    checkpoint = write_family(tmp_path / "c", family)
+    bundle = export(checkpoint, tmp_path / "b")
+    found = compare(
+        bundle, against=["transformers"], source=checkpoint, context=(16,), rounds=1, threads=1
+    )
+    assert [f.reason for f in found.figures] == [""] * 2
+    assert all(found.ratio(figure) for figure in found.figures)
+    assert {f.cache_bytes > 0 for f in found.figures} == {True}
+    filled = {facts.get("cache_filled_with") for facts in found.contenders.values()}
+    assert "real tokens" in filled
+
+
+def test_ours_may_not_fail(pair: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    dead = ContenderSpec("ours", "ours", "memory", {"no": "such option"})
+    monkeypatch.setattr(line_up, "our_specs", lambda _plan: [dead])
+    with pytest.raises(EnvironmentFailure, match="cannot load: TypeError") as caught:
+        compare(pair.bundle, context=(16,), rounds=1, threads=1)
+    assert caught.value.code == "BEN-PEER"
+
+
+@pytest.mark.parametrize("columns", [80, 160])
+def test_tables_fit_the_terminal(
+    pair: Exported, columns: int, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("COLUMNS", str(columns))
+    status = main(["bench", str(pair.bundle.path), "--context", "16", "--rounds", "1",
+                   "--threads", "1"])  # fmt: skip
+    out = capsys.readouterr().out
+    assert status == 0 and "ms a step at 16 tokens" in out.splitlines()[0]
+    table = [line for line in out.splitlines() if line.startswith(" ours ")]
+    assert table and all(len(line) <= columns for line in out.splitlines()[1:])
+
+
+@pytest.mark.parametrize(
+    "options", [("--context", "5x"), ("--context", ""), ("--prefill", "0"), ("--threads", "0")]
+)
+def test_options_that_are_wrong(command: Command, pair: Exported, options: tuple[str, str]) -> None:
+    ran = command("bench", pair.bundle.path, *options)
+    assert ran.status == 2 and "error[CLI-USAGE]" in ran.err
