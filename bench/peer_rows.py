@@ -43,6 +43,7 @@ ROWS: Mapping[str, PeerRow] = {
     "llama-q4": PeerRow("int4", "llama.cpp:q4_0", {512: 1.2, 4096: 1.25}, _READ, {512: 1.35}),
     "llama-q4-int8-cache": PeerRow("int4-int8-cache", "llama.cpp:q4_0", {8192: 1.4, 32768: 1.7}),
     "int8-cache": PeerRow("int8-cache", "fp32", {8192: 1.15, 32768: 1.5}),
+    "int8-cache-int4": PeerRow("int4-int8-cache", "int4", {8192: 1.15, 32768: 1.5}),
 }
 # Of an int8 row cache over an fp32 one: a quarter, plus a rope key of 16 bits and a scale.
 CACHE_SHARE = 0.29
