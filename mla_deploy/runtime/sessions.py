@@ -2,8 +2,11 @@
 
 Pre-packing is off: ONNX Runtime would copy every weight into private memory to save 4 to 5 percent
 of a prefill. Without it the weights stay mapped from the bundle's file, shared between both
-graphs and between processes. Memory patterns are off because they keep one plan per input shape,
-and decoding has a new shape at every step.
+graphs and between processes. Quantised weights are packed all the same, a private copy for each
+graph: not packed, MatMulNBits widens them at every call. Measured (ONNX Runtime 1.31.1, 2 threads,
+AVX-512 VNNI, one MLP of 37.7 million weights of four bits): one token 2.7 ms packed, 140 ms not,
+10.6 ms in fp32; 512 tokens 174, 269 and 185 ms. Memory patterns are off because they keep one plan
+per input shape, and decoding has a new shape at every step.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ A `WeightPlan` gives each role of a weight its form. A plan is spelled as the op
     int4:experts=keep                    a role left in float
 
 int4 keeps the embedding in int8: it reads one row a token, so four bits save no time there, and
-they were seen to cost a third as much as all linear layers together (tiny-deepseek-v3: mean KL
-0.009 beside 0.024, `docs/quantised.md`).
+they were seen to cost a third as much as all linear layers together (models/tiny-deepseek-v3:
+mean KL 0.009 beside 0.024).
 """
 
 from __future__ import annotations

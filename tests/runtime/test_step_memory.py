@@ -25,8 +25,8 @@ SIZES = {"kv_lora_rank": 512, "max_position_embeddings": 1 << 16}
 class Unpooled(GraphSessions):
     """Each tensor is allocated when it is made and freed after its last use."""
 
-    def _options(self) -> Any:
-        options = super()._options()
+    def _options(self, graph: Any) -> Any:
+        options = super()._options(graph)
         options.enable_cpu_mem_arena = False
         return options
 
