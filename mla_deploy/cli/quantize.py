@@ -13,7 +13,7 @@ from mla_deploy.cli.progress import progress_bar
 from mla_deploy.cli.verb import choice, verb
 
 
-@click.command(short_help="Bundle to bundle: weights or cache in fewer bits, the loss measured.")
+@click.command(short_help="Bundle to bundle: weights or cache in fewer bits.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The bundle to write.")
 @click.option(
