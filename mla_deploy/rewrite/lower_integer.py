@@ -219,8 +219,8 @@ class AttendBytes:
         step_B1X1 = op.Div(op.Max(peak, _number(op, TINY)), _number(op, _COARSE))
         ratio = op.Div(query, step_B1X1)
         coarse = op.Round(ratio)
-        fine = op.Round(op.Mul(op.Sub(ratio, coarse), _number(op, _FINE)))
-        parts_B1YK = op.Cast(op.Concat(coarse, fine, axis=2), to=_INT8)
+        fine = op.QuantizeLinear(op.Sub(ratio, coarse), _number(op, 1 / _FINE), _zero(op, _INT8))
+        parts_B1YK = op.Concat(op.Cast(coarse, to=_INT8), fine, axis=2)
         raw_B1TY = op.MatMulInteger(plane.codes_B1TK, swapped(op, parts_B1YK), self._zero(op))
         # One product scales the rows, adds fine to coarse, and turns [T, 2X] to [X, T].
         pair = op.Concat(eye_XX, op.Div(eye_XX, _number(op, _FINE)), axis=1)
@@ -239,15 +239,13 @@ class AttendBytes:
         ratio = op.Div(share_BXUT, step_BXU1)
         coarse = op.Cast(ratio, to=_UINT8)  # cut, not rounded: what is left is not negative
         left = op.Sub(ratio, op.Cast(coarse, to=_FLOAT))
-        half = _number(op, 0.5)
-        fine = op.Cast(op.Add(op.Mul(left, _number(op, _PARTS)), half), to=_UINT8)
+        fine = op.QuantizeLinear(left, _number(op, 1 / _PARTS), _zero(op, _UINT8))
         parts_BUYT = op.Transpose(op.Concat(coarse, fine, axis=1), perm=[0, 2, 1, 3])
         blocks = op.Reshape(
             op.Squeeze(plane.codes_B1TK, ints(op, [1])),
             op.Concat(ints(op, [0, -1]), block_1, ints(op, [plane.width]), axis=0),
         )
-        none = op.Constant(value=ir.tensor(0, _UINT8))
-        raw_BUYK = op.MatMulInteger(parts_BUYT, blocks, none, self._zero(op))
+        raw_BUYK = op.MatMulInteger(parts_BUYT, blocks, _zero(op, _UINT8), self._zero(op))
         # One product scales each block's parts and adds them up: [X, U*2X] x [U*2X, K].
         flat = op.Reshape(op.Cast(raw_BUYK, to=_FLOAT), ints(op, [0, 1, -1, plane.width]))
         pair_X1Y = op.Unsqueeze(
@@ -309,6 +307,10 @@ def _stored(latent: ir.Value) -> ir.Node:
         if node is not None:
             return node
     raise Mismatch("the latent is not stored in bytes", latent)
+
+
+def _zero(op: Any, dtype: ir.DataType) -> ir.Value:
+    return required(op.Constant(value=ir.tensor(0, dtype)))
 
 
 def _number(op: Any, value: float) -> ir.Value:
