@@ -22,6 +22,8 @@ from mla_deploy.errors import InputError, quoted
 # A row of zeros has a scale all the same: nothing is divided by zero.
 TINY = 1e-30
 _TILE = 128
+# Tokens of a block of codes that is multiplied at once; rows are bound in whole blocks.
+BLOCKS = (512, 1024)
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,11 @@ class LatentStore:
     zero: int  # what is stored for 0
     bits: int
     is_tiled: bool
+
+    @property
+    def is_float(self) -> bool:
+        """Codes are the bits of a number: they do not multiply as they lie."""
+        return self.name == "fp8"
 
     def columns(self, rank: int) -> int:
         """Bytes of the codes of one row. Raises: InputError EXP-CACHE (int4 of an odd rank)."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import TracebackType
 
 import torch
 
@@ -30,7 +29,7 @@ class Joined:
 
 
 class BundleSource:
-    """A context manager; both the `Source` of a manifest and the `WeightSource` of a file."""
+    """Both the `Source` of a manifest and the `WeightSource` of a file, until it is closed."""
 
     def __init__(self, bundle: Bundle) -> None:
         """Raises: InputError QNT-AGAIN, QNT-SOURCE; as `read_config`."""
@@ -88,17 +87,6 @@ class BundleSource:
     def close(self) -> None:
         self._shards.close()
         self._opened.close()
-
-    def __enter__(self) -> BundleSource:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _halves(whole: str) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import closing
 from dataclasses import replace as changed
 from math import prod
 
@@ -10,6 +11,7 @@ from mla_deploy.bundle import Bundle, open_bundle, refuse_overlap, stage_bundle
 from mla_deploy.errors import InputError, quoted
 from mla_deploy.export.bundle_source import BundleSource
 from mla_deploy.export.pipeline import ExportOptions, Progress, build_bundle, check_options
+from mla_deploy.export.weights import DTYPES
 from mla_deploy.latent_store import STORES
 from mla_deploy.weight_forms.form import is_plan
 
@@ -45,13 +47,14 @@ def quantize(
             weights=weights,
         )
     refuse_overlap(out, opened.path)
-    with BundleSource(opened) as source:
+    with closing(BundleSource(opened)) as source:
         options = changed(options_of(opened), weights=weights)
         if cache_dtype is not None:
             layout = "split" if cache_dtype in STORES else options.cache_layout
             options = changed(options, cache_dtype=cache_dtype, cache_layout=layout)
         check_options(options)
-        needed = sum(prod(info.shape) for info in source.slices.values())
+        elements = sum(prod(info.shape) for info in source.slices.values())
+        needed = elements if weights is not None else elements * DTYPES[options.dtype].itemsize
         with stage_bundle(out, replace=replace, needed_bytes=needed) as stage:
             return build_bundle(source, source, stage, options, progress or (lambda *_: None))
 

@@ -12,7 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from mla_deploy.latent_store import TINY, LatentStore
-from mla_deploy.rewrite.rule import ints
+from mla_deploy.rewrite.rule import ints, nibbles, number
 from mla_deploy.source.latent_values import e4m3_values
 
 _FLOAT, _UINT8 = ir.DataType.FLOAT, ir.DataType.UINT8
@@ -24,18 +24,18 @@ def encode(op: Any, rows_BSL: ir.Value, store: LatentStore, rank: int) -> tuple[
     if tiles > 1:
         tiled, axis = op.Reshape(rows_BSL, ints(op, [0, 0, tiles, rank // tiles])), 3
     peaks = op.ReduceMax(op.Abs(tiled), ints(op, [axis]), keepdims=1)
-    scales_BSG = op.Div(op.Max(peaks, _number(op, TINY)), _number(op, store.steps))
+    scales_BSG = op.Div(op.Max(peaks, number(op, TINY)), number(op, store.steps))
     ratios = op.Div(tiled, scales_BSG)
     if tiles > 1:
         ratios = op.Reshape(ratios, ints(op, [0, 0, rank]))
         scales_BSG = op.Squeeze(scales_BSG, ints(op, [3]))
-    if store.name == "fp8":
+    if store.is_float:
         return _e4m3_codes(op, ratios), scales_BSG
-    codes = op.Add(op.Round(ratios), _number(op, store.zero))
+    codes = op.Add(op.Round(ratios), number(op, store.zero))
     if store.bits == 4:
         half = rank // 2
         low, high = op.Split(codes, ints(op, [half, half]), axis=2, _outputs=2)
-        codes = op.Add(low, op.Mul(high, _number(op, 16)))
+        codes = op.Add(low, op.Mul(high, number(op, 16)))
     return op.Cast(codes, to=_UINT8), scales_BSG
 
 
@@ -43,13 +43,13 @@ def decode(
     op: Any, codes_B1TC: ir.Value, scales_B1TG: ir.Value, store: LatentStore, rank: int
 ) -> ir.Value:
     """Rows [B, 1, T, L] in fp32."""
-    if store.name == "fp8":
+    if store.is_float:
         table = op.Constant(value=ir.tensor(e4m3_values()))
         values = op.Gather(table, op.Cast(codes_B1TC, to=ir.DataType.INT32))
     else:
-        unpacked = [plane for plane, _ in _unpacked(op, codes_B1TC, store)]
+        unpacked = _unpacked(op, codes_B1TC, store)
         whole = unpacked[0] if len(unpacked) == 1 else op.Concat(*unpacked, axis=3)
-        values = op.Sub(op.Cast(whole, to=_FLOAT), _number(op, store.zero))
+        values = op.Sub(op.Cast(whole, to=_FLOAT), number(op, store.zero))
     tiles = store.tiles(rank)
     if tiles == 1:
         return op.Mul(values, scales_B1TG)
@@ -76,7 +76,7 @@ def planes(
     tiles, found = store.tiles(rank), []
     width = rank // tiles
     turned_B1GT = op.Transpose(scales_B1TG, perm=[0, 1, 3, 2])
-    unpacked = [plane for plane, _ in _unpacked(op, codes_B1TC, store)]
+    unpacked = _unpacked(op, codes_B1TC, store)
     for tile in range(tiles):
         scale = turned_B1GT
         if tiles > 1:
@@ -90,28 +90,20 @@ def planes(
     return found
 
 
-def _unpacked(op: Any, codes: ir.Value, store: LatentStore) -> list[tuple[ir.Value, int]]:
-    """Bytes with one code each, and which half of the row they are."""
-    if store.bits == 8:
-        return [(codes, 0)]
-    mask = op.Constant(value=ir.tensor([15], _UINT8))
-    four = op.Constant(value=ir.tensor([4], _UINT8))
-    return [(op.BitwiseAnd(codes, mask), 0), (op.BitShift(codes, four, direction="RIGHT"), 1)]
+def _unpacked(op: Any, codes: ir.Value, store: LatentStore) -> tuple[ir.Value, ...]:
+    """Bytes with one code each, of which a row's halves are apart where two codes were in one."""
+    return (codes,) if store.bits == 8 else nibbles(op, codes)
 
 
 def _e4m3_codes(op: Any, ratios: ir.Value) -> ir.Value:
-    """As `latent_store._e4m3_codes`; the runtime's own Cast rounds."""
+    """As `source/latent_values.py` makes them; the runtime's own Cast rounds."""
     cast = op.Cast(op.Cast(ratios, to=ir.DataType.FLOAT8E4M3FN), to=_FLOAT)
     size = op.Abs(cast)
     # A rounded number is 1 to 1.875 times a power of two; 1.03 keeps the logarithm off the edges.
-    binade = op.Floor(op.Mul(op.Log(op.Max(op.Mul(size, _number(op, 1.03)), _number(op, TINY))),
-                             _number(op, 1 / log(2))))  # fmt: skip
-    exponent = op.Max(binade, _number(op, -6))
-    steps = op.Div(op.Mul(size, _number(op, 8)), op.Pow(_number(op, 2), exponent))
-    codes = op.Round(op.Add(op.Mul(op.Add(exponent, _number(op, 6)), _number(op, 8)), steps))
-    sign = op.Where(op.Less(cast, _number(op, 0)), _number(op, 128), _number(op, 0))
+    binade = op.Floor(op.Mul(op.Log(op.Max(op.Mul(size, number(op, 1.03)), number(op, TINY))),
+                             number(op, 1 / log(2))))  # fmt: skip
+    exponent = op.Max(binade, number(op, -6))
+    steps = op.Div(op.Mul(size, number(op, 8)), op.Pow(number(op, 2), exponent))
+    codes = op.Round(op.Add(op.Mul(op.Add(exponent, number(op, 6)), number(op, 8)), steps))
+    sign = op.Where(op.Less(cast, number(op, 0)), number(op, 128), number(op, 0))
     return op.Cast(op.Add(codes, sign), to=_UINT8)
-
-
-def _number(op: Any, value: float) -> Any:
-    return op.Constant(value_float=float(value))

@@ -17,6 +17,8 @@ A sparse layer's one new token attends to the rows it has chosen, and to no othe
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -254,22 +256,37 @@ class Attend:
         return op.Reshape(out_B1XL, ints(op, [0, self.folding.heads, -1, self.rank]))
 
 
-def _sparse(op: Any, step: Attend, visible: ir.Value, chosen: ir.Value) -> ir.Value:
-    """One new token with more rows than it chose reads those; else the choice is a mask."""
-    every = every_is_chosen(op, visible, chosen)
-    one_new = is_one_new(op, visible)
-    few = Body("few")
-    few_out = step.chosen(few, visible, chosen)
-    all_rows = Body("rows")
-    all_visible = _all_visible(step, visible)
-    plain = None if all_visible is None else all_rows.And(all_visible, every)
-    all_out = step.dense(all_rows, selected(all_rows, visible, chosen), plain)
+def few_or_all(
+    op: Any,
+    choice: tuple[ir.Value, ir.Value],
+    *,
+    few: Callable[[Body], ir.Value],
+    rest: Callable[[Body, ir.Value], ir.Value],
+) -> ir.Value:
+    """One new token with more rows than it chose reads those; else the choice is a mask.
+
+    `choice`: visible, and the chosen rows. `rest` is told whether every row is chosen.
+    """
+    every = every_is_chosen(op, *choice)
+    one_new = is_one_new(op, choice[0])
+    few_rows, all_rows = Body("few"), Body("rows")
+    few_out, all_out = few(few_rows), rest(all_rows, every)
     out: ir.Value = op.If(
         op.And(one_new, op.Not(every)),
-        then_branch=few.graph(few_out),
+        then_branch=few_rows.graph(few_out),
         else_branch=all_rows.graph(all_out),
     )
     return out
+
+
+def _sparse(op: Any, step: Attend, visible: ir.Value, chosen: ir.Value) -> ir.Value:
+    def rest(body: Body, every: ir.Value) -> ir.Value:
+        all_visible = _all_visible(step, visible)
+        plain = None if all_visible is None else body.And(all_visible, every)
+        return step.dense(body, selected(body, visible, chosen), plain)
+
+    few = functools.partial(step.chosen, visible=visible, chosen_B1K=chosen)
+    return few_or_all(op, (visible, chosen), few=few, rest=rest)
 
 
 def is_one_new(op: Any, visible_B1ST: ir.Value) -> ir.Value:

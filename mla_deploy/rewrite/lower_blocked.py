@@ -25,6 +25,7 @@ from mla_deploy.rewrite.rule import (
     Body,
     attribute,
     ints,
+    number,
     required,
     required_node,
     static,
@@ -114,7 +115,7 @@ class Blocks:
         rows = op.Squeeze(op.Shape(tokens.visible_B1ST, start=3, end=4))
         count = op.Div(op.Add(rows, op.Constant(value_int=BLOCK - 1)), op.Constant(value_int=BLOCK))
         shape_BHS = op.Shape(self.queries[0], start=0, end=3)
-        none_BHSV = op.Expand(_zero(op), op.Concat(shape_BHS, ints(op, [self.value]), axis=0))
+        none_BHSV = op.Expand(number(op, 0), op.Concat(shape_BHS, ints(op, [self.value]), axis=0))
         # A sink is a share that gives nothing; without one the first share outweighs the start.
         start = op.Constant(value_float=MASKED)
         if sinks_H is not None:
@@ -148,10 +149,6 @@ class Blocks:
         return op.graph(
             op.Identity(going), sum_BHSV, next_share, inputs=[number, going, out, share]
         )
-
-
-def _zero(op: Any) -> ir.Value:
-    return required(op.Constant(value_float=0.0))
 
 
 RULES = tuple(LowerBlocked.rule("lower_expanded_attention", sinks) for sinks in (False, True))

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from mla_deploy.latent_store import TINY, LatentStore, find_store
+from mla_deploy.latent_store import BLOCKS, TINY, LatentStore, find_store
 from mla_deploy.rewrite.latent_codes import Plane, decode, planes
 from mla_deploy.rewrite.lower_attention import (
     Attend,
@@ -34,11 +34,12 @@ from mla_deploy.rewrite.lower_attention import (
     Folding,
     LowerLatentAttention,
     Rows,
+    few_or_all,
     folded,
     is_one_new,
     rows_of,
 )
-from mla_deploy.rewrite.lower_choice import every_is_chosen, selected
+from mla_deploy.rewrite.lower_choice import selected
 from mla_deploy.rewrite.rule import (
     DOMAIN,
     MASKED,
@@ -46,6 +47,7 @@ from mla_deploy.rewrite.rule import (
     Mismatch,
     attribute,
     ints,
+    number,
     producer,
     required,
     required_node,
@@ -57,9 +59,9 @@ from mla_deploy.rewrite.rule import (
 _MOST_ROWS = 128
 # Cached tokens from which on bytes are multiplied.
 _LEAST_TOKENS = 1536
-# Tokens of a block, the first that divides T; else all of T are one, up to where int32 might not
+# A block is the widest of these that divides T; else all of T are one, up to where int32 might not
 # hold their sum.
-_BLOCKS = (1024, 512)
+_BLOCKS = BLOCKS
 _LONGEST = 1 << 16
 _COARSE, _FINE, _PARTS = 63.0, 126.0, 255.0
 _FLOAT, _INT8, _UINT8 = ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.UINT8
@@ -102,7 +104,15 @@ class LowerIntegerAttention(LowerLatentAttention):
         )
         if choice is None:
             return step.dense(op, visible)
-        return _sparse(op, step, *(required(value) for value in choice.inputs))
+        seen, chosen = (required(value) for value in choice.inputs)
+        if not step.multiplies:
+            return step.dense(op, selected(op, seen, chosen))
+        return few_or_all(
+            op,
+            (seen, chosen),
+            few=lambda body: step.chosen(body, Choice.of(body, seen, chosen)),
+            rest=lambda body, _: step.dense(body, selected(body, seen, chosen)),
+        )
 
 
 @dataclass(frozen=True)
@@ -144,7 +154,7 @@ class AttendBytes:
     @property
     def multiplies(self) -> bool:
         """Whether bytes are ever multiplied: codes are numbers, and one new token is few rows."""
-        return self.folding.heads <= _MOST_ROWS and self.latents.store.name != "fp8"
+        return self.folding.heads <= _MOST_ROWS and not self.latents.store.is_float
 
     def dense(self, op: Any, visible: ir.Value) -> ir.Value:
         """Over every row. [B, H, S, L]."""
@@ -216,14 +226,14 @@ class AttendBytes:
             edges = (ints(op, [plane.first]), ints(op, [plane.first + plane.width]))
             query = op.Slice(query, *edges, ints(op, [3]))
         peak = op.ReduceMax(op.Abs(query), ints(op, [3]), keepdims=1)
-        step_B1X1 = op.Div(op.Max(peak, _number(op, TINY)), _number(op, _COARSE))
+        step_B1X1 = op.Div(op.Max(peak, number(op, TINY)), number(op, _COARSE))
         ratio = op.Div(query, step_B1X1)
         coarse = op.Round(ratio)
-        fine = op.QuantizeLinear(op.Sub(ratio, coarse), _number(op, 1 / _FINE), _zero(op, _INT8))
+        fine = op.QuantizeLinear(op.Sub(ratio, coarse), number(op, 1 / _FINE), _zero(op, _INT8))
         parts_B1YK = op.Concat(op.Cast(coarse, to=_INT8), fine, axis=2)
         raw_B1TY = op.MatMulInteger(plane.codes_B1TK, swapped(op, parts_B1YK), self._zero(op))
         # One product scales the rows, adds fine to coarse, and turns [T, 2X] to [X, T].
-        pair = op.Concat(eye_XX, op.Div(eye_XX, _number(op, _FINE)), axis=1)
+        pair = op.Concat(eye_XX, op.Div(eye_XX, number(op, _FINE)), axis=1)
         joined_B1XY = op.Mul(pair, step_B1X1)
         turned = op.MatMul(joined_B1XY, swapped(op, op.Cast(raw_B1TY, to=_FLOAT)))
         return required(op.Mul(turned, plane.scale_B11T))
@@ -235,11 +245,11 @@ class AttendBytes:
         shape = op.Concat(ints(op, [0]), rows_1, ints(op, [-1]), block_1, axis=0)
         share_BXUT = op.Reshape(op.Mul(weights_B1XT, plane.scale_B11T), shape)
         peak = op.ReduceMax(share_BXUT, ints(op, [3]), keepdims=1)
-        step_BXU1 = op.Div(op.Max(peak, _number(op, TINY)), _number(op, _PARTS))
+        step_BXU1 = op.Div(op.Max(peak, number(op, TINY)), number(op, _PARTS))
         ratio = op.Div(share_BXUT, step_BXU1)
         coarse = op.Cast(ratio, to=_UINT8)  # cut, not rounded: what is left is not negative
         left = op.Sub(ratio, op.Cast(coarse, to=_FLOAT))
-        fine = op.QuantizeLinear(left, _number(op, 1 / _PARTS), _zero(op, _UINT8))
+        fine = op.QuantizeLinear(left, number(op, 1 / _PARTS), _zero(op, _UINT8))
         parts_BUYT = op.Transpose(op.Concat(coarse, fine, axis=1), perm=[0, 2, 1, 3])
         blocks = op.Reshape(
             op.Squeeze(plane.codes_B1TK, ints(op, [1])),
@@ -249,7 +259,7 @@ class AttendBytes:
         # One product scales each block's parts and adds them up: [X, U*2X] x [U*2X, K].
         flat = op.Reshape(op.Cast(raw_BUYK, to=_FLOAT), ints(op, [0, 1, -1, plane.width]))
         pair_X1Y = op.Unsqueeze(
-            op.Concat(eye_XX, op.Div(eye_XX, _number(op, _PARTS)), axis=1), ints(op, [1])
+            op.Concat(eye_XX, op.Div(eye_XX, number(op, _PARTS)), axis=1), ints(op, [1])
         )
         joined = op.Mul(step_BXU1, pair_X1Y)
         joined_B1XZ = op.Reshape(
@@ -275,27 +285,11 @@ def _square(op: Any, query_B1XI: ir.Value) -> ir.Value:
     return required(op.EyeLike(op.ConstantOfShape(shape), dtype=_FLOAT))
 
 
-def _sparse(op: Any, step: AttendBytes, visible: ir.Value, chosen: ir.Value) -> ir.Value:
-    """One new token with more rows than it chose reads those; else the choice is a mask."""
-    if not step.multiplies:
-        return step.dense(op, selected(op, visible, chosen))
-    every = every_is_chosen(op, visible, chosen)
-    few, rest = Body("few"), Body("rows")
-    few_out = step.chosen(few, Choice.of(few, visible, chosen))
-    rest_out = step.dense(rest, selected(rest, visible, chosen))
-    out: ir.Value = op.If(
-        op.And(is_one_new(op, visible), op.Not(every)),
-        then_branch=few.graph(few_out),
-        else_branch=rest.graph(rest_out),
-    )
-    return out
-
-
 def _block(op: Any, codes_B1TK: ir.Value) -> ir.Value:
     """Tokens of one block, int64 [1]."""
     rows_1 = op.Shape(codes_B1TK, start=2, end=3)
     block_1 = rows_1
-    for size in reversed(_BLOCKS):
+    for size in sorted(_BLOCKS):
         divides = op.Equal(op.Mod(rows_1, ints(op, [size])), ints(op, [0]))
         block_1 = op.Where(divides, ints(op, [size]), block_1)
     return required(block_1)
@@ -311,10 +305,6 @@ def _stored(latent: ir.Value) -> ir.Node:
 
 def _zero(op: Any, dtype: ir.DataType) -> ir.Value:
     return required(op.Constant(value=ir.tensor(0, dtype)))
-
-
-def _number(op: Any, value: float) -> ir.Value:
-    return required(op.Constant(value_float=value))
 
 
 RULES = tuple(LowerIntegerAttention.rule("lower_latent_attention", s) for s in (False, True))

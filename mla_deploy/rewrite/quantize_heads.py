@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from mla_deploy.rewrite.quantize_cpu import block_form, nbits_product
 from mla_deploy.rewrite.quantized_weight import parts_of
-from mla_deploy.rewrite.rule import Mismatch, Rule, attribute, ints, required, static
+from mla_deploy.rewrite.rule import Mismatch, Rule, attribute, ints, nibbles, required, static
 from mla_deploy.weight_forms.form import WeightForm, WeightPlan
 from mla_deploy.weight_forms.parts import HEADS
 
@@ -110,7 +110,7 @@ def widened(op: Any, parts: list[ir.Value], form: WeightForm, columns: int) -> i
     values, scales, *zeros = parts
     last = ints(op, [-1])
     if form.bits == 4:
-        low, high = _nibbles(op, values)
+        low, high = nibbles(op, values)
         pairs = op.Concat(op.Unsqueeze(low, last), op.Unsqueeze(high, last), axis=-1)
         values = op.Reshape(pairs, ints(op, [0, 0, -1]))
     middle = op.Constant(value_float=float(2 ** (form.bits - 1)))
@@ -127,17 +127,11 @@ def _zeros(op: Any, packed: ir.Value, form: WeightForm, columns: int) -> ir.Valu
     """Zero points, one a block."""
     if form.bits == 8:
         return packed
-    low, high = _nibbles(op, packed)
+    low, high = nibbles(op, packed)
     last = ints(op, [-1])
     pairs = op.Concat(op.Unsqueeze(low, last), op.Unsqueeze(high, last), axis=-1)
     rows = op.Reshape(pairs, ints(op, [0, -1]))
     return op.Slice(rows, ints(op, [0]), ints(op, [form.blocks(columns)]), ints(op, [1]))
-
-
-def _nibbles(op: Any, packed: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """The low and the high halves of bytes."""
-    mask, shift = (op.Constant(value=ir.tensor([n], ir.DataType.UINT8)) for n in (15, 4))
-    return op.BitwiseAnd(packed, mask), op.BitShift(packed, shift, direction="RIGHT")
 
 
 def _split(op: Any, value: ir.Value, sizes: list[int]) -> tuple[ir.Value, ...]:

@@ -80,6 +80,17 @@ def ints(op: Any, values: Sequence[int]) -> ir.Value:
     return op.Constant(value_ints=list(values))
 
 
+def number(op: Any, value: float) -> ir.Value:
+    """A constant fp32 scalar."""
+    return required(op.Constant(value_float=float(value)))
+
+
+def nibbles(op: Any, packed: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The low and the high halves of bytes, a byte each."""
+    mask, shift = (op.Constant(value=ir.tensor([n], ir.DataType.UINT8)) for n in (15, 4))
+    return op.BitwiseAnd(packed, mask), op.BitShift(packed, shift, direction="RIGHT")
+
+
 def swapped(op: Any, value: ir.Value) -> ir.Value:
     """The last two of four axes exchanged; ONNX Runtime folds it into the product that follows."""
     return op.Transpose(value, perm=[0, 1, 3, 2])

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mla_deploy.errors import EnvironmentFailure
+from mla_deploy.latent_store import BLOCKS
 from mla_deploy.runtime.cache_spec import Array, CacheSpec, CacheTensor, as_float32
 from mla_deploy.runtime.fixed_tensors import FixedTensors
 from mla_deploy.source.latent_values import decode
@@ -29,8 +30,7 @@ from mla_deploy.source.latent_values import decode
 _SMALL_BLOCK = 64
 _LARGE_BLOCK = 256
 _LARGE_FROM = 1024
-# Of codes, as `rewrite/lower_integer.py` has its blocks: 512, and from 8192 tokens on 1024.
-_CODES_BLOCK = 512
+_WIDEST_FROM = 8192  # from there on codes are bound in the wider of their blocks
 _FINITE_BYTE = 0x42  # in every byte: 48.6 in fp32, 3.1 in fp16, 48.5 in bf16
 
 
@@ -129,9 +129,9 @@ class InPlaceCache:
 
     def _wider(self, tokens: int) -> int:
         """Slots of a row for so many tokens, in blocks."""
-        large = _LARGE_BLOCK if self.spec.store is None else _CODES_BLOCK
-        if self.spec.store is not None and tokens > 16 * large:
-            large *= 2
+        large = _LARGE_BLOCK
+        if self.spec.store is not None:
+            large = BLOCKS[tokens > _WIDEST_FROM]
         block = _SMALL_BLOCK if tokens < _LARGE_FROM else large
         return -(-tokens // block) * block
 

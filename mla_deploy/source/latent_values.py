@@ -18,7 +18,7 @@ def encode(rows: Floats, store: LatentStore) -> tuple[Codes, Floats]:
     peaks = np.abs(tiled).max(axis=-1)
     scales = (np.maximum(peaks, np.float32(TINY)) / np.float32(store.steps)).astype(np.float32)
     ratios = (tiled / scales[..., None]).reshape(rows.shape)
-    if store.name == "fp8":
+    if store.is_float:
         return _e4m3_codes(ratios), scales
     codes = (np.rint(ratios) + np.float32(store.zero)).astype(np.uint8)
     if store.bits == 4:
@@ -29,7 +29,7 @@ def encode(rows: Floats, store: LatentStore) -> tuple[Codes, Floats]:
 
 def decode(codes: Codes, scales: Floats, store: LatentStore) -> Floats:
     """codes [..., columns], scales [..., tiles] -> [..., L]."""
-    if store.name == "fp8":
+    if store.is_float:
         values = e4m3_values()[codes]
     else:
         if store.bits == 4:

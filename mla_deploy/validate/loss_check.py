@@ -46,5 +46,5 @@ def measure_loss(
         scorer = TorchRunner(source).every_logit
     found = loss_over(on, rows, scorer, open_sessions(bundle, threads), progress)
     # Of both together the weights' gate is the one that was promised, and the cache's is tighter.
-    kind = str(bundle.manifest["cache"]["dtype"]) if plan is None else plan.kind
-    return told_of(found, LOSS_GATES.get(kind) if plan is not None else CACHE_LOSS.get(kind))
+    cache_dtype = str(bundle.manifest["cache"]["dtype"])
+    return told_of(found, CACHE_LOSS.get(cache_dtype) if plan is None else LOSS_GATES[plan.kind])

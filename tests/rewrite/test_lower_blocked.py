@@ -52,8 +52,8 @@ def test_numbers(name: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None
         assert difference[seen_BS].max() < 2 * TOLERANCE["fp32"]
 
 
-def test_no_score_of_all_tokens_is_made() -> None:
-    """Scores far apart over many blocks: the running sum neither overflows nor vanishes."""
+def test_scores_far_apart_over_many_blocks() -> None:
+    """The running sum neither overflows nor vanishes."""
     after, _ = fired(parsed(attention_text()), *lower_blocked.RULES)
     feeds = attention_feeds(lengths=([2999], [1], 1, 3000), seed=6)
     feeds["query"] *= 30
