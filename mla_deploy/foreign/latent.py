@@ -59,6 +59,7 @@ class Latent:
     nope: int
     value: int
     value_bias_HV: np.ndarray | None
+    rope_factor: float = 1.0  # taken off the keys: belongs to the scale
 
     @property
     def rank(self) -> int:
@@ -242,18 +243,20 @@ def _canonical(
         raise Stop(
             "rope key", site.scores[0].key.value, "the keys are one shared vector, no latent"
         )
-    w_HKL = np.concatenate(
-        (key_HEW[:, columns[:nope]][..., latent], value_HVW[..., latent]), axis=1
-    )
+    # A scale on the keys: one for the whole score.
+    shared = factors[nope] if len(set(factors[nope:])) == 1 and factors[nope] > 0 else 1.0
+    key_HNL = key_HEW[:, columns[:nope]][..., latent] / shared
+    w_HKL = np.concatenate((key_HNL, value_HVW[..., latent]), axis=1)
     return Latent(
         rows=rows,
         latent=tuple(latent),
         rope_key=tuple(rope_key),
         columns=tuple(columns),
-        factors=tuple(factors),
+        factors=tuple(factors) if shared == 1.0 else (1.0,) * len(factors),
         w_kv_b=np.ascontiguousarray(w_HKL.reshape(-1, len(latent)), dtype=np.float32),
         heads=key_HEW.shape[0],
         nope=nope,
         value=value_HVW.shape[1],
         value_bias_HV=bias_HV if bias_HV.any() else None,
+        rope_factor=shared,
     )

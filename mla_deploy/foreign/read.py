@@ -174,22 +174,37 @@ class ForeignFile:
                 value.const_value = self._lazy(tensor)
         return model
 
-    def _lazy(self, tensor: ir.ExternalTensor) -> ir.LazyTensor:
+    def _lazy(self, tensor: ir.ExternalTensor) -> FileTensor:
         data = self._data[str(tensor.location)]
-        start, shape, dtype = tensor.offset or 0, tuple(tensor.shape.numpy()), tensor.dtype
-        nbytes = (prod(shape) * dtype.bitwidth + 7) // 8
-        name = tensor.name
+        return FileTensor(data, tensor.offset or 0, tensor)
 
-        def read() -> ir.TensorProtocol:
-            held = _read(data, start, nbytes)
-            if dtype.bitwidth < 8:
-                raw = onnx.TensorProto(
-                    name=name, data_type=int(dtype), dims=shape, raw_data=bytes(held)
-                )
-                return ir.serde.deserialize_tensor(raw)
-            return ir.tensor(np.frombuffer(held, dtype.numpy()).reshape(shape), dtype, name=name)
 
-        return ir.LazyTensor(read, dtype, shape=ir.Shape(shape), name=name)
+class FileTensor(ir.LazyTensor):
+    """A tensor in a weight file, read each time that it is asked for."""
+
+    def __init__(self, data: DataFile, start: int, like: ir.TensorProtocol) -> None:
+        self._file, self._start = data, start
+        super().__init__(self._whole, like.dtype, shape=ir.Shape(like.shape.numpy()), name=like.name)
+
+    def rows(self, first: int, last: int) -> bytearray:
+        """The bytes of rows `first` to `last` of the first axis; of all where there is none."""
+        shape = self.shape.numpy()
+        row = (prod(shape[1:]) * self.dtype.bitwidth + 7) // 8
+        if not shape:
+            return _read(self._file, self._start, row)
+        return _read(self._file, self._start + first * row, (last - first) * row)
+
+    def _whole(self) -> ir.TensorProtocol:
+        shape = tuple(self.shape.numpy())
+        nbytes = (prod(shape) * self.dtype.bitwidth + 7) // 8
+        held = _read(self._file, self._start, nbytes)
+        if self.dtype.bitwidth < 8:
+            raw = onnx.TensorProto(
+                name=self.name, data_type=int(self.dtype), dims=shape, raw_data=bytes(held)
+            )
+            return ir.serde.deserialize_tensor(raw)
+        array = np.frombuffer(held, self.dtype.numpy()).reshape(shape)
+        return ir.tensor(array, self.dtype, name=self.name)
 
 
 def open_foreign(path: str | os.PathLike[str]) -> ForeignFile:
