@@ -12,6 +12,7 @@ import pytest
 from tests.foreign.graph import ForeignGraph, run_steps, token_ids
 from tests.foreign.sources import source_logits
 from tests.foreign.stored import described, stored_graph, stored_names, write_here
+from tests.foreign.written import SPELLINGS, written_graph
 
 _LENGTHS = (5, 1, 1, 3)
 _CLOSE = 2e-5
@@ -56,3 +57,9 @@ def test_the_exporter_of_today_writes_the_stored_form(name: str, tmp_path: Path)
 
 def _operators(path: Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(str(path)).graph.node)
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_a_written_graph_says_what_torch_says(name: str, tmp_path: Path) -> None:
+    graph = written_graph(tmp_path, name)
+    assert _difference(graph, graph.source) < (0.05 if "fp16" in name else _CLOSE)
