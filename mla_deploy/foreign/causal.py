@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 
@@ -37,12 +39,35 @@ def require_causal(region: Region, site: Site) -> None:
             )
 
 
-def _hidden(region: Region, mask: Mask, sizes: Sizes) -> np.ndarray:
-    """bool [S, T]: what `mask` hides."""
+def behind_guard(region: Region, site: Site) -> Site:
+    """The site with its result behind Where(sees nothing, 0, result), which exporters add.
+
+    Every token sees itself, so the condition never holds; that is computed, not believed.
+    """
+    graph, value = region.graph, site.out.value
+    users = [node for node, _ in value.uses()]
+    if len(users) != 1 or users[0].op_type != "Where":
+        return site
+    condition, zero, kept = users[0].inputs
+    if condition is None or kept is not value or graph.known.scalar(zero) != 0:
+        return site
+    if graph.depends(condition):
+        return site
+    for sizes in _CACHED if graph.caches else _UNCACHED:
+        if _value(region, condition, _given(region, sizes), sizes).any():
+            raise Stop("mask", users[0], "there are tokens that see nothing")
+    return replace(site, out=replace(site.out, value=users[0].outputs[0]))
+
+
+def _given(region: Region, sizes: Sizes) -> dict[ir.Value, np.ndarray]:
     graph = region.graph
     given = {each: graph.mask_feed(each, sizes) for each in graph.masks}
-    given |= {each: graph.position_feed(each, sizes) for each in graph.positions}
-    value = _value(region, mask.value, given, sizes)
+    return given | {each: graph.position_feed(each, sizes) for each in graph.positions}
+
+
+def _hidden(region: Region, mask: Mask, sizes: Sizes) -> np.ndarray:
+    """bool [S, T]: what `mask` hides."""
+    value = _value(region, mask.value, _given(region, sizes), sizes)
     new, cached = mask.axes
     rank = max(value.ndim, -new, -cached)
     value = value.reshape([1] * (rank - value.ndim) + list(value.shape))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from mla_deploy.foreign.attention import Site, attention_nodes, attention_site
-from mla_deploy.foreign.causal import require_causal
+from mla_deploy.foreign.causal import behind_guard, require_causal
 from mla_deploy.foreign.graph import ForeignGraph, foreign_graph
 from mla_deploy.foreign.latent import Latent, latent_of
 from mla_deploy.foreign.region import Region
@@ -61,6 +61,7 @@ def _layer(region: Region, node: ir.Node, index: int) -> LayerFinding:
     try:
         site = attention_site(region.graph, node, index)
         require_causal(region, site)
+        site = behind_guard(region, site)
         return LayerFinding(index, name, site, latent_of(region, site))
     except Stop as stop:
         return LayerFinding(index, name, site, None, stop.step, stop.node, stop.reason)

@@ -21,6 +21,7 @@ from mla_deploy import shapes
 from mla_deploy.errors import InputError, quoted
 from mla_deploy.export.trace import Trace
 from mla_deploy.export.trace_layer import CacheForm
+from mla_deploy.export.trace_module import INPUTS, SOURCE
 from mla_deploy.foreign.attention import Score
 from mla_deploy.foreign.axes import Operand, inner_size
 from mla_deploy.foreign.graph import NEW, ROWS, ForeignGraph
@@ -34,7 +35,6 @@ from mla_deploy.foreign.stop import shown
 from mla_deploy.rewrite.rule import required
 from mla_deploy.source.cache_parts import CacheBuffer, CachePart, buffers_of
 
-INPUTS = ("input_ids", "cache_lengths", "new_lengths")
 EXPANSION = "mla_deploy.{index}.w_kv_b"
 # Numbers in a constant that stays in the graph: more is a weight, and lies in the weight file.
 _INLINE = 16
@@ -84,11 +84,11 @@ class _Raising:
             for buffer in buffers
         }
         batch = shapes.BATCH
-        inputs = (
-            _input("input_ids", (batch, shapes.NEW_TOKENS), ir.DataType.INT64),
-            _input("cache_lengths", (batch,), ir.DataType.INT64),
-            _input("new_lengths", (batch,), ir.DataType.INT64),
+        dims = ((batch, shapes.NEW_TOKENS), (batch,), (batch,))
+        ids, before, new = (
+            _input(name, each, ir.DataType.INT64) for name, each in zip(INPUTS, dims, strict=True)
         )
+        inputs = (ids, before, new)
         first = next(iter(caches.values()))
         step = step_nodes(self.nodes, inputs, first, self.form.growing)
         places = Places(graph, self.nodes, step)
@@ -373,7 +373,7 @@ class _Raising:
     def _weight(self, name: str, array: np.ndarray) -> ir.Value:
         """A weight that is not the foreign file's."""
         self.weights[name] = torch.from_numpy(array)
-        self.expansions.append(_input(name, array.shape, ir.DataType.FLOAT))
+        self.expansions.append(_input(f"{SOURCE}.{name}", array.shape, ir.DataType.FLOAT))
         return self.expansions[-1]
 
     def _lift_weights(self) -> None:
@@ -384,6 +384,8 @@ class _Raising:
             if tensor is None or not value.uses():
                 self.ir.initializers.pop(name)
                 continue
+            if "." not in name:
+                value.name = f"source.{name}"
             if tensor.dtype not in _FLOATS:
                 continue
             if int(np.prod(tensor.shape.numpy())) <= _INLINE or value in tables:
@@ -391,10 +393,12 @@ class _Raising:
                     value.const_value = ir.tensor(tensor.numpy().astype(np.float32), name=name)
                     value.type = ir.TensorType(ir.DataType.FLOAT)
                 continue
-            self.ir.initializers.pop(name)
+            self.ir.initializers.pop(str(value.name))
             value.const_value = None
-            typed(value, tuple(tensor.shape.numpy()))
-            self.weights[name] = tensor
+            # Rules name what they make `val_1` and so on, as exporters do.
+            stored = name if "." in name else f"source.{name}"
+            typed(value, tuple(tensor.shape.numpy())).name = f"{SOURCE}.{stored}"
+            self.weights[stored] = tensor
             self.ir.inputs.append(value)
 
     def _require_closed(self) -> None:
