@@ -31,7 +31,7 @@ class Spelling:
     scores: str = "concat"  # concat | summed
     product: str = "matmul"  # matmul | einsum
     rope: str = "pairs"  # pairs (stay interleaved) | halves (evens, then odds)
-    mask: str = "added"  # added | where | trilu
+    mask: str = "added"  # added | where | trilu | missing (wrong)
     cache: str = "none"  # none | latent | expanded
     qkv_a: str = "apart"  # apart | joined
     constants: str = "initializers"  # initializers | nodes
@@ -39,6 +39,8 @@ class Spelling:
     batch: str = "free"  # free | fixed
     casts: bool = False  # softmax in fp32 between casts, norms too
     function: bool = False  # each attention is a model-local function
+    mscale: bool = True  # False: the scale is 1/sqrt(E) whatever YaRN asks for (wrong)
+    padded: bool = False  # values as wide as keys
 
 
 # What a person may write; each is one graph.
@@ -115,7 +117,10 @@ class _Model:
         shapes = {
             "none": (),
             "latent": ((1, c.kv_lora_rank), (1, c.qk_rope_head_dim)),
-            "expanded": ((heads, c.qk_head_dim), (heads, c.v_head_dim)),
+            "expanded": (
+                (heads, c.qk_head_dim),
+                (heads, c.qk_head_dim if self.spelling.padded else c.v_head_dim),
+            ),
         }[form]
         names = [f"past.{layer}.{part}" for part in "kv"]
         return tuple(
@@ -235,7 +240,8 @@ class _Model:
         layer: int,
     ) -> str:
         w, c, form = self.w, self.config, self.spelling
-        scale = _scale(c)
+        value = self._padded(value) if form.padded else value
+        scale = _scale(c) if form.mscale else float(c.qk_head_dim**-0.5)
         if form.scores == "summed":
             nope = self._product(query[0], key[0], "many")
             scores = w.op("Add", nope, self._product(query[1], key[1], "one"))
@@ -251,14 +257,23 @@ class _Model:
             scores = self._scaled(queries, keys, scale)
         if form.mask == "where":
             scores = w.op("Where", self.mask, w.number(np.finfo(self.kind).min, self.kind), scores)
-        else:
+        elif form.mask != "missing":
             scores = w.op("Add", scores, self.mask)
         weights = self._softmax(scores)
         if form.product == "einsum":
             out = w.op("Einsum", weights, value, equation="bhst,bhtv->bshv")
         else:
             out = w.op("Transpose", w.op("MatMul", weights, value), perm=[0, 2, 1, 3])
+        out = w.split(out, [c.v_head_dim, self._added()])[0] if form.padded else out
         return w.op("Reshape", out, w.ints(0, 0, c.num_attention_heads * c.v_head_dim))
+
+    def _padded(self, value: str) -> str:
+        """Zeros behind the values, up to the width of keys."""
+        ends = self.w.ints(0, 0, 0, 0, 0, 0, 0, self._added())
+        return self.w.op("Pad", value, ends, self.w.number(0, self.kind))
+
+    def _added(self) -> int:
+        return int(self.config.qk_head_dim - self.config.v_head_dim)
 
     def _scaled(self, query: str, key: str, scale: float) -> str:
         w, form = self.w, self.spelling.scale
