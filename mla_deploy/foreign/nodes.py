@@ -74,7 +74,7 @@ class Nodes:
         found: ir.Value = self.Constant(value_ints=list(values))
         return found
 
-    def int(self, value: int) -> ir.Value:
+    def whole(self, value: int) -> ir.Value:
         """One integer."""
         found: ir.Value = self.Constant(value_int=value)
         return found

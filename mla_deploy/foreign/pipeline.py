@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from mla_deploy.export.pipeline import (
 from mla_deploy.export.trace_layer import CacheForm
 from mla_deploy.export.weights import DTYPES, WeightLayout
 from mla_deploy.foreign.facts import foreign_config
+from mla_deploy.foreign.graph import ForeignGraph
 from mla_deploy.foreign.prove import (
     Comparison,
     ForeignSession,
@@ -80,8 +82,8 @@ def rewrite_model(
 ) -> Bundle:
     """Rewrite an ONNX model that another exporter wrote: latent cache, absorbed projections.
 
-    The bundle has the graph I/O of every bundle; options are those of `export`. MLA is found by what
-    the graph computes, and before anything is published the original and the rewritten graphs
+    The bundle has the graph I/O of every bundle; options are those of `export`. MLA is found by
+    what the graph computes. Before anything is published the original and the rewritten graphs
     answer the same random tokens, prefill and decode steps; their difference is in the manifest.
     A tokenizer's files beside the model come along.
 
@@ -204,6 +206,7 @@ def _build(
     options: ExportOptions,
     report: Progress,
 ) -> Bundle:
+    opset = _opset(file.model)
     report("original", 0, 1)
     comparison = compared_with(file, recognition)
     report("original", 1, 1)
@@ -242,7 +245,11 @@ def _build(
     manifest = manifest_of(
         source, options, raised.trace, graphs, layout=layout, weights=weights, named=stage.named
     )
-    manifest["rewritten"] = {"proof": proof.to_dict(), "opset": _opset(file.model)}
+    manifest["rewritten"] = {
+        "proof": proof.to_dict(),
+        "opset": opset,
+        "cached_before": cached_bytes(recognition.graph),
+    }
     return stage.publish(manifest)
 
 
@@ -281,6 +288,15 @@ def _proven(
     return proof
 
 
+def cached_bytes(graph: ForeignGraph) -> int:
+    """Bytes a token that the foreign graph keeps in its own caches."""
+    total = 0
+    for value in graph.caches:
+        sizes = [axis for axis in graph.axes(value) or () if isinstance(axis, int)]
+        total += int(prod(sizes) * (value.dtype or ir.DataType.FLOAT).itemsize)
+    return total
+
+
 def foreign_source(file: ForeignFile, raised: RaisedForeign) -> ForeignSource:
     """The file as a manifest tells of it."""
     producer = " ".join(filter(None, (file.model.producer_name, file.model.producer_version)))
@@ -289,7 +305,7 @@ def foreign_source(file: ForeignFile, raised: RaisedForeign) -> ForeignSource:
         config=foreign_config(raised),
         files=file.files,
         total_bytes=file.total_bytes,
-        notes=(f"rewritten from ONNX opset {_opset(file.model)} of {quoted(producer or 'unknown')}",),
+        notes=(f"rewritten from an ONNX graph of {quoted(producer or 'unknown')}",),
     )
 
 

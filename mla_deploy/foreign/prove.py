@@ -73,7 +73,7 @@ class ForeignSession:
         for count in steps:
             start = past if self.caches else 0
             outputs = self._call(ids[:, start : past + count], start, held)
-            found.append(outputs[: , -count:])
+            found.append(outputs[:, -count:])
             past += count
         return found
 

@@ -184,7 +184,9 @@ class FileTensor(ir.LazyTensor):
 
     def __init__(self, data: DataFile, start: int, like: ir.TensorProtocol) -> None:
         self._file, self._start = data, start
-        super().__init__(self._whole, like.dtype, shape=ir.Shape(like.shape.numpy()), name=like.name)
+        super().__init__(
+            self._whole, like.dtype, shape=ir.Shape(like.shape.numpy()), name=like.name
+        )
 
     def rows(self, first: int, last: int) -> bytearray:
         """The bytes of rows `first` to `last` of the first axis; of all where there is none."""

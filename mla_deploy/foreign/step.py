@@ -36,10 +36,12 @@ class StepNodes:
                 self.slot_BS3)  # fmt: skip
 
 
-def step_nodes(nodes: Nodes, inputs: tuple[ir.Value, ...], cache: ir.Value, growing: bool) -> StepNodes:
+def step_nodes(
+    nodes: Nodes, inputs: tuple[ir.Value, ...], cache: ir.Value, growing: bool
+) -> StepNodes:
     """`inputs` are ids, cache lengths and new lengths; `cache` tells how many rows are bound."""
     ids, cache_lengths_B, new_lengths_B = inputs
-    zero, one = nodes.int(0), nodes.int(1)
+    zero, one = nodes.whole(0), nodes.whole(1)
     first, last = nodes.ints(1), nodes.ints(2)
     batch_1, new_1 = (nodes.Shape(ids, start=i, end=i + 1) for i in (0, 1))
     rows_1 = nodes.Shape(cache, start=2, end=3)
@@ -56,11 +58,13 @@ def step_nodes(nodes: Nodes, inputs: tuple[ir.Value, ...], cache: ir.Value, grow
     newest_B = nodes.Max(nodes.Sub(new_lengths_B, one), zero)
     source_BS = nodes.Min(steps_S, nodes.Unsqueeze(newest_B, first))
     active_B = nodes.Greater(new_lengths_B, zero)
-    written_BS = nodes.Where(nodes.Unsqueeze(active_B, first), source_BS, nodes.int(-1))
+    written_BS = nodes.Where(nodes.Unsqueeze(active_B, first), source_BS, nodes.whole(-1))
     place_BS = nodes.Max(nodes.Add(before_B1, written_BS), zero)
     row_B1 = nodes.Unsqueeze(nodes.Range(zero, nodes.Squeeze(batch_1), one), first)
     row_BS = nodes.Expand(row_B1, nodes.Shape(place_BS))
-    columns = [nodes.Unsqueeze(each, last) for each in (row_BS, nodes.Sub(row_BS, row_BS), place_BS)]
+    columns = [
+        nodes.Unsqueeze(each, last) for each in (row_BS, nodes.Sub(row_BS, row_BS), place_BS)
+    ]
     is_full = nodes.GreaterOrEqual(nodes.ReduceMin(total_B, keepdims=0), rows)
     earliest = nodes.ReduceMin(nodes.sliced(positions_BS, 0, 1, 1), keepdims=0)
     sees_all = nodes.GreaterOrEqual(earliest, nodes.Sub(rows, one))

@@ -52,9 +52,7 @@ class ForeignWeights:
             whole = torch.frombuffer(bytearray(held.tobytes()), dtype=_TORCH[held.dtype])
             value = whole.reshape(_shape(held))[start:stop]
         if not bool(value.isfinite().all()):
-            raise InputError(
-                "CKPT-NONFINITE", f"{quoted(name)} holds NaN or infinity", tensor=name
-            )
+            raise InputError("CKPT-NONFINITE", f"{quoted(name)} holds NaN or infinity", tensor=name)
         return value
 
     def stacked_parts(self, name: str) -> tuple[str, ...]:

@@ -13,7 +13,9 @@ from .conftest import Command
 
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "transformers", "tensorrt",
          "tensorrt_rtx", "numpy", "safetensors", "tokenizers", "rich")  # fmt: skip
-VERBS = ["inspect", "export", "quantize", "build", "validate", "run", "bench", "doctor"]
+VERBS = [
+    "inspect", "export", "rewrite", "quantize", "build", "validate", "run", "bench", "doctor",
+]  # fmt: skip
 
 
 def test_help_imports_nothing_heavy(child: Command) -> None:
