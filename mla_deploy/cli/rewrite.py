@@ -17,7 +17,7 @@ from mla_deploy.cli.verb import choice, verb
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The bundle to write.")
 @click.option("--target", help="What it will run on.  [cpu]")
-@choice("--dtype", "fp32|fp16|bf16", "Storage of weights and cache.  [fp32]")
+@choice("--dtype", "fp32|fp16|bf16", "Storage of weights and cache.  [as in MODEL]")
 @choice("--cache", "in-place|growing", "Bound buffer, or one that grows at each step.  [in-place]")
 @choice("--cache-layout", "fused|split", "Latent and rope key in one tensor, or in two.  [fused]")
 @choice("--cache-dtype", "fp32|fp16|bf16", "Of the cache alone.  [--dtype]")

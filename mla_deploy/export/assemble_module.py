@@ -19,11 +19,11 @@ def assemble_module(
 ) -> Assembled:
     """Rewrite the module's graph with `rules`; `layout` learns the weights."""
     model = trace.trunk.clone()
-    caches = [buffer.name() for buffer in trace.trunk_buffers]
+    caches = {buffer.name(): buffer for buffer in trace.trunk_buffers}
     builder = Builder(model, form, layout, trace)
     for value in model.graph.inputs:
         if value.name in caches:
-            value.type = ir.TensorType(builder.dtype)
+            value.type = ir.TensorType(builder.cache_dtype(caches[value.name]))
     # All of it is trunk; the rules of layers do what the trunk's do, and more.
     counts = order.apply_rules(model, (*rules.head, *rules.layers))
     given = {*INPUTS, *caches}

@@ -52,7 +52,11 @@ class ForeignGraph:
     def axes(self, value: ir.Value) -> tuple[str | int, ...] | None:
         """Of each axis B, S, P, T, its size, or "B?" where rows are merged with another axis."""
         shape = self.known.shapes.get(value)
-        return None if shape is None else tuple(_letter(size) for size in shape)
+        if shape is None:
+            return None
+        axes = tuple(_letter(size) for size in shape)
+        is_one = not self.has_rows and self.depends(value) and axes[:1] == (1,)
+        return ("B", *axes[1:]) if is_one and {"S", "T", "P"} & set(axes) else axes
 
     def elements(self, value: ir.Value) -> int | None:
         """Values a new token; None where a value has not one row for each of them."""
@@ -68,8 +72,8 @@ class ForeignGraph:
 
     @cached_property
     def has_rows(self) -> bool:
-        """Whether the number of rows is free."""
-        return "B" in (self.axes(self.ids) or ())
+        """Whether the number of rows is free; else there is one, and its axis is called B too."""
+        return self.known.shapes[self.ids][0] == ROWS
 
     def depends(self, value: ir.Value) -> bool:
         """Whether tokens, new or cached, decide a value."""
@@ -198,6 +202,13 @@ def _input_shapes(
         word = _word(ids, place)
         if isinstance(word, str):
             words.setdefault(word, size)
+    rows = _word(ids, 0)
+    if isinstance(rows, int) and rows != 1:
+        raise InputError(
+            "REW-FIXED",
+            f"the graph takes {rows} rows and no other number",
+            hint="export it with a dynamic batch axis, or with one row",
+        )
     if isinstance(_word(ids, 1), int):
         raise InputError(
             "REW-FIXED",

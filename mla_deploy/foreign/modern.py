@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from mla_deploy.foreign.graph import ForeignGraph
 from mla_deploy.foreign.nodes import Nodes
 
 _HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -29,6 +30,25 @@ def modernise(graph: ir.Graph, nodes: Nodes) -> None:
         if node.domain == "" and node.op_type == "Split" and len(node.inputs) < 2:
             node.attributes["num_outputs"] = ir.AttrInt64("num_outputs", len(node.outputs))
         _widen(node)
+
+
+def free_rows(graph: ForeignGraph, nodes: Nodes) -> None:
+    """A graph of one row for any number: shapes that say 1 where rows are copy what is there."""
+    for node in graph.model.graph:
+        if node.op_type not in ("Reshape", "Expand") or node.domain != "":
+            continue
+        source, shape = node.inputs[:2]
+        dims = graph.known.values.get(shape) if shape is not None else None
+        axes = graph.axes(source) if source is not None else None
+        if dims is None or not axes or axes[0] != "B" or not dims.size or dims[0] != 1:
+            continue
+        if not graph.depends(node.outputs[0]):
+            continue
+        if shape is not None and shape.const_value is not None and 0 not in dims:
+            first = 0 if node.op_type == "Reshape" else 1
+            copied = nodes.constant(np.array([first, *dims[1:]], dtype=np.int64))
+            node.replace_input_with(1, copied)
+            node.attributes.pop("allowzero", None)
 
 
 def _widen(node: ir.Node) -> None:

@@ -52,7 +52,11 @@ from mla_deploy.rewrite import order
 from mla_deploy.rewrite.ensures import require_latent_only
 from mla_deploy.targets import DEFAULT_TARGET, buildable_target, find_target
 
-_NUMPY = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_IR_DTYPES = {
+    "fp32": ir.DataType.FLOAT,
+    "fp16": ir.DataType.FLOAT16,
+    "bf16": ir.DataType.BFLOAT16,
+}
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ def rewrite_model(
     The bundle has the graph I/O of every bundle; options are those of `export`. MLA is found by
     what the graph computes. Before anything is published the original and the rewritten graphs
     answer the same random tokens, prefill and decode steps; their difference is in the manifest.
+    `dtype` None: weights stay in the dtype that they have.
     A tokenizer's files beside the model come along.
 
     Raises: InputError ONNX-*, REW-INPUT, REW-FIXED, REW-NO-MLA, REW-LAYER (which tells per layer
@@ -100,7 +105,7 @@ def rewrite_model(
         report("recognise", 1, 1)
         options = _options(
             target=target,
-            dtype=dtype,
+            dtype=dtype or weights_dtype(file.model),
             cache=cache,
             cache_layout=cache_layout,
             cache_dtype=cache_dtype,
@@ -210,8 +215,9 @@ def _build(
     report("original", 0, 1)
     comparison = compared_with(file, recognition)
     report("original", 1, 1)
+    dtype = weights_dtype(file.model)
     cache = CacheForm(options.cache_layout == "fused", options.cache == "growing")
-    raised = raise_foreign(recognition, cache, options.all_logits)
+    raised = raise_foreign(recognition, cache, options.all_logits, dtype)
     source = foreign_source(file, raised)
     form = GraphForm(
         config=source.config,
@@ -275,14 +281,15 @@ def _proven(
     made: tuple[RaisedForeign, ExportOptions],
 ) -> Proof:
     raised, options = made
-    kind = ir.DataType[{"fp32": "FLOAT", "fp16": "FLOAT16", "bf16": "BFLOAT16"}[options.rows_dtype]]
+    kind = _IR_DTYPES[options.rows_dtype]
     caches = {
         buffer.name(): (buffer.shape[0], np.dtype(kind.numpy()))
         for buffer in raised.trace.trunk_buffers
     }
     prefill, decode = (protos[name].SerializeToString() for name in ("prefill", "decode"))
     wanted, found = comparison.against(prefill, decode, stage.path, caches)
-    loosest = max((options.dtype, options.rows_dtype), key=("fp32", "fp16", "bf16").index)
+    dtypes = (options.dtype, options.rows_dtype, raised.dtype)
+    loosest = max(dtypes, key=("fp32", "fp16", "bf16").index)
     proof = proof_of(wanted, found, loosest)
     require_proof(proof)
     return proof
@@ -295,6 +302,16 @@ def cached_bytes(graph: ForeignGraph) -> int:
         sizes = [axis for axis in graph.axes(value) or () if isinstance(axis, int)]
         total += int(prod(sizes) * (value.dtype or ir.DataType.FLOAT).itemsize)
     return total
+
+
+def weights_dtype(model: ir.Model) -> str:
+    """The dtype that most numbers of a model's weights are stored in."""
+    counts = dict.fromkeys(_IR_DTYPES, 0)
+    for value in model.graph.initializers.values():
+        for name, dtype in _IR_DTYPES.items():
+            if value.const_value is not None and value.const_value.dtype == dtype:
+                counts[name] += int(prod(value.const_value.shape.numpy()))
+    return max(counts, key=lambda name: counts[name])
 
 
 def foreign_source(file: ForeignFile, raised: RaisedForeign) -> ForeignSource:

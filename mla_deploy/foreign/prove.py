@@ -92,7 +92,17 @@ class ForeignSession:
             kind = (value.dtype or ir.DataType.FLOAT).numpy()
             feeds[name] = held[name] if name in held else np.zeros(shapes[value], dtype=kind)
         names = [str(graph.logits.name), *(out for _, out in self.caches)]
-        logits, *updated = self.session.run(names, feeds)
+        try:
+            logits, *updated = self.session.run(names, feeds)
+        except Exception as problem:  # onnxruntime's own classes, all straight from Exception
+            if isinstance(problem, MemoryError):
+                raise
+            raise IncompatibleError(
+                "REW-SESSION",
+                f"the original graph does not run on {ids.shape[0]} rows of {ids.shape[1]} new "
+                f"tokens after {past}: {quoted(problem)}",
+                hint="export the model with both axes dynamic",
+            ) from problem
         held.update(zip((name for name, _ in self.caches), updated, strict=True))
         return np.asarray(logits, dtype=np.float32)
 
@@ -162,17 +172,23 @@ class Comparison:
 
     def __init__(self, foreign: ForeignSession) -> None:
         vocab = (foreign.graph.axes(foreign.graph.logits) or (0,))[-1]
-        rows = 2 if foreign.graph.has_rows else 1
-        total = _PROMPT + STEPS
+        rows, total = 2, _PROMPT + STEPS
         self.ids = np.random.default_rng(0).integers(0, int(vocab), (rows, total), dtype=np.int64)
         self.steps = (_PROMPT, *[1] * STEPS)
-        self.together = [logits[:, -1] for logits in foreign.logits(self.ids, self.steps)]
+        self.together = [logits[:, -1] for logits in self._asked(foreign)]
         # Rows that begin together and have other lengths: each by itself.
-        self.lengths = (_PROMPT, _SHORT)[:rows]
+        self.lengths = (_PROMPT, _SHORT)
         self.apart = []
         for row, length in enumerate(self.lengths):
             own = foreign.logits(self.ids[row : row + 1], (length, 1, 1))
             self.apart.append([logits[0, -1] for logits in own])
+
+    def _asked(self, foreign: ForeignSession) -> list[Floats]:
+        """Logits of both rows; a graph of one row is asked twice."""
+        if foreign.graph.has_rows:
+            return foreign.logits(self.ids, self.steps)
+        apart = [foreign.logits(row[None], self.steps) for row in self.ids]
+        return [np.concatenate(calls) for calls in zip(*apart, strict=True)]
 
     def against(
         self, prefill: bytes, decode: bytes, folder: Path, caches: dict[str, tuple[int, np.dtype]]
@@ -219,11 +235,8 @@ class OurCache:
         capacity: int,
     ) -> None:
         self.session = session
-        self.growing = capacity == 0
         self.held = {
-            name: ort.OrtValue.ortvalue_from_numpy(
-                np.full((rows, 1, capacity, width), np.nan, np.float32).astype(dtype)
-            )
+            name: _held(np.full((rows, 1, capacity, width), np.nan, np.float32).astype(dtype))
             for name, (width, dtype) in caches.items()
         }
         self.lengths = np.zeros(rows, dtype=np.int64)
@@ -234,15 +247,35 @@ class OurCache:
         values = {k: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v))
                   for k, v in feeds.items()}  # fmt: skip
         outs = [name.replace("_cache.", "_cache_out.", 1) for name in self.held]
-        logits, *updated = self.session.run_with_ort_values(
-            ["logits", *outs], {**values, **self.held}
-        )
+        try:
+            logits, *updated = self.session.run_with_ort_values(
+                ["logits", *outs], {**values, **self.held}
+            )
+        except Exception as problem:  # onnxruntime's own classes, all straight from Exception
+            if isinstance(problem, MemoryError):
+                raise
+            raise IncompatibleError(
+                "REW-SESSION",
+                f"the rewritten graph does not run on {ids.shape[0]} rows of {ids.shape[1]} new "
+                f"tokens: {quoted(problem)}",
+                hint="a number of rows or tokens is written into the graph; export it with both "
+                "axes dynamic",
+            ) from problem
         self.held = dict(zip(self.held, updated, strict=True))
         self.lengths = self.lengths + new
         found: Floats = logits.numpy().astype(np.float32)
         if found.ndim == 2:
             return found
         return np.stack([found[row, count - 1] for row, count in enumerate(new)])
+
+
+def _held(array: np.ndarray) -> ort.OrtValue:
+    """ONNX Runtime takes bf16, which numpy does not have, as 16 bits and the type's number."""
+    if array.dtype.name != "bfloat16":
+        return ort.OrtValue.ortvalue_from_numpy(array)
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
+        array.view(np.uint16), int(ir.DataType.BFLOAT16)
+    )
 
 
 def proof_of(wanted: Sequence[Floats], found: Sequence[Floats], dtype: str) -> Proof:

@@ -25,7 +25,7 @@ from mla_deploy.export.trace_module import INPUTS, SOURCE
 from mla_deploy.foreign.composed import Attentions, latent_in, layer_buffers, named_input
 from mla_deploy.foreign.graph import NEW, ROWS, ForeignGraph
 from mla_deploy.foreign.latent import Latent
-from mla_deploy.foreign.modern import modernise
+from mla_deploy.foreign.modern import free_rows, modernise
 from mla_deploy.foreign.nodes import Nodes, typed
 from mla_deploy.foreign.places import Places
 from mla_deploy.foreign.recognise import LayerFinding, Recognition
@@ -49,12 +49,15 @@ class RaisedForeign:
     latents: tuple[Latent, ...]
     hidden_size: int
     vocab_size: int
+    dtype: str  # what most foreign weights are stored in
 
 
-def raise_foreign(recognition: Recognition, form: CacheForm, all_logits: bool) -> RaisedForeign:
-    """Raises: InputError REW-POSITION, REW-INPUT."""
+def raise_foreign(
+    recognition: Recognition, form: CacheForm, all_logits: bool, dtype: str
+) -> RaisedForeign:
+    """`dtype`: of the foreign weights. Raises: InputError REW-POSITION, REW-INPUT."""
     raising = _Raising(recognition, form, all_logits)
-    return raising.raised()
+    return raising.raised(dtype)
 
 
 class _Raising:
@@ -67,10 +70,12 @@ class _Raising:
         self.weights: dict[str, ir.TensorProtocol | torch.Tensor] = {}
         self.tables: set[ir.Value] = set()
 
-    def raised(self) -> RaisedForeign:
+    def raised(self, dtype: str) -> RaisedForeign:
         graph, old_logits = self.graph, self.graph.logits
         hidden, vocab = self._embedding_width(), graph.axes(old_logits) or (0,)
         _rename(self.ir)
+        if not graph.has_rows:
+            free_rows(graph, self.nodes)
         modernise(self.ir, self.nodes)
         batch = shapes.BATCH
         caches = {
@@ -108,6 +113,7 @@ class _Raising:
             latents=tuple(latent_in(layer) for layer in self.found.layers),
             hidden_size=hidden,
             vocab_size=int(vocab[-1]),
+            dtype=dtype,
         )
 
     def _trace(self, buffers: tuple[CacheBuffer, ...]) -> Trace:
@@ -150,6 +156,8 @@ class _Raising:
             start = node.attributes.get_int("start", 0)
             sizes = shape[start : node.attributes.get_int("end", len(shape))] if shape else ()
             parts = [self._size(size, step) for size in sizes]
+            if parts and start == 0 and (self.graph.axes(source) or ("",))[0] == "B":
+                parts[0] = step.batch_1
             known = [part for part in parts if part is not None]
             if known and len(known) == len(parts):
                 joined = known[0] if len(known) == 1 else self.nodes.Concat(*known, axis=0)
