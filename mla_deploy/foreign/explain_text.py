@@ -7,6 +7,7 @@ from itertools import zip_longest
 from mla_deploy.foreign.explain import Explanation, Side
 
 _WIDTH, _GAP = 37, 4
+_FRAMES = ("┌─┐│└┘", "╔═╗║╚╝")
 MARKS = {"cache": "cached", "all": "of all tokens, each step"}
 
 
@@ -45,8 +46,7 @@ def _boxes(side: Side) -> list[str]:
     inner = _WIDTH - 4
     lines = [side.title.center(_WIDTH).rstrip()]
     for place, (what, shape, mark) in enumerate(side.steps):
-        corners = "╔═╗║╚╝" if mark == "cache" else "┌─┐│└┘"
-        left, flat, right, wall, low_left, low_right = corners
+        left, flat, right, wall, low_left, low_right = tuple(_FRAMES[mark == "cache"])
         told = MARKS.get(mark, "")
         top = f" {told} ".rjust(_WIDTH - 3, flat) + flat if told else flat * (_WIDTH - 2)
         lines.append(f"{left}{top}{right}")
