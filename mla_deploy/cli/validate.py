@@ -14,7 +14,7 @@ from mla_deploy.cli.verb import verb
 
 @click.command(short_help="Is the bundle equal to its PyTorch source? Exit 3 if not.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--source", type=click.Path(path_type=Path), help="The checkpoint.")
+@click.option("--source", type=click.Path(path_type=Path), help="The checkpoint, or ONNX file.")
 @click.option("--module", metavar="FILE:FACTORY", help="Your own torch.nn.Module instead.")
 @click.option("--weights", metavar="FILE", help="Of --module: its .safetensors file.")
 @click.option("--junit", type=click.Path(path_type=Path), help="Write the cases as JUnit XML.")
@@ -37,7 +37,7 @@ def validate(
 ) -> Outcome:  # fmt: skip
     """Run BUNDLE against its source over prefill, chunks, decode steps and ragged batches.
 
-    The source is the checkpoint or the module that BUNDLE was exported from. --engine and
+    The source is what BUNDLE was exported or rewritten from. --engine and
     --device-report ask about its TensorRT engines instead; a source is then optional.
     """
     from mla_deploy.cli import validate_sheets

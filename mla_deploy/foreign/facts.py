@@ -6,7 +6,8 @@ import hashlib
 from typing import Any
 
 from mla_deploy.config import MlaConfig
-from mla_deploy.foreign.trunk import RaisedForeign
+from mla_deploy.foreign.graph import ForeignGraph
+from mla_deploy.foreign.recognise import Recognition
 from mla_deploy.layer_facts import LayerFacts
 from mla_deploy.strict_json import canonical_json
 
@@ -14,11 +15,14 @@ MODEL_TYPE = "onnx"  # stands where a checkpoint has its model_type
 _UNBOUNDED = (1 << 31) - 1
 
 
-def foreign_config(raised: RaisedForeign) -> MlaConfig:
+def foreign_facts(recognition: Recognition) -> MlaConfig:
     """One layer for each attention, with the widths found. Raises: InputError CFG-RANGE, CFG-ROPE.
 
-    A graph does not say how many positions it was made for: `max_position_embeddings` is 2^31 - 1.
+    `max_position_embeddings` is the length of its tables of positions, or 2^31 - 1 without any.
+    Asked before the graph is raised.
     """
+    graph = recognition.graph
+    vocab = (graph.axes(graph.logits) or (0,))[-1]
     layers = tuple(
         LayerFacts(
             kind="",
@@ -29,21 +33,22 @@ def foreign_config(raised: RaisedForeign) -> MlaConfig:
             rope=latent.rope,
             value=latent.value,
         )
-        for latent in raised.latents
+        for latent in (layer.latent for layer in recognition.layers)
+        if latent is not None
     )
     widest = max(layers, key=lambda layer: layer.row_width)
     fields: dict[str, Any] = {
         "model_type": MODEL_TYPE,
         "architecture": "ONNX",
-        "hidden_size": raised.hidden_size,
+        "hidden_size": _embedding_width(graph),
         "num_layers": len(layers),
         "num_heads": max(layer.heads for layer in layers),
         "kv_lora_rank": widest.rank,
         "qk_nope_head_dim": widest.nope,
         "qk_rope_head_dim": widest.rope,
         "v_head_dim": widest.value,
-        "vocab_size": raised.vocab_size,
-        "max_position_embeddings": _UNBOUNDED,
+        "vocab_size": int(vocab),
+        "max_position_embeddings": graph.most_tokens or _UNBOUNDED,
     }
     widths = [[layer.heads, layer.rank, layer.nope, layer.rope, layer.value] for layer in layers]
     digest = hashlib.sha256(canonical_json({**fields, "layers": widths})).hexdigest()
@@ -62,3 +67,11 @@ def foreign_config(raised: RaisedForeign) -> MlaConfig:
         digest=digest,
         layers=layers,
     )
+
+
+def _embedding_width(graph: ForeignGraph) -> int:
+    for node, _ in graph.ids.uses():
+        axes = graph.axes(node.outputs[0])
+        if node.op_type == "Gather" and axes is not None and isinstance(axes[-1], int):
+            return axes[-1]
+    return 1

@@ -75,6 +75,20 @@ class ForeignGraph:
         """Whether the number of rows is free; else there is one, and its axis is called B too."""
         return self.known.shapes[self.ids][0] == ROWS
 
+    @cached_property
+    def most_tokens(self) -> int | None:
+        """The rows of the shortest table that positions are looked up in, None without any."""
+        found = []
+        for node in self.model.graph:
+            table = node.inputs[0] if node.inputs else None
+            if table is None or table.const_value is None or not node.outputs:
+                continue
+            if node.outputs[0] not in self.positional or node.op_type not in ("Gather", "Slice"):
+                continue
+            axis = node.attributes.get_int("axis", 0) if node.op_type == "Gather" else 0
+            found.append(int(table.const_value.shape.numpy()[axis]))
+        return min(found, default=None)
+
     def depends(self, value: ir.Value) -> bool:
         """Whether tokens, new or cached, decide a value."""
         return value in self.from_ids or value in self.from_cache

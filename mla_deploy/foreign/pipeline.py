@@ -33,7 +33,7 @@ from mla_deploy.export.pipeline import (
 )
 from mla_deploy.export.trace_layer import CacheForm
 from mla_deploy.export.weights import DTYPES, WeightLayout
-from mla_deploy.foreign.facts import foreign_config
+from mla_deploy.foreign.facts import foreign_facts
 from mla_deploy.foreign.graph import ForeignGraph
 from mla_deploy.foreign.prove import (
     Comparison,
@@ -45,7 +45,8 @@ from mla_deploy.foreign.prove import (
     require_proof,
 )
 from mla_deploy.foreign.read import ForeignFile, open_foreign
-from mla_deploy.foreign.recognise import LayerFinding, Recognition, recognise
+from mla_deploy.foreign.recognise import Recognition, recognise
+from mla_deploy.foreign.require import require_mla
 from mla_deploy.foreign.trunk import RaisedForeign, raise_foreign
 from mla_deploy.foreign.weights import ForeignWeights
 from mla_deploy.rewrite import order
@@ -110,7 +111,7 @@ def rewrite_model(
             cache=cache,
             cache_layout=cache_layout,
             cache_dtype=cache_dtype or (None if dtype else rows_dtype(recognition)),
-            capacity=DEFAULT_CAPACITY if capacity is None else capacity,
+            capacity=_capacity(recognition) if capacity is None else capacity,
             all_logits=all_logits,
         )
         needed = file.total_bytes * DTYPES[options.dtype].itemsize // 2
@@ -128,48 +129,6 @@ def _refuse_over_source(path: str | os.PathLike[str], out: str | os.PathLike[str
             f"the output {quoted(target)} holds the model {quoted(model.name)}",
             hint="choose an output beside the model",
         )
-
-
-def require_mla(recognition: Recognition) -> None:
-    """Raises: InputError REW-NO-MLA, REW-LAYER."""
-    layers = recognition.layers
-    missing = [layer for layer in layers if layer.latent is None]
-    if not layers:
-        raise InputError(
-            "REW-NO-MLA",
-            "the graph has no attention: no softmax over tokens and no Attention operator",
-            hint="wanted a language model from token ids to logits",
-        )
-    if not missing:
-        return
-    told = "; ".join(layer_text(layer) for layer in missing[:4])
-    more = f"; and {len(missing) - 4} more" if len(missing) > 4 else ""
-    details = [
-        {
-            "layer": layer.index,
-            "attention": layer.node,
-            "step": layer.step,
-            "node": layer.stopped_at,
-            "reason": layer.reason,
-        }
-        for layer in missing
-    ]
-    whole = len(missing) == len(layers)
-    raise InputError(
-        "REW-NO-MLA" if whole else "REW-LAYER",
-        f"{len(missing)} of {len(layers)} attentions are not recognised as MLA: {told}{more}",
-        hint="`mla-deploy inspect` shows the graph layer by layer; a model with full heads has no "
-        "latent to cache",
-        layers=details,
-    )
-
-
-def layer_text(layer: LayerFinding) -> str:
-    """Where the recognition of a layer stopped, in a line."""
-    return (
-        f"layer {layer.index} ({layer.node}) stopped at {layer.step}: {layer.stopped_at}: "
-        f"{layer.reason}"
-    )
 
 
 def _options(**chosen: Any) -> ExportOptions:
@@ -218,8 +177,9 @@ def _build(
     report("original", 1, 1)
     dtype = weights_dtype(file.model)
     cache = CacheForm(options.cache_layout == "fused", options.cache == "growing")
+    config = foreign_facts(recognition)
     raised = raise_foreign(recognition, cache, options.all_logits, dtype)
-    source = foreign_source(file, raised)
+    source = foreign_source(file, config)
     form = GraphForm(
         config=source.config,
         cache=cache,
@@ -312,6 +272,11 @@ def rows_dtype(recognition: Recognition) -> str | None:
     return next((name for name, each in _IR_DTYPES.items() if each == kind), None)
 
 
+def _capacity(recognition: Recognition) -> int:
+    most = recognition.graph.most_tokens
+    return DEFAULT_CAPACITY if most is None else min(most, DEFAULT_CAPACITY)
+
+
 def weights_dtype(model: ir.Model) -> str:
     """The dtype that most numbers of a model's weights are stored in."""
     counts = dict.fromkeys(_IR_DTYPES, 0)
@@ -322,12 +287,12 @@ def weights_dtype(model: ir.Model) -> str:
     return max(counts, key=lambda name: counts[name])
 
 
-def foreign_source(file: ForeignFile, raised: RaisedForeign) -> ForeignSource:
+def foreign_source(file: ForeignFile, config: MlaConfig) -> ForeignSource:
     """The file as a manifest tells of it."""
     producer = " ".join(filter(None, (file.model.producer_name, file.model.producer_version)))
     return ForeignSource(
         digest=file.digest(),
-        config=foreign_config(raised),
+        config=config,
         files=file.files,
         total_bytes=file.total_bytes,
         notes=(f"rewritten from an ONNX graph of {quoted(producer or 'unknown')}",),

@@ -22,7 +22,7 @@ from mla_deploy.foreign.graph import ForeignGraph, Sizes
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
-_PROMPT, STEPS = 7, 10
+_PROMPT, STEPS = 7, 8
 _SHORT = 4
 _ERRORS_ONLY = 3
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -66,7 +66,7 @@ class ForeignSession:
     session: ort.InferenceSession
     caches: tuple[tuple[str, str], ...]  # input and output
 
-    def logits(self, ids: Ids, steps: Sequence[int], extra: Sequence[str] = ()) -> list[Floats]:
+    def logits(self, ids: Ids, steps: Sequence[int]) -> list[Floats]:
         """Logits [B, S, vocab] of calls that append `steps` tokens each."""
         held: dict[str, np.ndarray] = {}
         found, past = [], 0
@@ -77,7 +77,19 @@ class ForeignSession:
             past += count
         return found
 
+    def values(self, ids: Ids, names: Sequence[str]) -> list[np.ndarray]:
+        """Other outputs of a call on whole rows."""
+        return self._run(ids, 0, {}, names)
+
     def _call(self, ids: Ids, past: int, held: dict[str, np.ndarray]) -> Floats:
+        names = [str(self.graph.logits.name), *(out for _, out in self.caches)]
+        logits, *updated = self._run(ids, past, held, names)
+        held.update(zip((name for name, _ in self.caches), updated, strict=True))
+        return np.asarray(logits, dtype=np.float32)
+
+    def _run(
+        self, ids: Ids, past: int, held: dict[str, np.ndarray], names: Sequence[str]
+    ) -> list[np.ndarray]:
         sizes = Sizes(ids.shape[0], ids.shape[1], past)
         graph = self.graph
         shapes = graph.input_shapes(sizes)
@@ -91,9 +103,8 @@ class ForeignSession:
             name = str(value.name)
             kind = (value.dtype or ir.DataType.FLOAT).numpy()
             feeds[name] = held[name] if name in held else np.zeros(shapes[value], dtype=kind)
-        names = [str(graph.logits.name), *(out for _, out in self.caches)]
         try:
-            logits, *updated = self.session.run(names, feeds)
+            found: list[np.ndarray] = self.session.run(list(names), feeds)
         except Exception as problem:  # onnxruntime's own classes, all straight from Exception
             if isinstance(problem, MemoryError):
                 raise
@@ -103,8 +114,7 @@ class ForeignSession:
                 f"tokens after {past}: {quoted(problem)}",
                 hint="export the model with both axes dynamic",
             ) from problem
-        held.update(zip((name for name, _ in self.caches), updated, strict=True))
-        return np.asarray(logits, dtype=np.float32)
+        return found
 
 
 @contextmanager
@@ -180,6 +190,9 @@ class Comparison:
         self.lengths = (_PROMPT, _SHORT)
         self.apart = []
         for row, length in enumerate(self.lengths):
+            if length == _PROMPT:  # as it went with the others
+                self.apart.append([logits[row] for logits in self.together[:3]])
+                continue
             own = foreign.logits(self.ids[row : row + 1], (length, 1, 1))
             self.apart.append([logits[0, -1] for logits in own])
 

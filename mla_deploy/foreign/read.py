@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
@@ -86,6 +86,22 @@ class ForeignFile:
             for start in range(0, data.bytes, _BLOCK):
                 found.update(os.pread(data.descriptor, _BLOCK, start))
         return found.hexdigest()
+
+    def with_outputs(self, values: Sequence[ir.Value]) -> bytes:
+        """The model with more outputs, its weights left in their files."""
+        graph = self.model.graph
+        held = {v: v.const_value for v in graph.initializers.values()}
+        outputs = list(graph.outputs)
+        try:
+            for value, tensor in held.items():
+                if isinstance(tensor, FileTensor):
+                    value.const_value = tensor.as_external(self.folder)
+            graph.outputs.extend(value for value in dict.fromkeys(values) if value not in outputs)
+            return ir.to_proto(self.model).SerializeToString()
+        finally:
+            graph.outputs[:] = outputs
+            for value, tensor in held.items():
+                value.const_value = tensor
 
     def close(self) -> None:
         self._held.close()
@@ -196,6 +212,19 @@ class FileTensor(ir.LazyTensor):
         if not shape:
             return _read(self._file, self._start, row)
         return _read(self._file, self._start + first * row, (last - first) * row)
+
+    def as_external(self, folder: Path) -> ir.ExternalTensor:
+        """As a graph file says where it lies."""
+        shape = self.shape.numpy()
+        return ir.ExternalTensor(
+            self._file.name,
+            self._start,
+            (prod(shape) * self.dtype.bitwidth + 7) // 8,
+            self.dtype,
+            shape=ir.Shape(shape),
+            name=str(self.name),
+            base_dir=folder,
+        )
 
     def _whole(self) -> ir.TensorProtocol:
         shape = tuple(self.shape.numpy())

@@ -47,8 +47,6 @@ class RaisedForeign:
     trace: Trace
     weights: dict[str, ir.TensorProtocol | torch.Tensor]
     latents: tuple[Latent, ...]
-    hidden_size: int
-    vocab_size: int
     dtype: str  # what most foreign weights are stored in
 
 
@@ -71,8 +69,7 @@ class _Raising:
         self.tables: set[ir.Value] = set()
 
     def raised(self, dtype: str) -> RaisedForeign:
-        graph, old_logits = self.graph, self.graph.logits
-        hidden, vocab = self._embedding_width(), graph.axes(old_logits) or (0,)
+        graph = self.graph
         _rename(self.ir)
         if not graph.has_rows:
             free_rows(graph, self.nodes)
@@ -111,8 +108,6 @@ class _Raising:
             trace=self._trace(tuple(caches)),
             weights=self.weights,
             latents=tuple(latent_in(layer) for layer in self.found.layers),
-            hidden_size=hidden,
-            vocab_size=int(vocab[-1]),
             dtype=dtype,
         )
 
@@ -129,13 +124,6 @@ class _Raising:
             form=self.form,
             trunk_buffers=buffers,
         )
-
-    def _embedding_width(self) -> int:
-        for node, _ in self.graph.ids.uses():
-            axes = self.graph.axes(node.outputs[0])
-            if node.op_type == "Gather" and axes is not None and isinstance(axes[-1], int):
-                return axes[-1]
-        return 1
 
     def _place_tables(self, trunk: list[ir.Node], places: Places) -> None:
         for node in trunk:

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Literal
 
 from mla_deploy.bundle import Bundle, open_bundle
@@ -42,9 +43,10 @@ def validate(
 ) -> ValidationReport:
     """Run `bundle` and its PyTorch source over `cases` and compare; None takes `default_cases`.
 
-    The source is a checkpoint, or the user's own `module` (`package.file:factory`, whose code runs)
-    with its `weights`, as they were exported. A bundle for TensorRT is checked on ONNX Runtime's
-    CPU provider (`stand_in.py`), and a note of the report says so.
+    The source is a checkpoint, the ONNX file that the bundle was rewritten from, or the user's own
+    `module` (`package.file:factory`, whose code runs) with its `weights`, as they were exported. A
+    bundle for TensorRT is checked on ONNX Runtime's CPU provider (`stand_in.py`), and a note of the
+    report says so.
     `threads` is for both sides; None leaves each its own default.
     The answer no is a report whose `passed` is false, not an exception.
     Raises: BUN-* and CKPT-* (as `open_bundle`, `open_checkpoint`), IntegrityError VAL-SOURCE (the
@@ -166,6 +168,11 @@ def _opened(
         yield open_module_source(str(module), weights)
     elif isinstance(source, Checkpoint):
         yield source
+    elif os.path.isfile(source):
+        from mla_deploy.foreign.runner import open_reference
+
+        with open_reference(Path(source)) as foreign:
+            yield foreign
     else:
         with open_checkpoint(os.fspath(source)) as checkpoint:
             yield checkpoint
@@ -174,8 +181,11 @@ def _opened(
 def _reference(source: Source) -> Reference:
     if isinstance(source, Checkpoint):
         return Reference.of_checkpoint(source)
+    from mla_deploy.foreign.runner import ForeignReference
     from mla_deploy.source.user.module_source import ModuleSource
 
+    if isinstance(source, ForeignReference):
+        return Reference(source)
     if isinstance(source, ModuleSource):
         return Reference.of_module(source)
     raise InputError("VAL-OPTION", f"{type(source).__name__} is no source of a bundle")
