@@ -24,8 +24,17 @@ from mla_deploy.cli.verb import choice, verb
 @click.option("--capacity", type=int, help="Tokens a row reserves by default.")
 @click.option("--all-logits", is_flag=True, default=None, help="Logits of every new token.")
 @click.option("--replace", is_flag=True, default=None, help="Swap out a bundle that is there.")
+@click.option("--explain", is_flag=True, help="One layer before and after; OUT.explain.svg too.")
+@click.option("--context", type=int, help="Tokens of the step that --explain counts.  [4096]")
 @verb
-def rewrite(screen: Screen, model: Path, out: Path, **options: Any) -> Outcome:
+def rewrite(
+    screen: Screen,
+    model: Path,
+    out: Path,
+    explain: bool,
+    context: int | None = None,
+    **options: Any,
+) -> Outcome:
     """Rewrite MODEL, an .onnx file that another exporter wrote, to the bundle OUT.
 
     MLA is found in what the graph computes: keys and values that every head makes from one narrow
@@ -35,8 +44,10 @@ def rewrite(screen: Screen, model: Path, out: Path, **options: Any) -> Outcome:
     """
     import mla_deploy
     from mla_deploy.cli.bundle_sheets import bundle_result, bundle_sheets
+    from mla_deploy.cli.explanation import check_explain, with_explanation
     from mla_deploy.cli.rewrite_sheets import proof_sheet
 
+    check_explain(explain, context)
     started = perf_counter()
     with progress_bar(screen) as report:
         bundle = mla_deploy.rewrite_model(model, out, progress=report, **options)
@@ -53,4 +64,6 @@ def rewrite(screen: Screen, model: Path, out: Path, **options: Any) -> Outcome:
         f"{byte_text(result['cache']['bytes_per_token'])} of cache a token, logits within "
         f"{proof['max_abs']:.1e} over {proof['calls']} calls"
     )
-    return Outcome(summary, result, (proof_sheet(rewritten), *bundle_sheets(bundle)))
+    sheets = (proof_sheet(rewritten), *bundle_sheets(bundle))
+    outcome = Outcome(summary, result, sheets)
+    return with_explanation(outcome, model, bundle, context) if explain else outcome

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from mla_deploy.foreign.axes import Operand, named, permutation, product_letters
-from mla_deploy.foreign.graph import ForeignGraph
+from mla_deploy.foreign.graph import NEW, ForeignGraph
 from mla_deploy.foreign.stop import Stop
 
 # The same values in the same axes.
@@ -65,7 +65,11 @@ def _is_attention(graph: ForeignGraph, node: ir.Node) -> bool:
     if node.op_type != "Softmax":
         return False
     axes = graph.axes(node.outputs[0])
-    return axes is not None and axes[node.attributes.get_int("axis", -1)] == graph.token
+    if axes is None:
+        return False
+    axis = axes[node.attributes.get_int("axis", -1)]
+    # More than all tokens: with scores of no token (sinks), which is for the walk to refuse.
+    return axis == graph.token or (isinstance(axis, int) and axis >= NEW)
 
 
 def attention_site(graph: ForeignGraph, node: ir.Node, index: int) -> Site:

@@ -90,7 +90,8 @@ def rewrite_model(
     The bundle has the graph I/O of every bundle; options are those of `export`. MLA is found by
     what the graph computes. Before anything is published the original and the rewritten graphs
     answer the same random tokens, prefill and decode steps; their difference is in the manifest.
-    `dtype` None: weights stay in the dtype that they have.
+    `dtype` None: weights stay in the dtype that they have, and what is cached in the one that the
+    graph computes it in.
     A tokenizer's files beside the model come along.
 
     Raises: InputError ONNX-*, REW-INPUT, REW-FIXED, REW-NO-MLA, REW-LAYER (which tells per layer
@@ -109,7 +110,7 @@ def rewrite_model(
             dtype=dtype or weights_dtype(file.model),
             cache=cache,
             cache_layout=cache_layout,
-            cache_dtype=cache_dtype,
+            cache_dtype=cache_dtype or (None if dtype else rows_dtype(recognition)),
             capacity=_capacity(recognition) if capacity is None else capacity,
             all_logits=all_logits,
         )
@@ -262,6 +263,13 @@ def cached_bytes(graph: ForeignGraph) -> int:
         sizes = [axis for axis in graph.axes(value) or () if isinstance(axis, int)]
         total += int(prod(sizes) * (value.dtype or ir.DataType.FLOAT).itemsize)
     return total
+
+
+def rows_dtype(recognition: Recognition) -> str | None:
+    """The dtype that the first layer's latent is computed in; None where it cannot be told."""
+    latent = next(layer.latent for layer in recognition.layers if layer.latent is not None)
+    kind = recognition.graph.known.dtypes.get(latent.rows[0])
+    return next((name for name, each in _IR_DTYPES.items() if each == kind), None)
 
 
 def _capacity(recognition: Recognition) -> int:

@@ -172,6 +172,7 @@ class ForeignFile:
             model = ir.from_proto(proto)
             if model.functions:
                 common_passes.InlinePass()(model)
+            common_passes.IdentityEliminationPass()(model)
             common_passes.ClearMetadataAndDocStringPass()(model)
             common_passes.NameFixPass()(model)
             common_passes.TopologicalSortPass()(model)

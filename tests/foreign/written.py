@@ -31,14 +31,16 @@ class Spelling:
     scores: str = "concat"  # concat | summed
     product: str = "matmul"  # matmul | einsum
     rope: str = "pairs"  # pairs (stay interleaved) | halves (evens, then odds)
-    mask: str = "added"  # added | where | trilu
+    mask: str = "added"  # added | where | trilu | missing (wrong)
     cache: str = "none"  # none | latent | expanded
     qkv_a: str = "apart"  # apart | joined
     constants: str = "initializers"  # initializers | nodes
     dtype: str = "fp32"  # fp32 | fp16
-    batch: str = "free"  # free | fixed
+    batch: str = "free"  # free | fixed (two rows) | one
     casts: bool = False  # softmax in fp32 between casts, norms too
     function: bool = False  # each attention is a model-local function
+    mscale: bool = True  # False: the scale is 1/sqrt(E) whatever YaRN asks for (wrong)
+    padded: bool = False  # values as wide as keys
 
 
 # What a person may write; each is one graph.
@@ -64,13 +66,15 @@ SPELLINGS: dict[str, Spelling] = {
 def written_graph(folder: Path, name: str, **changes: Any) -> ForeignGraph:
     """Write the spelling `name` of `SPELLINGS` into `folder`."""
     spelling = replace(SPELLINGS[name], **changes)
-    model, caches = _Model(spelling).written()
+    model, caches = WrittenModel(spelling).written()
     path = folder / f"{name}.onnx"
     onnx.save(model, str(path))
     return ForeignGraph(path, caches=caches, source=spelling.source)
 
 
-class _Model:
+class WrittenModel:
+    """The graph of one spelling; `odd.py` changes single steps of it."""
+
     def __init__(self, spelling: Spelling) -> None:
         self.spelling = spelling
         model = source_model(spelling.source)
@@ -83,7 +87,7 @@ class _Model:
 
     def written(self) -> tuple[onnx.ModelProto, tuple[CachePair, ...]]:
         w, config = self.w, self.config
-        batch: str | int = 2 if self.spelling.batch == "fixed" else "batch"
+        batch: str | int = {"fixed": 2, "one": 1}.get(self.spelling.batch, "batch")
         ids = w.input("input_ids", np.dtype(np.int64), [batch, "new_tokens"])
         self.batch = batch
         new = w.op("Squeeze", w.op("Shape", ids, start=1, end=2))
@@ -115,7 +119,10 @@ class _Model:
         shapes = {
             "none": (),
             "latent": ((1, c.kv_lora_rank), (1, c.qk_rope_head_dim)),
-            "expanded": ((heads, c.qk_head_dim), (heads, c.v_head_dim)),
+            "expanded": (
+                (heads, c.qk_head_dim),
+                (heads, c.qk_head_dim if self.spelling.padded else c.v_head_dim),
+            ),
         }[form]
         names = [f"past.{layer}.{part}" for part in "kv"]
         return tuple(
@@ -166,9 +173,7 @@ class _Model:
         latent = self._norm(latent, f"{name}kv_a_layernorm.weight")
         latent = w.op("Unsqueeze", latent, w.ints(1))
         rope_key = self._rotated(w.op("Unsqueeze", rope_key, w.ints(1)))
-        if self.spelling.cache == "latent":
-            latent = self._kept(past[0], latent, layer, 0)
-            rope_key = self._kept(past[1], rope_key, layer, 1)
+        latent, rope_key = self._cached(latent, rope_key, past, layer)
         w.note(latent, (None, 1, None, rank))
         w.note(rope_key, (None, 1, None, rope))
         nope, value = self._expanded(name, latent)
@@ -177,6 +182,14 @@ class _Model:
         given = self._attended((q_nope, q_rope), (nope, rope_key), value, past, layer)
         out = w.op("MatMul", given, self._weight(f"{name}o_proj.weight", turned=True))
         return w.end(out) if self.spelling.function else out
+
+    def _cached(
+        self, latent: str, rope_key: str, past: tuple[str, ...], layer: int
+    ) -> tuple[str, str]:
+        """Both of all tokens, where they are what is cached."""
+        if self.spelling.cache != "latent":
+            return latent, rope_key
+        return self._kept(past[0], latent, layer, 0), self._kept(past[1], rope_key, layer, 1)
 
     def _projected(self, name: str, x: str) -> tuple[str, str, str]:
         """Query heads [B, H, S, E], the latent before its norm, the rope key before rotation."""
@@ -204,8 +217,8 @@ class _Model:
         """Keys without position [B, H, T, N] and values [B, H, T, V] of all heads."""
         w, c, form = self.w, self.config, self.spelling.kv_b
         heads, nope, value = c.num_attention_heads, c.qk_nope_head_dim, c.v_head_dim
-        whole = self.weights[f"{name}kv_b_proj.weight"].astype(self.kind)
-        w_HKL = whole.reshape(heads, nope + value, -1)
+        w_HKL = self._kv_b(name)
+        whole = w_HKL.reshape(heads * (nope + value), -1)
         rows = w.op("Squeeze", latent, w.ints(1))
         if form == "einsum":
             parts = (w_HKL[:, :nope], w_HKL[:, nope:])
@@ -226,6 +239,11 @@ class _Model:
             joint = w.op("MatMul", rows, w.weight(whole.T))
         return _pair(w.split(self._heads(joint, nope + value), [nope, value]))
 
+    def _kv_b(self, name: str) -> NDArray[Any]:
+        """[H, N + V, L]"""
+        whole = self.weights[f"{name}kv_b_proj.weight"].astype(self.kind)
+        return whole.reshape(self.config.num_attention_heads, -1, self.config.kv_lora_rank)
+
     def _attended(
         self,
         query: tuple[str, str],
@@ -235,30 +253,55 @@ class _Model:
         layer: int,
     ) -> str:
         w, c, form = self.w, self.config, self.spelling
-        scale = _scale(c)
+        value = self._padded(value) if form.padded else value
+        scale = self._scale()
         if form.scores == "summed":
             nope = self._product(query[0], key[0], "many")
             scores = w.op("Add", nope, self._product(query[1], key[1], "one"))
             scores = w.op("Mul", scores, w.number(scale, self.kind))
         else:
-            like = w.op("Shape", key[0], start=0, end=3)
-            size = w.op("Concat", like, w.ints(c.qk_rope_head_dim), axis=0)
-            keys = w.op("Concat", key[0], w.op("Expand", key[1], size), axis=-1)
-            queries = w.op("Concat", *query, axis=-1)
+            queries, keys = self._joined(query, key)
             if form.cache == "expanded":
                 keys = self._kept(past[0], keys, layer, 0)
                 value = self._kept(past[1], value, layer, 1)
             scores = self._scaled(queries, keys, scale)
         if form.mask == "where":
             scores = w.op("Where", self.mask, w.number(np.finfo(self.kind).min, self.kind), scores)
-        else:
+        elif form.mask != "missing":
             scores = w.op("Add", scores, self.mask)
         weights = self._softmax(scores)
         if form.product == "einsum":
             out = w.op("Einsum", weights, value, equation="bhst,bhtv->bshv")
         else:
             out = w.op("Transpose", w.op("MatMul", weights, value), perm=[0, 2, 1, 3])
+        out = w.split(out, [c.v_head_dim, self._added()])[0] if form.padded else out
         return w.op("Reshape", out, w.ints(0, 0, c.num_attention_heads * c.v_head_dim))
+
+    def _padded(self, value: str) -> str:
+        """Zeros behind the values, up to the width of keys."""
+        ends = self.w.ints(0, 0, 0, 0, 0, 0, 0, self._added())
+        return self.w.op("Pad", value, ends, self.w.number(0, self.kind))
+
+    def _added(self) -> int:
+        return int(self.config.qk_head_dim - self.config.v_head_dim)
+
+    def _scale(self) -> float:
+        """1/sqrt(E), with YaRN's correction by `mscale_all_dim`, as the published code has it."""
+        rope, correction = self.config.rope_parameters, 1.0
+        if rope.get("mscale_all_dim") and self.spelling.mscale:
+            correction = 0.1 * float(rope["mscale_all_dim"]) * float(np.log(rope["factor"])) + 1
+        return float(self.config.qk_head_dim**-0.5 * correction**2)
+
+    def _joined(self, query: tuple[str, str], key: tuple[str, str]) -> tuple[str, str]:
+        """Both parts of queries and keys side by side."""
+        queries, keys = (self.w.op("Concat", *part, axis=-1) for part in (query, self._shared(key)))
+        return queries, keys
+
+    def _shared(self, key: tuple[str, str]) -> tuple[str, str]:
+        """The rope key of every head."""
+        like = self.w.op("Shape", key[0], start=0, end=3)
+        size = self.w.op("Concat", like, self.w.ints(self.config.qk_rope_head_dim), axis=0)
+        return key[0], self.w.op("Expand", key[1], size)
 
     def _scaled(self, query: str, key: str, scale: float) -> str:
         w, form = self.w, self.spelling.scale
@@ -328,15 +371,6 @@ class _Model:
 def _pair(names: list[str]) -> tuple[str, str]:
     first, second = names
     return first, second
-
-
-def _scale(config: Any) -> float:
-    """1/sqrt(E), with YaRN's correction by `mscale_all_dim`, as the published code has it."""
-    rope = config.rope_parameters
-    correction = 1.0
-    if rope.get("mscale_all_dim"):
-        correction = 0.1 * float(rope["mscale_all_dim"]) * float(np.log(rope["factor"])) + 1
-    return float(config.qk_head_dim**-0.5 * correction**2)
 
 
 def _tables(model: Any) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
