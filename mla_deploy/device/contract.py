@@ -25,11 +25,18 @@ class Contract:
     """`profiles[graph][n][input][end]` are the sizes an input may have, `end` min, opt or max."""
 
     def __init__(
-        self, manifest: Mapping[str, Any], profiles: Mapping[str, Sequence[Mapping[str, Ends]]]
+        self,
+        manifest: Mapping[str, Any],
+        profiles: Mapping[str, Sequence[Mapping[str, Ends]]],
+        plugin_graphs: Sequence[str] = (),
     ) -> None:
-        """Raises: DeviceFailure "incompatible" for a cache of a kind that engines do not have."""
+        """`plugin_graphs` were built with MlaDecode.
+
+        Raises: DeviceFailure "incompatible" for a cache of a kind that engines do not have.
+        """
         self.manifest = manifest
         self.profiles = profiles
+        self.plugin_graphs = tuple(plugin_graphs)
         self.capacity = int(manifest["cache"]["capacity"])
         self.width = int(manifest["cache"]["row_width"])
         self.vocab_size = int(manifest["model"]["vocab_size"])
@@ -112,11 +119,13 @@ def differences(contract: Contract, graph: str, engine: Any) -> list[str]:
     return told + [f"{graph}: {name} is not in the manifest" for name in sorted(found)]
 
 
-def is_in_place(contract: Contract, engine: Any, taken: str, given: str) -> bool:
+def is_in_place(contract: Contract, graph: str, engine: Any, taken: str, given: str) -> bool:
     """Whether an engine writes cache output `given` where its input `taken` lies.
 
-    A TensorRT that cannot say so is older than the operator that does it.
+    A TensorRT that cannot say so is older than the operator that does it, but not than the plugin.
     """
+    if graph in contract.plugin_graphs:
+        return True
     ask = getattr(engine, "get_aliased_input_tensor", None)
     return ask is not None and ask(given) == taken
 

@@ -35,7 +35,9 @@ class DeviceModel:
         self._caches: dict[str, tuple[int, int]] = {}
         self._seconds: dict[str, int] = {}
         self._in_place = {
-            graph: all(is_in_place(contract, engine, *names[:2]) for names in contract.caches)
+            graph: all(
+                is_in_place(contract, graph, engine, *names[:2]) for names in contract.caches
+            )
             for graph, engine in self._engines.items()
         }
         self._turn = 0  # which of two buffers holds the rows

@@ -117,13 +117,10 @@ def gate_of(out: ir.Value) -> Gate:
 
 
 def stacked(gate_up: ir.Value, experts: int) -> ir.Value:
-    """The stack of the experts that have weights; a class may keep rows that nothing reads."""
-    if static(gate_up, 0) == experts:
-        return gate_up
-    shape = (experts, static(gate_up, 1), static(gate_up, 2))
-    return ir.Value(
-        name=str(gate_up.name), shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT)
-    )
+    """The stack of the experts that have weights; a class may keep rows that nothing reads, and
+    no checkpoint has: the layer's input is the shorter for it."""
+    gate_up.shape = ir.Shape((experts, static(gate_up, 1), static(gate_up, 2)))
+    return gate_up
 
 
 def passed_on(
