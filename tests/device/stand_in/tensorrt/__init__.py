@@ -220,6 +220,9 @@ class _Engine:
     def get_aliased_input_tensor(self, name: str) -> str | None:
         if "_out." not in name or _goes_wrong("copies caches"):
             return None
+        caches = [sizes for held, (_, _, sizes) in self.values.items() if "_out." in held]
+        if self.values[name][2][2] != max(sizes[2] for sizes in caches):
+            return None  # a ring
         return "latent_cache.99" if _goes_wrong("aliases elsewhere") else name.replace("_out.", ".")
 
     def get_device_memory_size_for_profile_v2(self, index: int) -> int:
