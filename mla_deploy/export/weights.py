@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from math import prod
@@ -154,8 +154,13 @@ class WeightLayout:
         last = _LastRead(source)
         with _one_thread(), Gather(stream) as gather:
             for weight in self._ordered():
+                left = weight.nbytes
                 for count in _gathered(weight, source, last, gather):
+                    left -= count
                     done(count)
+                if left:
+                    told = f"{weight.name} took {-left:+,} bytes beside its {weight.nbytes:,}"
+                    raise MlaDeployError("EXP-WEIGHT", told)
             gather.finish()
 
 
@@ -282,7 +287,7 @@ def _float_blocks(
         parts = source.stacked_parts(use.parameter)
         if not parts:
             raise MlaDeployError("EXP-WEIGHT", f"no weight {use.parameter} to fill {weight.name}")
-        yield from map(source.read, parts)
+        yield from _stack(parts, weight, source)
         return
     part = source.slices[use.parameter]
     rows = part.shape[0] if part.shape else 1
@@ -292,6 +297,19 @@ def _float_blocks(
         return
     for start in range(0, rows, step):
         yield source.read_rows(use.parameter, start, min(rows, start + step))
+
+
+def _stack(
+    parts: Sequence[str], weight: StoredWeight, source: WeightSource
+) -> Iterator[torch.Tensor]:
+    """Of a stack of experts what the graph reads: a class may keep rows behind, and save them."""
+    left = prod(weight.shape) if weight.use.part is None else -1
+    for name in parts:
+        if left == 0:
+            return
+        block = source.read(name)
+        left -= block.numel()
+        yield block
 
 
 def _half(w_kv_b: torch.Tensor, use: WeightUse) -> torch.Tensor:
