@@ -76,7 +76,8 @@ def lowered(
             graphs_of = _quantized(graphs_of, options.plan, config, is_tied=bool(trace.tied))
         lowering = Lowering(graphs_of, Builder)
     else:
-        lowering = _for_tensorrt(trace, options, release)
+        found = composites_of(layer.model for layer in trace.layers)
+        lowering = tensorrt_lowering(options, release, found)
     form = GraphForm(
         config=config,
         cache=trace.form,
@@ -89,9 +90,7 @@ def lowered(
     )
     graphs = {name: assemble(trace, form, rules, layout) for name, rules in lowering.graphs.items()}
     if release is not None:
-        _as_operator(graphs["decode"], find_release(release))
-        for graph in graphs.values():
-            require_operators(find_release(release), graph.model)
+        finish_tensorrt(graphs, release)
     return graphs
 
 
@@ -139,9 +138,10 @@ def _quantized(
     }
 
 
-def _for_tensorrt(trace: Trace, options: ExportOptions, name: str) -> Lowering:
+def tensorrt_lowering(options: ExportOptions, name: str, composites: set[str]) -> Lowering:
+    """The rules of release `name`, for a model that holds `composites`. Raises: REW-TARGET."""
     release = find_release(name)
-    require_composites(release, composites_of(layer.model for layer in trace.layers))
+    require_composites(release, composites)
     builder = typed_builder(options.capacity, release.opset, release.ir_version)
     decode, trunk = release.decode, release.trunk
     blocks = mla_decode.MULTIPROCESSORS[str(find_target(options.target).sm)]
@@ -152,6 +152,14 @@ def _for_tensorrt(trace: Trace, options: ExportOptions, name: str) -> Lowering:
         "decode": order.GraphRules(trunk, decode),
     }
     return Lowering(graphs, builder)
+
+
+def finish_tensorrt(graphs: dict[str, Assembled], name: str) -> None:
+    """Give decode its function of MlaDecode. Raises: REW-OPERATOR."""
+    release = find_release(name)
+    _as_operator(graphs["decode"], release)
+    for graph in graphs.values():
+        require_operators(release, graph.model)
 
 
 def _as_operator(decode: Assembled, release: Release) -> None:

@@ -8,6 +8,10 @@ A fused kernel wants one width for query, key and value, so the narrower ones ar
 a zero in query and key adds nothing to a score, and a zero of the value is cut off. Releases
 without the operator, and attention with sinks, which no fused kernel has, get the primitives with
 an fp32 softmax.
+
+One product gives the keys and values of all heads. Groups of heads one after the other, or values
+from the whole row, were tried for less memory and took more: the builder joins the products of
+groups (127 and 134 against 114 MB for 1024 new tokens over 4096, one layer of DeepSeek-V2-Lite).
 """
 
 from __future__ import annotations
