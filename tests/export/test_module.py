@@ -77,16 +77,16 @@ def test_every_form_of_bundle(options: dict[str, object], tmp_path: Path) -> Non
 @pytest.mark.parametrize("target", ["rtx-40", "jetson-orin-jp6"])
 def test_for_tensorrt(target: str, tmp_path: Path) -> None:
     """One graph without layers, of fixed capacity, typed: equal, and clean in half precision."""
-    bundle, weights = made("models:lm", tmp_path, target=target, dtype="fp32", capacity=128)
+    bundle, weights = made("models:lm", tmp_path, target=target, dtype="fp32", capacity=320)
     report = validate(bundle, module="models:lm", weights=weights)
     assert report.passed and "not on the device" in report.notes[0]
     half = export(module="models:lm", weights=weights, out=tmp_path / "half", target=target,
-                  capacity=128)  # fmt: skip
+                  capacity=320)  # fmt: skip
     for graph in ("prefill", "decode"):
         found = lint_graph(half.graph(graph), find_release(half.manifest["engine"]["release"]))
         assert [f for f in found if f.check != "profile-missing"] == []
         (cache, *_) = [v for v in half.inputs(graph) if v.name.startswith("latent_cache")]
-        assert (cache.dtype, cache.shape[2]) == ("fp16", 128)
+        assert (cache.dtype, cache.shape[2]) == ("fp16", 320)
 
 
 def test_runs_without_the_module(tmp_path: Path) -> None:
