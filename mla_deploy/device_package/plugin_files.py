@@ -76,7 +76,7 @@ def _files(stage: PackageStage, variant: Mapping[str, Any] | None, sm: str) -> P
     called = variant is not None
     source = _PLUGINS / "mla_decode"
     if not source.is_dir():
-        return PluginFiles(called, False, (), "no plugin: this installation has no source of it")
+        return PluginFiles(False, False, (), "no plugin: this installation has no source of it")
     for path in sorted(source.rglob("*")):
         if path.is_file() and not any(mark in str(path) for mark in _SKIPPED):
             name = path.relative_to(source).as_posix()

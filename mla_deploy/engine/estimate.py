@@ -56,8 +56,9 @@ def host_limit(weights_bytes: int, profiles: int) -> int:
 def activation_bytes(bundle: Bundle, profile: BuildProfile) -> int:
     """Bytes that a profile's largest call needs beside weights and caches.
 
-    Attention and the rest of a block do not stand at the same time, so the larger counts. Checked
-    against TensorRT-RTX 1.7 with one stream (`tests/engine/test_estimate.py`).
+    Attention, an indexer and the rest of a block do not stand at the same time, so the largest
+    counts. All but indexers was checked against TensorRT-RTX 1.7 with one stream
+    (`tests/engine/test_estimate.py`).
     """
     config, item = bundle.config, int(bundle.manifest["cache"]["itemsize"])
     batch = profile.axes["batch"].max if "batch" in profile.axes else 1
@@ -66,7 +67,8 @@ def activation_bytes(bundle: Bundle, profile: BuildProfile) -> int:
     judged = batch * tokens if bundle.manifest["all_logits"] else batch
     logits = judged * config.vocab_size * (_FP32 + item)
     block = _block_bytes(config, profile.graph, batch * tokens, item)
-    return _SCRATCH_BYTES + max(attend(bundle, batch, tokens), block) + logits
+    largest = max(attend(bundle, batch, tokens), block, _indexer_bytes(bundle, batch, tokens))
+    return _SCRATCH_BYTES + largest + logits
 
 
 def _absorbed_bytes(bundle: Bundle, batch: int, tokens: int) -> int:
@@ -91,6 +93,13 @@ def _expanded_bytes(bundle: Bundle, batch: int, tokens: int) -> int:
     scores = 0 if fused else batch * config.num_heads * tokens * rows * (_FP32 + item)
     mask = batch * tokens * rows * item
     return cached + scores + mask + 2 * batch * tokens * config.num_heads * head * item
+
+
+def _indexer_bytes(bundle: Bundle, batch: int, tokens: int) -> int:
+    """The scores that a sparse layer chooses by, of each of its heads, in both types."""
+    cache, heads = bundle.manifest["cache"], int(bundle.config.raw.get("index_n_heads") or 0)
+    width = _FP32 + int(cache["itemsize"])
+    return batch * heads * tokens * int(cache["capacity"]) * width
 
 
 def _block_bytes(config: MlaConfig, graph: Graph, tokens: int, item: int) -> int:
