@@ -15,6 +15,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from mla_deploy.bundle import Bundle
+from mla_deploy.door import create_file
 from mla_deploy.rewrite.mla_decode_body import OPERATOR, drop_body
 from mla_deploy.rewrite.rule import DOMAIN
 
@@ -48,5 +49,6 @@ def plugin_graph(bundle: Bundle) -> Iterator[Path]:
         for name in bundle.weight_files:
             os.symlink(os.path.realpath(bundle.file(name)), Path(folder) / name)
         path = Path(folder) / "decode.onnx"
-        path.write_bytes(without_body(bundle.graph("decode")))
+        with create_file(path) as file:
+            file.write(without_body(bundle.graph("decode")))
         yield path
