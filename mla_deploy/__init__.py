@@ -3,8 +3,8 @@
 The public surface, whole. Every name is loaded on first use (PEP 562), so that importing the
 package, and `mla-deploy --help`, loads none of torch, onnx, onnxruntime and transformers.
 
-`export` and `validate` are functions and packages of the same name; `callable_package.py` makes
-the two one object, so `from mla_deploy import export` is callable in every import order.
+`export`, `plan` and `validate` are functions and packages of the same name; `callable_package.py`
+makes the two one object, so `from mla_deploy import export` is callable in every import order.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from mla_deploy.export import export
     from mla_deploy.export.requantize import quantize
+    from mla_deploy.plan import plan
     from mla_deploy.runtime import Runner, generate, open_runner
     from mla_deploy.validate import ValidationReport, validate
 
@@ -53,12 +54,13 @@ __all__ = [
     "open_bundle",
     "open_checkpoint",
     "open_runner",
+    "plan",
     "quantize",
     "read_config",
     "validate",
 ]
 
-_PACKAGES = ("export", "validate")  # callable packages: the module itself is the function
+_PACKAGES = ("export", "plan", "validate")  # callable packages: the module itself is the function
 
 _HOME = {
     "Bundle": "bundle",
