@@ -7,7 +7,7 @@ copy of weights in half precision for decoding, and a packed copy of quantised o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from mla_deploy.cache_plan import planned_bytes
@@ -55,18 +55,17 @@ def needed(model: Model, target: Target, batch: int, context: int) -> Memory:
         return _on_cpu(model, batch, context)
     release = find_release(target.release)
     cache = _cache_bytes(model, batch, context)
-    calls = (
-        Call(graph, batch=batch, tokens=tokens, capacity=context, row_width=model.config.row_width,
-             itemsize=model.itemsize, release=release.name)
-        for graph, tokens in (("prefill", min(CHUNK, context)), ("decode", 1))
+    decode = Call(
+        "decode", batch=batch, tokens=1, capacity=context, row_width=model.config.row_width,
+        itemsize=model.itemsize, release=release.name,
     )  # fmt: skip
-    prefill, decode = (call_bytes(model.config, call) for call in calls)
+    prefill = replace(decode, graph="prefill", tokens=min(CHUNK, context))
     return Memory(
         weights_bytes=model.stored.total,
         weights_held_bytes=2 * model.stored.total,
         cache_bytes=cache if release.has_tensor_scatter else 2 * cache,
-        prefill_activation_bytes=prefill,
-        decode_activation_bytes=decode,
+        prefill_activation_bytes=call_bytes(model.config, prefill),
+        decode_activation_bytes=call_bytes(model.config, decode),
         runtime_bytes=0,
     )
 

@@ -16,7 +16,8 @@ from mla_deploy.plan.row import nearest_row, row_of
 
 ALL, CPU = "all", "cpu"
 DEFAULT_CONTEXT = 4096
-CACHE_DTYPES = ("fp32", "fp16", "bf16", *STORES)
+DTYPES = ("fp32", "fp16", "bf16")
+CACHE_DTYPES = (*DTYPES, *STORES)
 _MOST_CONTEXT = 1 << 31
 _MOST_GIB = 1 << 20
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -49,6 +50,7 @@ def plan(
     config = found.config
     asked = _question(config, context, batch, weights, cache)
     _check_reserve(reserve_gib)
+    _check_word("dtype", dtype, DTYPES)
     _require_layers(found)
     # All that can be refused at once comes before transformers is loaded, which takes seconds.
     make = nearest_row if (device or ALL) == ALL else row_of
@@ -87,9 +89,7 @@ def _question(
     rows = 1 if batch is None else batch
     _check_count("context", tokens, _MOST_CONTEXT)
     _check_count("batch", rows, MOST_ROWS)
-    if cache is not None and cache not in CACHE_DTYPES:
-        known = ", ".join(CACHE_DTYPES)
-        raise InputError("PLAN-OPTION", f"cache is {quoted(cache)}; wanted one of {known}")
+    _check_word("cache", cache, CACHE_DTYPES)
     return Question(tokens, rows, weights, cache)
 
 
@@ -100,6 +100,12 @@ def _check_count(name: str, found: object, limit: int) -> None:
             f"{name} is {quoted(found)}; wanted a whole number from 1 to {limit:,}",
             option=name,
         )
+
+
+def _check_word(name: str, found: str | None, known: tuple[str, ...]) -> None:
+    if found is not None and found not in known:
+        told = f"{name} is {quoted(found)}; wanted one of {', '.join(known)}"
+        raise InputError("PLAN-OPTION", told, option=name)
 
 
 def _check_reserve(found: object) -> None:

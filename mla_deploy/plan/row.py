@@ -41,7 +41,12 @@ def row_of(
 def nearest_row(
     device: Device, config: MlaConfig, *, dtype: str | None, weights: str | None, cache: str | None
 ) -> Row:
-    """As `row_of`; where the target has not what was asked, in its own dtype, with a note."""
+    """As `row_of`; where the target has not what was asked, in its own dtype, with a note.
+
+    Raises: InputError EXP-WEIGHT-FORM for weights in no known form.
+    """
+    if weights is not None:
+        parse_plan(weights)  # what is no form at all is refused for every device
     try:
         return row_of(device, config, dtype=dtype, weights=weights, cache=cache)
     except InputError as refusal:

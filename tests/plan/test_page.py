@@ -13,7 +13,7 @@ from tests.cli.conftest import Command, command
 __all__ = ["command"]
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "plan.md").read_text("utf-8")
-SHOWN = re.findall(r"```text\n\$ (mla-deploy plan .+)\n(.+?)```", PAGE, re.DOTALL)
+SHOWN = re.findall(r"```text\n\$ (mla-deploy plan [^\n]+)\n(.+?)```", PAGE, re.DOTALL)
 COMMANDS = [
     line
     for block in re.findall(r"```bash\n(.+?)```", PAGE, re.DOTALL)

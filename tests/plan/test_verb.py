@@ -95,7 +95,8 @@ REFUSALS: dict[str, tuple[dict[str, Any], str, str]] = {
     "weights that it lacks": (
         {"weights": "fp8", "device": "agx-orin-64"}, "TARGET-DTYPE", "fp8"
     ),
-    "dtype": ({"dtype": "fp64", "device": "h100"}, "TARGET-DTYPE", "fp64"),
+    "dtype": ({"dtype": "fp64"}, "PLAN-OPTION", "fp64"),
+    "dtype that it lacks": ({"dtype": "bf16", "device": "orin-nx-16"}, "TARGET-DTYPE", "bf16"),
 }  # fmt: skip
 
 
