@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from mla_deploy.plan.work import Bound
 
 _GIB = 1 << 30
-_RIVALS = (("GQA, 8 heads of 128", "gqa"), ("full heads", "full_heads"))
+_RIVALS = (("GQA, 8 KV heads", "gqa"), ("full heads", "full_heads"))
 
 
 def summary(report: PlanReport) -> str:
     """The model, then the device, or how many devices it fits."""
     model, asked = report.model, report.question
     told = (
-        f"{model.name}: {model.parameters / 1e9:,.2f}B parameters, "
-        f"{model.active_parameters / 1e9:.2f}B a token; {asked.context:,} tokens, "
+        f"{model.name}: {_count(model.parameters)} parameters, "
+        f"{_count(model.active_parameters)} a token; {asked.context:,} tokens, "
         f"batch {asked.batch}"
     )
     if len(report.devices) > 1:
@@ -116,6 +116,12 @@ def _rival_sheet(row: DevicePlan) -> Sheet:
         for name, found in ((name, row.rivals[key]) for name, key in _RIVALS)
     ]  # fmt: skip
     return Sheet("Beside other attentions", columns, [latent, *others])
+
+
+def _count(parameters: int) -> str:
+    if parameters >= 10**9:
+        return f"{parameters / 1e9:,.2f}B"
+    return f"{parameters / 1e6:.2f}M"
 
 
 def _gib(count: int) -> str:

@@ -66,7 +66,7 @@ def plan(
     tensors = model_tensors(config)
     report("parameters", 1, 1)
     plans = tuple(Planner(row, config, tensors, asked, reserve_gib).plan() for row in rows)
-    notes = (*found.notes, *_warnings(config, asked))
+    notes = (*found.notes, *config.notes, *_warnings(config, asked))
     return PlanReport(model_facts(found, tensors), asked, plans, notes)
 
 
@@ -128,9 +128,15 @@ def _require_layers(model: PlannedModel) -> None:
 
 
 def _warnings(config: MlaConfig, asked: Question) -> list[str]:
+    told = []
+    if config.quantization is not None:
+        method = config.quantization.method
+        told.append(f"weights are {method} on disk and planned as `export` stores them unless told "
+                    "otherwise: widened")  # fmt: skip
     if asked.context <= config.max_position_embeddings:
-        return []
+        return told
     return [
+        *told,
         f"a context of {asked.context:,} tokens is beyond the model's "
-        f"{config.max_position_embeddings:,} positions: what it says there is not known"
+        f"{config.max_position_embeddings:,} positions: what it says there is not known",
     ]

@@ -97,8 +97,8 @@ def decode_work(model: Model, batch: int, context: int, rival: Rival | None = No
             flops += 2 * layer.heads * seen * (2 * layer.rank + layer.rope)
             cached += _row_bytes(model, layer) * seen
         else:
-            flops += 2 * layer.heads * seen * rival.score_widths(layer)
-            cached += rival.elements(layer) * model.itemsize * seen
+            flops += 2 * layer.heads * seen * rival.score_widths(config, layer)
+            cached += rival.elements(config, layer) * model.itemsize * seen
     states, indexer = _beside(model, context)
     flops = times * flops + batch * (2 * model.active_parameters + states // 2 + indexer[1])
     read = times * cached + batch * (states + indexer[0])

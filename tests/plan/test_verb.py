@@ -141,6 +141,15 @@ def test_beyond_the_positions_is_told() -> None:
     assert row.longest_context == report.model.max_position_embeddings < 10**6
 
 
+def test_a_quantised_checkpoint_is_told(tmp_path: Path) -> None:
+    fields = dict(find_model("deepseek-v3").config.raw)
+    fields["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    report = mla_deploy.plan(tmp_path, device="b200", dtype="bf16")
+    assert any("fp8 on disk" in note for note in report.notes)
+    assert report.devices[0].memory.weights_bytes == pytest.approx(2 * 671e9, rel=0.001)
+
+
 def test_all_devices_take_what_they_have() -> None:
     """fp8 weights are planned where the device multiplies them; elsewhere a note says what is."""
     report = mla_deploy.plan(TRAINED, weights="fp8")
