@@ -68,6 +68,8 @@ def _not_exported(row: Row, config: MlaConfig) -> tuple[str, ...]:
         return ()
     kinds = sorted({layer.kind for layer in config.layers} - {"", FULL})
     told = [f"no lowering of {kind.replace('_', ' ')} for TensorRT yet" for kind in kinds]
+    if config.identity_experts:
+        told.append("no lowering of identity experts for TensorRT yet")
     if row.cache_dtype != row.dtype:
         told.append(f"`export` for TensorRT caches in {row.dtype} only")
     return tuple(f"{each}: figures are arithmetic alone" for each in told)
