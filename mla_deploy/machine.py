@@ -230,6 +230,15 @@ def available_bytes() -> int | None:
     return min([free, *_container_bytes()])
 
 
+def memory_bytes() -> tuple[int, int] | None:
+    """(all, available) of this machine, the container's limit included in the second."""
+    fields = dict(_field(line) for line in _proc("meminfo").splitlines() if ":" in line)
+    free = available_bytes()
+    if free is None or "MemTotal" not in fields:
+        return None
+    return int(fields["MemTotal"].split()[0]) * 1024, free
+
+
 # Of control groups 2 and 1: the limit, what is used, and the files among that, which can be dropped
 # (pages of mapped weights are such).
 _GROUPS = (
