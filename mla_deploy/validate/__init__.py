@@ -3,16 +3,28 @@
 from mla_deploy.callable_package import make_callable
 from mla_deploy.validate.bundle_check import validate
 from mla_deploy.validate.cases import Call, Case, default_cases
-from mla_deploy.validate.report import ValidationReport, write_json, write_junit
+from mla_deploy.validate.outputs import (
+    read_report,
+    write_html,
+    write_json,
+    write_junit,
+    write_markdown,
+    write_report,
+)
+from mla_deploy.validate.report import ValidationReport
 
 __all__ = [
     "Call",
     "Case",
     "ValidationReport",
     "default_cases",
+    "read_report",
     "validate",
+    "write_html",
     "write_json",
     "write_junit",
+    "write_markdown",
+    "write_report",
 ]
 
 make_callable(__name__, validate)

@@ -17,14 +17,16 @@ from mla_deploy.runtime.sessions import GraphSessions
 from mla_deploy.runtime.verified import is_verifying
 from mla_deploy.validate.cases import Case, default_cases, verify_case
 from mla_deploy.validate.gates import LOSS_GATES, Gate, gate_for
-from mla_deploy.validate.loss import loss_over, text_rows
+from mla_deploy.validate.loss import Loss, loss_over, text_rows
 from mla_deploy.validate.memory import measure_memory
 from mla_deploy.validate.opening import open_sessions, plan_of, rounding_of
 from mla_deploy.validate.parity import CaseResult, run_case
 from mla_deploy.validate.reference import Progress, Reference, Source
 from mla_deploy.validate.report import ValidationReport, rounding_loss, top_one
 from mla_deploy.validate.stand_in import NOTE
+from mla_deploy.validate.surroundings import surroundings_of
 from mla_deploy.validate.text import text_case
+from mla_deploy.weight_forms.form import WeightPlan
 
 _LIBRARIES = ("mla-deploy", "torch", "transformers", "onnxruntime-gpu", "onnxruntime", "numpy")
 
@@ -38,6 +40,7 @@ def validate(
     cases: Sequence[Case] | None = None,
     threads: int | None = None,
     verify: Literal["full", "sizes"] = "full",
+    timed: bool = False,
     progress: Progress | None = None,
 ) -> ValidationReport:
     """Run `bundle` and its PyTorch source over `cases` and compare; None takes `default_cases`.
@@ -45,7 +48,8 @@ def validate(
     The source is a checkpoint, or the user's own `module` (`package.file:factory`, whose code runs)
     with its `weights`, as they were exported. A bundle for TensorRT is checked on ONNX Runtime's
     CPU provider (`stand_in.py`), and a note of the report says so.
-    `threads` is for both sides; None leaves each its own default.
+    `threads` is for both sides; None leaves each its own default. `timed` also times decode
+    steps at a few contexts, some seconds more; not where a stand-in runs.
     The answer no is a report whose `passed` is false, not an exception.
     Raises: BUN-* and CKPT-* (as `open_bundle`, `open_checkpoint`), IntegrityError VAL-SOURCE (the
     bundle was made from another checkpoint), InputError VAL-CASE (no cases), IncompatibleError
@@ -53,28 +57,27 @@ def validate(
     """
     started = time.perf_counter()
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle, verify=verify)
-    dtype, cache_dtype = str(opened.manifest["dtype"]), str(opened.manifest["cache"]["dtype"])
     plan = plan_of(opened.manifest)
-    gate = gate_for(dtype, cache_dtype, quantized=plan is not None)
+    gate = _gate(opened, plan)
     with _opened(source, module, weights) as found:
         _require_source(opened, found)
         sessions = open_sessions(opened, threads)
         with _torch_threads(threads):
             reference = _reference(found)
             chosen = _chosen(opened, found, cases, reference)
-            loss = None  # measured before the source is rounded
-            if plan is not None:
-                loss = loss_over(*text_rows(opened), reference.every_logit, sessions, progress)
+            # The loss is measured before the source is rounded.
+            loss = _loss(opened, plan, reference, sessions, progress)
             stored = _rounded_alike(opened, found.config, reference, chosen)
             results = _run(chosen, sessions, (stored, reference), gate, progress)
         memory = measure_memory(opened, found.config, sessions)
+        about = surroundings_of(opened, found.config, sessions, _versions(), timed=timed)
         digest, told = found.digest, (*_stood_in(opened), *found.notes)
     return ValidationReport(
         bundle_digest=opened.digest,
         source_digest=digest,
         verified=opened.verified,
         target=str(opened.manifest["target"]),
-        dtype=dtype,
+        dtype=str(opened.manifest["dtype"]),
         gate=gate,
         cases=results,
         top1=top_one(results, gate),
@@ -85,7 +88,25 @@ def validate(
         versions=_versions(),
         notes=(*told, *_scaled_gates(results, gate)),
         seconds=time.perf_counter() - started,
+        about=about,
     )
+
+
+def _gate(bundle: Bundle, plan: WeightPlan | None) -> Gate:
+    dtypes = str(bundle.manifest["dtype"]), str(bundle.manifest["cache"]["dtype"])
+    return gate_for(*dtypes, quantized=plan is not None)
+
+
+def _loss(
+    bundle: Bundle,
+    plan: WeightPlan | None,
+    reference: Reference,
+    sessions: GraphSessions,
+    progress: Progress | None,
+) -> Loss | None:
+    if plan is None:
+        return None
+    return loss_over(*text_rows(bundle), reference.every_logit, sessions, progress)
 
 
 def _rounded_alike(
