@@ -83,7 +83,8 @@ def _tiles(facts: Facts) -> Iterator[tuple[str, str, str]]:
     yield "cases passed", f"{passed} of {len(cases)}", "prompts, chunks, steps, batches"
     bounds = [case["max_abs_bound"] for case in cases if case.get("max_abs_bound")]
     wanted = f"gate {number(max(bounds))}" if bounds else "not judged in this dtype"
-    yield "largest logit difference", number(worst(cases, "logits", "max_abs")), wanted
+    largest = worst(cases, "logits", "max_abs")
+    yield "largest logit difference", "no figure" if largest is None else number(largest), wanted
     yield "top-1 agreement", f"{top1['share']:.2%}", f"of {top1['positions']:,} positions"
     cache, memory = facts.get("cache"), facts.get("memory")
     if cache:
@@ -150,7 +151,7 @@ def _case_row(cases: Sequence[dict[str, Any]], gates: Mapping[str, Any], floor: 
 def _share_text(share: float | None) -> str:
     if share is None:
         return "no figure"
-    return f"{share:.1f} times" if share > 1 else f"{100 * share:.2g} %"
+    return f"{number(share)} times" if share > 1 else f"{100 * share:.2g} %"
 
 
 def _memory(facts: Facts) -> View | None:

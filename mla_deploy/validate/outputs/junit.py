@@ -23,7 +23,7 @@ def junit_bytes(facts: Facts) -> bytes:
     """One `testsuite`: a `testcase` for each case, then for top-1, the losses and the memory."""
     suite = ElementTree.Element("testsuite", name="mla-deploy validate")
     if facts.get("made_at"):
-        suite.set("timestamp", str(facts["made_at"]).removesuffix("Z"))
+        suite.set("timestamp", _text(facts["made_at"]).removesuffix("Z"))
     _append_properties(suite, facts)
     for case in facts["cases"]:
         _append(suite, case["name"], case["seconds"], case["failures"])

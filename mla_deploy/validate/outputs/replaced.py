@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from mla_deploy.door import create_file
+from mla_deploy.door import check_name, create_file
 from mla_deploy.errors import EnvironmentFailure, InputError, quoted
 
 Facts = Mapping[str, Any]
@@ -30,8 +30,8 @@ def facts_of(report: Report) -> Facts:
 def check_place(path: str | os.PathLike[str]) -> Path:
     """Refuse a path that no file can be written to; asked before the work that fills it.
 
-    Raises: InputError FILE-MISSING (its folder), FILE-TYPE (a folder or device stands there);
-    EnvironmentFailure FILE-PERMISSION.
+    Raises: InputError FILE-NAME, FILE-MISSING (its folder), FILE-TYPE (a folder or device stands
+    there); EnvironmentFailure FILE-PERMISSION.
     """
     place, shown = Path(path), quoted(os.fspath(path))
     try:
@@ -51,8 +51,7 @@ def check_place(path: str | os.PathLike[str]) -> Path:
             )
     except PermissionError:
         raise _not_allowed(place) from None
-    except ValueError as error:
-        raise InputError("FILE-NAME", f"{shown} cannot be a path: {error}") from None
+    check_name(place.name)
     if not os.access(place.parent, os.W_OK | os.X_OK):
         raise _not_allowed(place)
     return place
