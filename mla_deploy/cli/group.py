@@ -11,6 +11,7 @@ from mla_deploy.cli.doctor import doctor
 from mla_deploy.cli.export import export
 from mla_deploy.cli.inspect import inspect
 from mla_deploy.cli.quantize import quantize
+from mla_deploy.cli.report import report
 from mla_deploy.cli.run import run
 from mla_deploy.cli.validate import validate
 
@@ -35,5 +36,5 @@ def group(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for _command in (inspect, export, quantize, build, validate, run, bench, doctor):
+for _command in (inspect, export, quantize, build, validate, report, run, bench, doctor):
     group.add_command(_command)

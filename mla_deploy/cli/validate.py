@@ -9,6 +9,7 @@ import click
 
 from mla_deploy.cli.output import Outcome, Screen
 from mla_deploy.cli.progress import progress_bar
+from mla_deploy.cli.report_files import report_files
 from mla_deploy.cli.verb import verb
 
 
@@ -17,8 +18,7 @@ from mla_deploy.cli.verb import verb
 @click.option("--source", type=click.Path(path_type=Path), help="The checkpoint.")
 @click.option("--module", metavar="FILE:FACTORY", help="Your own torch.nn.Module instead.")
 @click.option("--weights", metavar="FILE", help="Of --module: its .safetensors file.")
-@click.option("--junit", type=click.Path(path_type=Path), help="Write the cases as JUnit XML.")
-@click.option("--report", type=click.Path(path_type=Path), help="Write the report as JSON.")
+@report_files("--report")
 @click.option("--verify", type=click.Choice(["full", "sizes"]), help="By hash, or by size.  [full]")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of ONNX Runtime.")
 @click.option(

@@ -10,19 +10,15 @@ import click
 from mla_deploy.cli.output import Outcome, Sheet
 
 
-def validated(
-    bundle: Path, *, junit: Path | None = None, report: Path | None = None, **options: Any
-) -> Outcome:
-    """The bundle against its source."""
+def validated(bundle: Path, **options: Any) -> Outcome:
+    """The bundle against its source. Who asks for a file is also told how fast a step is."""
     import mla_deploy
+    from mla_deploy.cli.report_files import taken_files, write_files
     from mla_deploy.cli.report_sheets import report_refusal, report_sheets, report_summary
-    from mla_deploy.validate import write_json, write_junit
 
-    found = mla_deploy.validate(bundle, **options)
-    if report is not None:
-        write_json(found, report)
-    if junit is not None:
-        write_junit(found, junit)
+    files = taken_files(options)
+    found = mla_deploy.validate(bundle, timed=bool(files), **options)
+    write_files(found, files)
     result = found.to_dict()
     return Outcome(
         f"{bundle}: {report_summary(result)}", result, report_sheets(result), report_refusal(result)

@@ -4,6 +4,7 @@ from mla_deploy.callable_package import make_callable
 from mla_deploy.validate.bundle_check import validate
 from mla_deploy.validate.cases import Call, Case, default_cases
 from mla_deploy.validate.outputs import (
+    check_destination,
     read_report,
     write_html,
     write_json,
@@ -17,6 +18,7 @@ __all__ = [
     "Call",
     "Case",
     "ValidationReport",
+    "check_destination",
     "default_cases",
     "read_report",
     "validate",

@@ -21,30 +21,31 @@ SUFFIXES: dict[str, Callable[[Facts], bytes]] = {
 }
 
 
-def check_destination(path: str | os.PathLike[str]) -> None:
+def check_destination(path: str | os.PathLike[str], suffix: str | None = None) -> None:
     """Refuse a place that `write_report` could not write, before there is a report.
 
-    Raises: InputError REP-SUFFIX, FILE-MISSING, FILE-TYPE; EnvironmentFailure FILE-PERMISSION.
+    Raises: InputError REP-SUFFIX, FILE-NAME, FILE-MISSING, FILE-TYPE; EnvironmentFailure
+    FILE-PERMISSION.
     """
-    _writer(path)
+    _writer(path, suffix)
     check_place(path)
 
 
-def write_report(report: Report, path: str | os.PathLike[str]) -> None:
-    """Write the report as what the suffix of `path` says: .json, .xml (JUnit), .md or .html.
+def write_report(report: Report, path: str | os.PathLike[str], suffix: str | None = None) -> None:
+    """Write the report as what `suffix` says: .json, .xml (JUnit), .md or .html; None: the path's.
 
     Raises: as `check_destination`, EnvironmentFailure FILE-*.
     """
-    replace_file(path, _writer(path)(facts_of(report)))
+    replace_file(path, _writer(path, suffix)(facts_of(report)))
 
 
-def _writer(path: str | os.PathLike[str]) -> Callable[[Facts], bytes]:
-    suffix = Path(path).suffix.lower()
-    if suffix not in SUFFIXES:
+def _writer(path: str | os.PathLike[str], suffix: str | None) -> Callable[[Facts], bytes]:
+    found = (Path(path).suffix if suffix is None else suffix).lower()
+    if found not in SUFFIXES:
         raise InputError(
             "REP-SUFFIX",
-            f"{quoted(os.fspath(path))} ends in {quoted(suffix) if suffix else 'no suffix'}, "
+            f"{quoted(os.fspath(path))} ends in {quoted(found) if found else 'no suffix'}, "
             f"wanted one of {', '.join(SUFFIXES)}",
             hint="the suffix says what is written: JSON, JUnit XML, Markdown or HTML",
         )
-    return SUFFIXES[suffix]
+    return SUFFIXES[found]
