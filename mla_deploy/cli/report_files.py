@@ -40,9 +40,9 @@ def taken_files(options: dict[str, Any]) -> tuple[tuple[Path, str | None], ...]:
     from mla_deploy.validate import check_destination
 
     asked: list[tuple[Path, str | None]] = [(place, None) for place in options.pop("report", ())]
-    for suffix, name in _FORMS.items():
+    for form, name in _FORMS.items():
         if name in options:
-            asked.append((options.pop(name), suffix))
+            asked.append((options.pop(name), form))
     for place, suffix in asked:
         check_destination(place, suffix)
     return tuple(asked)
