@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mla_deploy.cli.loss_sheets import loss_sheets, loss_words
+from mla_deploy.cli.measure_sheets import measure_sheets
 from mla_deploy.cli.output import Sheet, byte_text
 from mla_deploy.errors import GateError, MlaDeployError
 
@@ -16,7 +17,9 @@ def report_summary(report: dict[str, Any]) -> str:
     worst = _worst(cases, "logits", "max_abs")
     passed = sum(1 for case in cases if case["passed"])
     top1 = report["top1"]
-    verdict = "equal to its source" if report["passed"] else "NOT equal to its source"
+    other = {"goldens": "the goldens of its source", "bundle": "the other bundle"}
+    same = f"equal to {other.get(report['reference']['kind'], 'its source')}"
+    verdict = same if report["passed"] else f"NOT {same}"
     return (
         f"{verdict} ({report['dtype']}): {passed} of {len(cases)} cases passed, "
         f"max |logit difference| {_number(worst)}, top-1 {top1['share']:.2%} "
@@ -25,10 +28,12 @@ def report_summary(report: dict[str, Any]) -> str:
 
 
 def report_sheets(report: dict[str, Any]) -> tuple[Sheet, ...]:
-    sheets = [_case_sheet(report), memory_sheet(report["memory"])]
+    sheets = [_case_sheet(report)]
+    if report["memory"]:
+        sheets.append(memory_sheet(report["memory"]))
     if report["rounding"]:
         sheets.insert(1, _rounding_sheet(report))
-    sheets[1:1] = loss_sheets(report["loss"])
+    sheets[1:1] = [*measure_sheets(report), *loss_sheets(report["loss"])]
     failures = [(case["name"], told) for case in report["cases"] for told in case["failures"]]
     if failures:
         sheets.insert(0, Sheet("Gates not met", ("case", "what"), failures))
@@ -144,6 +149,9 @@ def _other(report: dict[str, Any]) -> str:
         return (
             f"rounding to {report['dtype']} costs a mean KL of {report['rounding']['mean_kl']:.2g}"
         )
+    for name, told in (("text", "the text"), ("uncached", "cached against uncached")):
+        if report[name] and not report[name]["passed"]:
+            return f"{told} leaves its gate"
     if report["loss"] and report["loss"]["failures"]:
         return f"quantised weights: {report['loss']['failures'][0]}"
     return "the cache does not take the bytes that were predicted"

@@ -7,25 +7,64 @@ from typing import Any
 
 import click
 
-from mla_deploy.cli.output import Outcome, Sheet
+from mla_deploy.cli.output import Outcome, Sheet, byte_text
 
 
 def validated(
-    bundle: Path, *, junit: Path | None = None, report: Path | None = None, **options: Any
-) -> Outcome:
-    """The bundle against its source."""
+    bundle: Path, *, text: Path | None = None, junit: Path | None = None,
+    report: Path | None = None, **options: Any,
+) -> Outcome:  # fmt: skip
+    """The bundle against its source, goldens, or another bundle."""
     import mla_deploy
+    from mla_deploy.validate.text_file import read_text_file
+
+    if text is not None:
+        options["text"] = (text.name, read_text_file(text))
+    return _told(bundle, mla_deploy.validate(bundle, **options), junit=junit, report=report)
+
+
+def results_judged(
+    bundle: Path | None, *, results: Path, goldens: Path | None = None, junit: Path | None = None,
+    report: Path | None = None, **options: Any,
+) -> Outcome:  # fmt: skip
+    """Results from elsewhere by goldens; nothing is run."""
+    from mla_deploy.validate import judge_results
+
+    _only((), options, "--results")
+    if goldens is None:
+        raise click.UsageError("--results are judged by --goldens; wanted both")
+    found = judge_results(results, goldens, bundle=bundle)
+    return _told(results, found, junit=junit, report=report)
+
+
+def recorded(bundle: Path, *, save_results: Path, **options: Any) -> Outcome:
+    """The bundle is run and judged by nobody."""
+    from mla_deploy.validate import record
+
+    _only(("threads", "verify", "progress"), options, "--save-results alone")
+    path = record(bundle, save_results, **options)
+    size = path.stat().st_size
+    return Outcome(
+        f"{bundle}: was run and NOT judged; its outputs are in {path} ({byte_text(size)}): "
+        "`mla-deploy validate --results ... --goldens ...` judges them",
+        {"results": str(path), "bytes": size},
+    )
+
+
+def _told(subject: Path, found: Any, *, junit: Path | None, report: Path | None) -> Outcome:
     from mla_deploy.cli.report_sheets import report_refusal, report_sheets, report_summary
     from mla_deploy.validate import write_json, write_junit
 
-    found = mla_deploy.validate(bundle, **options)
     if report is not None:
         write_json(found, report)
     if junit is not None:
         write_junit(found, junit)
     result = found.to_dict()
     return Outcome(
-        f"{bundle}: {report_summary(result)}", result, report_sheets(result), report_refusal(result)
+        f"{subject}: {report_summary(result)}",
+        result,
+        report_sheets(result),
+        report_refusal(result),
     )
 
 

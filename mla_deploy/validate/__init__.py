@@ -3,6 +3,7 @@
 from mla_deploy.callable_package import make_callable
 from mla_deploy.validate.bundle_check import validate
 from mla_deploy.validate.cases import Call, Case, default_cases
+from mla_deploy.validate.record import judge_results, record
 from mla_deploy.validate.report import ValidationReport, write_json, write_junit
 
 __all__ = [
@@ -10,6 +11,8 @@ __all__ = [
     "Case",
     "ValidationReport",
     "default_cases",
+    "judge_results",
+    "record",
     "validate",
     "write_json",
     "write_junit",
