@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import click
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+# (place, suffix of the form or None for its own) of every file asked for
+Files = tuple[tuple[Path, str | None], ...]
 _FORMS = {".xml": "junit", ".html": "html", ".md": "markdown"}
 _TOLD = {
     "junit": "Write the cases as JUnit XML.",
@@ -32,8 +34,8 @@ def report_files(flag: str) -> Callable[[_Function], _Function]:
     return add
 
 
-def taken_files(options: dict[str, Any]) -> tuple[tuple[Path, str | None], ...]:
-    """(place, suffix of the form or None for its own) of every file asked for, out of `options`.
+def taken_files(options: dict[str, Any]) -> Files:
+    """The files asked for, taken out of `options`.
 
     Raises: as `check_destination`: nothing is worked on for a file that cannot be written.
     """
@@ -48,7 +50,7 @@ def taken_files(options: dict[str, Any]) -> tuple[tuple[Path, str | None], ...]:
     return tuple(asked)
 
 
-def write_files(report: Any, files: tuple[tuple[Path, str | None], ...]) -> None:
+def write_files(report: Any, files: Files) -> None:
     """Write each of `taken_files`. Raises: as `write_report`."""
     from mla_deploy.validate import write_report
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mla_deploy.cli.loss_sheets import loss_sheets, loss_words
+from mla_deploy.cli.measure_sheets import measure_sheets
 from mla_deploy.cli.output import Sheet, byte_text
 from mla_deploy.errors import GateError, MlaDeployError
 from mla_deploy.validate.outputs.findings import case_groups, group_name, worst
@@ -17,7 +18,9 @@ def report_summary(report: dict[str, Any]) -> str:
     largest = worst(cases, "logits", "max_abs")
     passed = sum(1 for case in cases if case["passed"])
     top1 = report["top1"]
-    verdict = "equal to its source" if report["passed"] else "NOT equal to its source"
+    other = {"goldens": "the goldens of its source", "bundle": "the other bundle"}
+    same = f"equal to {other.get(_kind(report), 'its source')}"
+    verdict = same if report["passed"] else f"NOT {same}"
     return (
         f"{verdict} ({report['dtype']}): {passed} of {len(cases)} cases passed, "
         f"max |logit difference| {_number(largest)}, top-1 {top1['share']:.2%} "
@@ -25,13 +28,17 @@ def report_summary(report: dict[str, Any]) -> str:
     )
 
 
+def _kind(report: dict[str, Any]) -> str:
+    return str((report.get("reference") or {}).get("kind"))
+
+
 def report_sheets(report: dict[str, Any]) -> tuple[Sheet, ...]:
     sheets = [_case_sheet(report)]
-    if report.get("memory"):
+    if report["memory"]:
         sheets.append(memory_sheet(report["memory"]))
-    if report.get("rounding"):
+    if report["rounding"]:
         sheets.insert(1, _rounding_sheet(report))
-    sheets[1:1] = loss_sheets(report.get("loss"))
+    sheets[1:1] = [*measure_sheets(report), *loss_sheets(report["loss"])]
     failures = [(case["name"], told) for case in report["cases"] for told in case["failures"]]
     if failures:
         sheets.insert(0, Sheet("Gates not met", ("case", "what"), failures))
@@ -86,7 +93,7 @@ def _rounding_sheet(report: dict[str, Any]) -> Sheet:
 def _case_sheet(report: dict[str, Any]) -> Sheet:
     gates = report["gates"]
     rows = [_group_row(cases) for cases in case_groups(report["cases"])]
-    bounds = [case["max_abs_bound"] for case in report["cases"] if case.get("max_abs_bound")]
+    bounds = [case["max_abs_bound"] for case in report["cases"] if case["max_abs_bound"]]
     rows.append((
         "at most", "", "", _number(max(bounds, default=None)), _number(gates["mean_kl"]),
         f"{1 - gates['top1']:.0%}", _number(gates["cache_rel_l2"]), "",
@@ -114,11 +121,14 @@ def _group_row(cases: list[dict[str, Any]]) -> tuple[object, ...]:
 def _other(report: dict[str, Any]) -> str:
     if not report["top1"]["passed"]:
         return f"top-1 agreement is {report['top1']['share']:.2%}"
-    if report.get("rounding") and not report["rounding"]["passed"]:
+    if report["rounding"] and not report["rounding"]["passed"]:
         return (
             f"rounding to {report['dtype']} costs a mean KL of {report['rounding']['mean_kl']:.2g}"
         )
-    if report.get("loss") and report["loss"]["failures"]:
+    for name, told in (("text", "the text"), ("uncached", "cached against uncached")):
+        if report[name] and not report[name]["passed"]:
+            return f"{told} leaves its gate"
+    if report["loss"] and report["loss"]["failures"]:
         return f"quantised weights: {report['loss']['failures'][0]}"
     return "the cache does not take the bytes that were predicted"
 

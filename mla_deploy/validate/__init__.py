@@ -12,6 +12,7 @@ from mla_deploy.validate.outputs import (
     write_markdown,
     write_report,
 )
+from mla_deploy.validate.record import judge_results, record
 from mla_deploy.validate.report import ValidationReport
 
 __all__ = [
@@ -20,7 +21,9 @@ __all__ = [
     "ValidationReport",
     "check_destination",
     "default_cases",
+    "judge_results",
     "read_report",
+    "record",
     "validate",
     "write_html",
     "write_json",

@@ -21,6 +21,7 @@ from mla_deploy.door import open_folder
 from mla_deploy.errors import InputError
 from mla_deploy.runtime import OnnxRunner
 from mla_deploy.runtime.sessions import GraphSessions
+from mla_deploy.validate.difference import p999
 from mla_deploy.validate.gates import LossGate
 
 Floats = NDArray[np.float32]
@@ -43,6 +44,7 @@ class Loss:
     on: str
     positions: int
     mean_kl: float
+    p999_kl: float
     top1: float
     perplexity: float | None
     perplexity_ratio: float | None
@@ -86,7 +88,7 @@ def text_rows(bundle: Bundle, text: str | None = None) -> tuple[str, tuple[Token
     positions = int(bundle.manifest["model"]["max_position_embeddings"])
     length = min(_ROW_TOKENS, positions)
     most = _STAND_IN_ROWS if "engine" in bundle.manifest else _MOST_ROWS
-    ids = _tokens(bundle, _sample() if text is None else text)
+    ids = _tokens(bundle, sample_text() if text is None else text)
     if ids is None:
         if text is not None:
             raise InputError(
@@ -121,7 +123,8 @@ def loss_over(
     longest = max(map(len, rows))
     padding = longest if sessions.writes_padding else 0
     runner = OnnxRunner(sessions, capacity=longest + padding)
-    kl, same, wanted_nll, found_nll, positions = 0.0, 0, 0.0, 0.0, 0
+    kl_X: list[float] = []
+    same, wanted_nll, found_nll = 0, 0.0, 0.0
     for index, row in enumerate(rows):
         if progress is not None:
             progress("loss", index, len(rows))
@@ -131,18 +134,18 @@ def loss_over(
             wanted_XV, _decoded(runner, row, half), row[half:], strict=True
         ):
             found_V = log_softmax(logits_V)
-            kl += float((np.exp(wanted_V) * (wanted_V - found_V)).sum())
+            kl_X.append(max(0.0, float((np.exp(wanted_V) * (wanted_V - found_V)).sum())))
             same += int(wanted_V.argmax()) == int(found_V.argmax())
             wanted_nll -= float(wanted_V[token])
             found_nll -= float(found_V[token])
-            positions += 1
     if progress is not None:
         progress("loss", len(rows), len(rows))
-    on_text = on == "text"
+    on_text, positions = on == "text", len(kl_X)
     return Loss(
         on=on,
         positions=positions,
-        mean_kl=max(0.0, kl / positions),
+        mean_kl=sum(kl_X) / positions,
+        p999_kl=p999(kl_X),
         top1=same / positions,
         perplexity=math.exp(wanted_nll / positions) if on_text else None,
         perplexity_ratio=math.exp((found_nll - wanted_nll) / positions) if on_text else None,
@@ -194,7 +197,7 @@ def _tokens(bundle: Bundle, text: str) -> list[int] | None:
     return list(tokenizer.encode(text).ids)
 
 
-def _sample() -> str:
+def sample_text() -> str:
     """Six chapters of the World English Bible, which is in the public domain, as one paragraph."""
     with open_folder(Path(__file__).parent) as folder:
         text = folder.read_bytes(_SAMPLE, max_bytes=_MAX_SAMPLE_BYTES).decode("utf-8")

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mla_deploy.validate.bisected import Bisected
 from mla_deploy.validate.gates import Gate, LossGate
+from mla_deploy.validate.held import Held
 from mla_deploy.validate.loss import Loss, told_of
 from mla_deploy.validate.memory import MemoryReport
+from mla_deploy.validate.metrics import Metrics, metrics_over
 from mla_deploy.validate.outputs.schema import SCHEMA_VERSION
 from mla_deploy.validate.parity import CaseResult
 from mla_deploy.validate.surroundings import Surroundings
+from mla_deploy.validate.text_result import TextResult
+from mla_deploy.validate.uncached import Uncached
 
 
 @dataclass(frozen=True)
@@ -51,19 +57,29 @@ class ValidationReport:
     rounding: RoundingLoss | None  # None for fp32
     loss: Loss | None  # of quantised weights, else None
     loss_gate: LossGate | None
-    memory: MemoryReport
+    memory: MemoryReport | None  # None where results from elsewhere do not tell it
     versions: dict[str, str]
     notes: tuple[str, ...]
     seconds: float
+    reference: ReferenceName
+    text: TextResult | None = None
+    uncached: Uncached | None = None
+    bisect: Bisected | None = None
     about: Surroundings | None = None
 
     @property
     def passed(self) -> bool:
-        """Every case, the agreement and the rounding loss over all, and the memory."""
+        """Every case, the agreement and the rounding loss over all, the losses on text, cached
+        against uncached, and the memory."""
         every_case = bool(self.cases) and all(case.passed for case in self.cases)
-        rounding = self.rounding is None or self.rounding.passed
-        loss = not self.loss_failures
-        return every_case and self.top1.passed and rounding and loss and self.memory.passed
+        parts = (self.top1, self.rounding, self.text, self.uncached, self.memory)
+        told = all(part is None or part.passed for part in parts)
+        return every_case and told and not self.loss_failures
+
+    @property
+    def metrics(self) -> Metrics | None:
+        """Over all cases; None when none could be run."""
+        return metrics_over(self.cases)
 
     @property
     def loss_failures(self) -> tuple[str, ...]:
@@ -80,21 +96,77 @@ class ValidationReport:
                 "passed": self.passed,
                 "bundle_digest": self.bundle_digest,
                 "source_digest": self.source_digest,
+                "reference": self.reference.to_dict(),
                 "verified": self.verified,
                 "target": self.target,
                 "dtype": self.dtype,
                 "gates": self.gate.to_dict(),
                 "cases": [case.to_dict() for case in self.cases],
+                "metrics": _told(self.metrics),
                 "top1": self.top1.to_dict(),
-                "rounding": None if self.rounding is None else self.rounding.to_dict(),
+                "rounding": _told(self.rounding),
                 "loss": None if self.loss is None else told_of(self.loss, self.loss_gate),
-                "memory": self.memory.to_dict(),
+                "text": _told(self.text),
+                "uncached": _told(self.uncached),
+                "bisect": _told(self.bisect),
+                "memory": _told(self.memory),
                 "versions": dict(self.versions),
                 "notes": list(self.notes),
                 "seconds": round(self.seconds, 3),
                 **({} if self.about is None else self.about.to_dict()),
             }
         )
+
+
+def _told(part: Any) -> Any:
+    return None if part is None else part.to_dict()
+
+
+@dataclass(frozen=True)
+class ReferenceName:
+    """What the bundle was held against. `kind`: "source", "goldens", "bundle" or "onnx"."""
+
+    kind: str
+    digest: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def report_of(
+    held: Held,
+    cases: tuple[CaseResult, ...],
+    *,
+    subject: Mapping[str, Any],
+    notes: tuple[str, ...],
+    **parts: Any,
+) -> ValidationReport:
+    """The report on a bundle, `subject`, that was held against `held`; `parts` go into it as they
+    are."""
+    return ValidationReport(
+        **subject,
+        source_digest=held.source_digest,
+        reference=ReferenceName(held.kind, held.digest),
+        gate=held.gate,
+        cases=cases,
+        top1=top_one(cases, held.overall),
+        rounding=rounding_loss(cases, held.overall),
+        loss=held.loss,
+        loss_gate=held.loss_gate,
+        notes=(*notes, *_scaled_gates(cases, held.gate)),
+        **parts,
+    )
+
+
+def _scaled_gates(results: tuple[CaseResult, ...], gate: Gate) -> tuple[str, ...]:
+    """Says so when the absolute gate was widened because the logits are large."""
+    bounds = [case.max_abs_bound for case in results if case.max_abs_bound is not None]
+    if gate.max_abs is None or not bounds or max(bounds) <= gate.max_abs:
+        return ()
+    return (
+        f"logits are so large that {gate.max_abs_share:g} of the largest one, {max(bounds):.3g}, "
+        f"stood in for the absolute gate of {gate.max_abs:g}",
+    )
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from datetime import datetime, timezone
 from typing import Any
 
 from mla_deploy.bundle import Bundle
-from mla_deploy.config import MlaConfig
 from mla_deploy.runtime.sessions import GraphSessions
 from mla_deploy.validate.cache_forms import CacheForms, compare_cache
 from mla_deploy.validate.placement import Placement, placement_of
 from mla_deploy.validate.step_times import StepTimes, measure_steps
+from mla_deploy.validate.versions import library_versions
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,9 @@ class Surroundings:
 
 
 def surroundings_of(
-    bundle: Bundle,
-    config: MlaConfig,
-    sessions: GraphSessions,
-    source: Mapping[str, str] | None,
-    *,
-    timed: bool = False,
+    bundle: Bundle, sessions: GraphSessions, *, of_source: bool, timed: bool = False
 ) -> Surroundings:
-    """Asked when the cases have run. `source`: library versions of the PyTorch source, if it ran.
+    """Asked when the cases have run. `of_source`: whether the PyTorch source ran too.
 
     `timed` times decode steps, but not on a stand-in for a device, whose times mean nothing.
     """
@@ -57,8 +52,8 @@ def surroundings_of(
         name=bundle.path.resolve().name,
         made_at=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         model=bundle.manifest["model"],
-        cache=compare_cache(bundle.manifest, config),
+        cache=compare_cache(bundle.manifest, bundle.config),
         rewrites=bundle.manifest["rewrite"],
-        ran=placement_of(bundle, sessions, source),
+        ran=placement_of(bundle, sessions, library_versions() if of_source else None),
         speed=measure_steps(sessions) if times else None,
     )

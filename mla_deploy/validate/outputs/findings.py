@@ -20,6 +20,9 @@ _REFERENCES = {
     "onnx": "the graph it was made from",
 }
 
+_BOUNDS = {"mean_kl": "mean KL at most", "perplexity_ratio": "perplexity times at most",
+           "top1": "top-1 at least"}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Check:
@@ -62,6 +65,17 @@ def verdict_of(facts: Facts) -> Verdict:
 def checks_of(facts: Facts) -> tuple[Check, ...]:
     """What is judged beside the cases, in the order of the report."""
     return tuple(_checks(facts))
+
+
+def over_all(facts: Facts) -> str | None:
+    """The metrics over every position of every case, which are told and not judged."""
+    found = facts.get("metrics")
+    if not found:
+        return None
+    return (
+        f"Over {found['positions']:,} positions: relative L2 {number(found['rel_l2'])}, mean KL "
+        f"{number(found['mean_kl'])}, p99.9 KL {number(found['p999_kl'])}"
+    )
 
 
 def number(value: float | None) -> str:
@@ -155,15 +169,8 @@ def _loss(facts: Facts) -> Iterator[Check]:
     shown = f"mean KL {number(found['mean_kl'])}, top-1 {_share(found['top1'])}"
     if found.get("perplexity_ratio") is not None:
         shown += f", perplexity times {found['perplexity_ratio']:.3f}"
-    bounds = {"mean_kl": "mean KL at most", "perplexity_ratio": "perplexity times at most",
-              "top1": "top-1 at least"}  # fmt: skip
-    gates = found.get("gates") or {}
-    wanted = [f"{bounds[name]} {value:g}" for name, value in gates.items()
-              if name in bounds and value is not None]  # fmt: skip
-    yield Check(
-        "loss", f"{shown} on {found['on']}", ", ".join(wanted) or "not judged",
-        tuple(found["failures"]),
-    )  # fmt: skip
+    wanted = _bounds(found.get("gates") or {})
+    yield Check("loss", f"{shown} on {found['on']}", wanted, tuple(found["failures"]))
 
 
 def _text(facts: Facts) -> Iterator[Check]:
@@ -171,11 +178,13 @@ def _text(facts: Facts) -> Iterator[Check]:
     if not found:
         return
     shown = (
-        f"perplexity {_exact(found.get('perplexity_bundle'))} against "
-        f"{_exact(found.get('perplexity_reference'))}, mean KL {number(found.get('mean_kl'))}, "
-        f"top-1 {_share(found.get('top1'))} over {found['tokens']:,} tokens of {found['name']}"
+        f"perplexity {_exact(found['perplexity_bundle'])} against "
+        f"{_exact(found['perplexity_reference'])}, mean KL {number(found['mean_kl'])}, p99.9 KL "
+        f"{number(found['p999_kl'])}, top-1 {_share(found['top1'])} over {found['tokens']:,} "
+        f"tokens of {found['name']}"
     )
-    yield _check("text", shown, wanted_text(found.get("wanted")), [shown], found["passed"])
+    wanted = _bounds(found["wanted"])
+    yield _check("text", shown, wanted, [f"{shown}; wanted {wanted}"], found["passed"])
 
 
 def _uncached(facts: Facts) -> Iterator[Check]:
@@ -185,7 +194,7 @@ def _uncached(facts: Facts) -> Iterator[Check]:
             f"max |logit difference| {number(found['max_abs'])} over "
             f"{found['positions']:,} positions"
         )
-        wanted = wanted_text(found["wanted"])
+        wanted = f"at most {number(found['wanted'])}"
         told = f"cached against uncached: {shown}, wanted {wanted}"
         yield _check("uncached", shown, wanted, [told], found["passed"])
 
@@ -206,12 +215,11 @@ def _memory(facts: Facts) -> Iterator[Check]:
         )  # fmt: skip
 
 
-def wanted_text(wanted: object) -> str:
-    """A bound, or several by name, in words."""
-    if isinstance(wanted, Mapping):
-        parts = [f"{name} {_figure(value)}" for name, value in wanted.items() if value is not None]
-        return ", ".join(parts) or "not judged"
-    return "not judged" if wanted is None else f"at most {_figure(wanted)}"
+def _bounds(gates: Mapping[str, Any]) -> str:
+    """Gates of a loss, in words."""
+    told = [f"{_BOUNDS[name]} {value:g}" for name, value in gates.items()
+            if name in _BOUNDS and value is not None]  # fmt: skip
+    return ", ".join(told) or "not judged"
 
 
 def _check(name: str, found: str, wanted: str, told: list[str], passed: bool) -> Check:
@@ -228,7 +236,3 @@ def _exact(value: float | None) -> str:
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.2%}"
-
-
-def _figure(value: object) -> str:
-    return f"{value:g}" if isinstance(value, int | float) else str(value)

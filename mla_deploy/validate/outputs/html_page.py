@@ -20,6 +20,7 @@ from mla_deploy.validate.outputs.findings import (
     gate_share,
     group_name,
     number,
+    over_all,
     verdict_of,
     worst,
 )
@@ -50,6 +51,7 @@ def html_bytes(facts: Facts) -> bytes:
         bisect=_bisect(facts),
         cases=_cases(facts),
         checks=checks_of(facts),
+        over_all=over_all(facts),
         memory=_memory(facts),
         cache=_cache(facts),
         speed=_speed(facts),
@@ -165,6 +167,8 @@ def _memory(facts: Facts) -> View | None:
         ("weight files", None, memory["weight_file_bytes"]),
         ("sessions, besides the weights", None, memory["session_private_bytes"]),
     ]
+    if not memory["expanded_cache_bytes"]:  # not known without the model's config
+        del rows[1]
     top = max(value for _, *pair in rows for value in pair if value is not None)
     return {
         "passed": memory["passed"],

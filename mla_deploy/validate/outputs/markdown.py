@@ -17,6 +17,7 @@ from mla_deploy.validate.outputs.findings import (
     checks_of,
     group_name,
     number,
+    over_all,
     verdict_of,
     worst,
 )
@@ -87,6 +88,10 @@ def _judgements(facts: Facts) -> Iterator[str]:
     ]
     yield ""
     yield from _table(("over all cases", "found", "wanted", ""), rows)
+    told = over_all(facts)
+    if told:
+        yield ""
+        yield told
 
 
 def _case_lines(facts: Facts) -> Iterator[str]:

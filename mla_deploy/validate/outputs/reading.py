@@ -30,7 +30,7 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def require_schema(found: Any) -> dict[str, Any]:
-    """`found`, when it is a report of this schema version.
+    """`found`, when it is a report of this schema version; parts that it lacks are null.
 
     Raises: InputError REP-FORM, IncompatibleError REP-VERSION.
     """
@@ -52,7 +52,8 @@ def require_schema(found: Any) -> dict[str, Any]:
             found=quoted(version),
             wanted=SCHEMA_VERSION,
         )
-    checker = jsonschema.Draft202012Validator(report_schema())
+    schema = report_schema()
+    checker = jsonschema.Draft202012Validator(schema)
     first = jsonschema.exceptions.best_match(checker.iter_errors(found))
     if first is not None:
         raise InputError(
@@ -62,7 +63,7 @@ def require_schema(found: Any) -> dict[str, Any]:
             hint="it was changed after it was written, or cut: write it again",
             place=first.json_path,
         )
-    return found
+    return {**dict.fromkeys(schema["properties"]), **found}
 
 
 def _unwrapped(value: Any) -> Any:
