@@ -76,7 +76,7 @@ def test_the_workflow_gives_inputs_that_there_are() -> None:
 
 @dataclass
 class Runner:
-    """Runs steps in `folder` as a CI runner does; `mla-deploy` is ours, `gh` and `curl` stand in."""
+    """Runs steps in `folder` as CI does; `mla-deploy` is ours, `gh` and `curl` stand in."""
 
     folder: Path
     environment: dict[str, str]
