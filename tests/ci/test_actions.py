@@ -178,7 +178,7 @@ def test_action_says_no_and_still_comments(runner: Runner, made: Exported) -> No
     from mla_deploy.validate import Call, Case
 
     cases = (Case("one", (Call(((5, 8, 2),)),)),)
-    goldens = runner.folder / "goldens.safetensors"
+    goldens = runner.folder / "goldens.npz"
     validate(made.bundle, source=made.checkpoint, cases=cases, threads=1, save_goldens=goldens)
     wrong = _of_other_weights(runner.folder / "other")
     inputs = {"bundle": str(wrong), "goldens": str(goldens)}
