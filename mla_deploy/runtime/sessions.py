@@ -46,7 +46,7 @@ class GraphSessions:
             raise InputError("RUN-THREADS", f"threads is {threads}, wanted at least 1")
         self.bundle = bundle
         self.private_bytes = 0  # anonymous memory that opening the sessions took
-        self._threads = threads
+        self.threads = threads
         self._sessions: dict[Graph, ort.InferenceSession] = {}
         self._lock = threading.Lock()
 
@@ -100,8 +100,8 @@ class GraphSessions:
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(self.bundle.path))
         if "quantized" not in self.bundle.manifest["weights"]:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        if self._threads is not None:
-            options.intra_op_num_threads = self._threads
+        if self.threads is not None:
+            options.intra_op_num_threads = self.threads
         return options
 
     def _unwanted(self, graph: Graph) -> list[str]:
