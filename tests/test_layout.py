@@ -51,7 +51,13 @@ AT_IMPORT = {
 IN_FUNCTIONS = {
     "bundle": {"numpy", "onnx"},
     "checkpoint": {"torch", "numpy", "safetensors"},
-    "validate": {"tokenizers", "jinja2", "markupsafe", "jsonschema"},
+    "validate": {
+        "tokenizers",
+        "jinja2",
+        "markupsafe",
+        "jsonschema",
+        "onnx",
+    },  # onnx: parses a graph that is probed
     "bench": {"openvino", "llama_cpp", "gguf"},  # peers, which may not be installed
     "cli": {"rich", "tokenizers"},
 }

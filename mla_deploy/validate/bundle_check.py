@@ -6,12 +6,13 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, TypeAlias
 
 from mla_deploy.bundle import Bundle, open_bundle
 from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.errors import InputError
+from mla_deploy.validate.bisected import Bisected
 from mla_deploy.validate.cases import Case
 from mla_deploy.validate.held import Asked, Held, Progress
 from mla_deploy.validate.held_bundle import held_bundle
@@ -19,6 +20,7 @@ from mla_deploy.validate.held_goldens import held_goldens
 from mla_deploy.validate.held_goldens import save_goldens as write_goldens
 from mla_deploy.validate.held_source import SourceNamed, held_source
 from mla_deploy.validate.memory import measure_memory
+from mla_deploy.validate.named import Named
 from mla_deploy.validate.opening import open_sessions, plan_of
 from mla_deploy.validate.parity import CaseResult, Ran, judge_case, ran_case
 from mla_deploy.validate.record import save_results as write_results
@@ -32,17 +34,11 @@ from mla_deploy.validate.versions import library_versions
 _Path: TypeAlias = "str | os.PathLike[str]"
 
 
-@dataclass(frozen=True)
-class _Named:
-    """What the bundle is to be held against, as the caller names it: one of four."""
-
-    source: Checkpoint | _Path | None
-    module: str | None
-    weights: _Path | None
-    goldens: _Path | None
-    against: Bundle | _Path | None
-    gate: str | None
-    threads: int | None
+_MOST_BISECTED = 3
+_NOT_IN_THE_GRAPH = (
+    "bisected in vain: the right graph gives the same numbers in every call, so the fault is in "
+    "the export or in how its calls are put together, not in this bundle's graph"
+)
 
 
 def validate(
@@ -55,6 +51,7 @@ def validate(
     against: Bundle | _Path | None = None,
     gate: str | None = None,
     text: tuple[str, str] | None = None,
+    bisect: bool = False,
     cases: Sequence[Case] | None = None,
     save_goldens: _Path | None = None,
     save_results: _Path | None = None,
@@ -69,8 +66,9 @@ def validate(
     (`package.file:factory`, whose code runs) with its `weights`, as they were exported; `goldens`,
     what such a run saved, for a machine with no torch; or `against`, another bundle of the same
     model, judged by the looser dtype of the two or by `gate`, a dtype of the table of gates.
-    `text`: (a name, words): perplexity on them, too. A bundle for TensorRT is checked on ONNX
-    Runtime's CPU provider (`stand_in.py`), and a note of the report says so.
+    `text`: (a name, words): perplexity on them, too. `bisect`: where a case fails, the first place
+    in the graph that leaves the gate, against the source exported again or the other bundle.
+    A bundle for TensorRT is checked on ONNX Runtime's CPU (`stand_in.py`), which a note says.
     `save_goldens` writes what the source says, `save_results` what the bundle does.
     `threads` is for both sides; None leaves each its own default. `timed` also times decode
     steps at a few contexts, some seconds more; not where a stand-in runs.
@@ -80,18 +78,24 @@ def validate(
     source), InputError VAL-OPTION, VAL-CASE (no cases), VAL-TEXT, VAL-AGAINST (another model),
     IncompatibleError VAL-DTYPE, RUN-SESSION.
     """
-    named = _Named(source, module, weights, goldens, against, gate, threads)
-    _require_fit(named, text=text is not None, cases=cases is not None, saves=save_goldens)
+    named = Named(source, module, weights, goldens, against, gate, threads)
+    _require_fit(
+        named,
+        text=text is not None,
+        cases=cases is not None,
+        bisects=bisect,
+        saves=save_goldens,
+    )
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle, verify=verify)
     asked = Asked(opened, open_sessions(opened, threads), cases, text, progress)
     return replace(
-        _checked(asked, named, save_goldens, save_results),
+        _checked(asked, named, save_goldens, save_results, bisects=bisect),
         about=surroundings_of(opened, asked.sessions, of_source=_is_source(named), timed=timed),
     )
 
 
 def _checked(
-    asked: Asked, named: _Named, goldens: _Path | None, results: _Path | None
+    asked: Asked, named: Named, goldens: _Path | None, results: _Path | None, *, bisects: bool
 ) -> ValidationReport:
     """Run and judge; `goldens` and `results` are where to write them."""
     started, opened = time.perf_counter(), asked.bundle
@@ -99,6 +103,7 @@ def _checked(
         ran, judged = _run(asked, held)
         if goldens is not None:
             write_goldens(goldens, opened, held)
+        place, told = _bisected(asked, named, held, judged) if bisects else (None, ())
     uncached = cached_against_uncached(opened, asked.sessions, held.overall)
     memory = measure_memory(opened, held.config, asked.sessions)
     if results is not None:
@@ -117,17 +122,18 @@ def _checked(
         memory=memory,
         uncached=uncached,
         text=_text(asked, held),
-        notes=(*_stood_in(opened), *held.notes),
+        bisect=place,
+        notes=(*_stood_in(opened), *held.notes, *told),
         seconds=time.perf_counter() - started,
     )
 
 
-def _is_source(named: _Named) -> bool:
+def _is_source(named: Named) -> bool:
     return named.source is not None or named.module is not None
 
 
 @contextlib.contextmanager
-def _held(asked: Asked, named: _Named) -> Iterator[Held]:
+def _held(asked: Asked, named: Named) -> Iterator[Held]:
     if named.goldens is not None:
         with open_recorded(named.goldens, "goldens") as goldens:
             yield held_goldens(asked, goldens)
@@ -156,6 +162,34 @@ def _run(asked: Asked, held: Held) -> tuple[list[Ran], tuple[CaseResult, ...]]:
     return ran, tuple(results)
 
 
+def _bisected(
+    asked: Asked, named: Named, held: Held, judged: Sequence[CaseResult]
+) -> tuple[Bisected | None, tuple[str, ...]]:
+    """The place in a failing case, the shortest first; a note where there is none."""
+    failing = {case.name for case in judged if not case.passed}
+    cases = sorted((c for c in held.cases if c.name in failing), key=_tokens)
+    if not cases:
+        return None, ("nothing to bisect: every case passed",)
+    from mla_deploy.validate.bisect import bisect
+    from mla_deploy.validate.right_graph import right_sessions
+
+    with right_sessions(asked.bundle, named) as right:
+        for index, case in enumerate(cases[:_MOST_BISECTED]):
+            if asked.progress is not None:
+                asked.progress("bisect", index, min(len(cases), _MOST_BISECTED))
+            found = bisect(case, asked.sessions, right, held.overall)
+            if found is not None:
+                return found, ()
+    layers = [r.cache.first_bad_layer for r in judged if r.cache and not r.passed]
+    bad = [layer for layer in layers if layer is not None]
+    where = f"; the cached rows of layer {min(bad)} are the first that are off" if bad else ""
+    return None, (f"{_NOT_IN_THE_GRAPH}{where}",)
+
+
+def _tokens(case: Case) -> int:
+    return sum(len(row) for call in case.calls for row in call.rows)
+
+
 def _text(asked: Asked, held: Held) -> TextResult | None:
     if asked.text is None or held.text is None:
         return None
@@ -164,7 +198,9 @@ def _text(asked: Asked, held: Held) -> TextResult | None:
     return TextResult(asked.text[0], held.text, held.loss_gate or gate)
 
 
-def _require_fit(named: _Named, *, text: bool, cases: bool, saves: _Path | None) -> None:
+def _require_fit(
+    named: Named, *, text: bool, cases: bool, bisects: bool, saves: _Path | None
+) -> None:
     """Raises: InputError VAL-OPTION."""
     ways = {
         "a checkpoint": named.source,
@@ -180,6 +216,7 @@ def _require_fit(named: _Named, *, text: bool, cases: bool, saves: _Path | None)
             hint="name one of source, module, goldens and against",
         )
     odd = {
+        "a bisection needs a right graph: goldens hold none": bisects and named.goldens is not None,
         "gate goes with another bundle only": named.gate is not None and named.against is None,
         "goldens hold no text": text and named.goldens is not None,
         "goldens bring their own cases": cases and named.goldens is not None,
