@@ -78,7 +78,7 @@ def test_both_themes_phone_and_paper(facts: dict[str, Any]) -> None:
     assert names == set(re.findall(r"(--\w[\w-]*):", dark.partition("}")[0]))
     printed = text.partition("@media print")[2]
     assert names == set(re.findall(r"(--\w[\w-]*):", printed.partition("}")[0]))
-    assert "@media (max-width:" in text and 'name="viewport"' in text
+    assert "@media screen and (max-width:" in text and 'name="viewport"' in text
 
 
 def test_verdict_comes_first(facts: dict[str, Any], failed: dict[str, Any]) -> None:
