@@ -17,7 +17,7 @@ from mla_deploy.runtime.sessions import GraphSessions
 
 _CONTEXTS = (1, 16, 64, 256, 512, 1024, 2048, 4096)
 _ROUNDS = 7
-_SECONDS = 20.0  # no further context is begun after so long
+_SECONDS = 30.0  # no further context is begun that would end later
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,19 @@ def measure_steps(sessions: GraphSessions) -> StepTimes | None:
     """Medians at a few contexts within the capacity of `sessions`; None if it is a few tokens."""
     runner = OnnxRunner(sessions)
     points: list[StepTime] = []
-    started = time.perf_counter()
+    started, token_seconds = time.perf_counter(), 0.0
     for context in _CONTEXTS:
+        missing = context - int(runner.lengths[0])
         if context + 1 + _ROUNDS > runner.capacity:
             break
-        if points and time.perf_counter() - started > _SECONDS:
-            break
+        if points:
+            steps = (1 + _ROUNDS) * points[-1].median_ms / 1000
+            end = time.perf_counter() - started + missing * token_seconds + steps
+            if end > _SECONDS:
+                break
+        before = time.perf_counter()
+        _fill(runner, missing)
+        token_seconds = (time.perf_counter() - before) / missing
         points.append(_timed(runner, context))
     if not points:
         return None
@@ -72,10 +79,12 @@ def measure_steps(sessions: GraphSessions) -> StepTimes | None:
     )
 
 
-def _timed(runner: OnnxRunner, context: int) -> StepTime:
-    """The context is filled up, one step is not counted, then the rounds."""
-    missing = context - int(runner.lengths[0])
+def _fill(runner: OnnxRunner, missing: int) -> None:
     runner.prefill([[_token(place, runner.vocab_size) for place in range(missing)]])
+
+
+def _timed(runner: OnnxRunner, context: int) -> StepTime:
+    """One step is not counted, then come the rounds."""
     runner.decode([0])
     seconds = []
     for place in range(_ROUNDS):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import pytest
+
 from mla_deploy.runtime.sessions import GraphSessions
+from mla_deploy.validate import step_times
 from mla_deploy.validate.cache_forms import compare_cache
 from mla_deploy.validate.opening import open_sessions
 from mla_deploy.validate.step_times import measure_steps
@@ -51,6 +54,13 @@ def test_step_times_are_of_contexts_that_fit(made: Exported) -> None:
 def test_no_step_times_where_nothing_fits() -> None:
     sessions = GraphSessions(exported(capacity=8).bundle, threads=1)
     assert measure_steps(sessions) is None
+
+
+def test_a_slow_model_is_not_waited_for(made: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_times, "_SECONDS", 0.0)
+    found = measure_steps(GraphSessions(made.bundle, threads=1))
+    assert found is not None
+    assert [point.context for point in found.points] == [1]
 
 
 def test_what_ran(made: Exported) -> None:
