@@ -51,13 +51,14 @@ class _Search:
         self.overflows = False  # the right graph is not finite either
         self._sides = sides
         self.found, self.right = (written_out(side, self.graph) for side in sides)
+        self.places = self.found.aligned(self.right)
 
     def find_call(self) -> bool:
         """Whether some call's outputs differ; the first that does is `call`."""
         outputs = [
             point
             for point in self.found.points
-            if self.right.point(point.key) is not None
+            if point in self.places
             and self.found.node(point).outputs[point.key[2]].is_graph_output()
             and "logits" in point.output
         ]
@@ -105,10 +106,9 @@ class _Search:
 
     def _replays(self, points: Sequence[Point]) -> tuple[list[Replay], list[ProbedSessions]]:
         self.runs += 1
-        theirs = [self.right.point(point.key) for point in points]
         probed = [
             ProbedSessions(self._sides[0], self.graph, points),
-            ProbedSessions(self._sides[1], self.graph, [p for p in theirs if p is not None]),
+            ProbedSessions(self._sides[1], self.graph, [self.places[p] for p in points]),
         ]
         poisoned = not self.overflows
         return [Replay(self.case, side, poisoned=poisoned) for side in probed], probed
@@ -134,7 +134,7 @@ def bisect(case: Case, bundle: GraphSessions, right: GraphSessions, gate: Gate) 
 
 
 def _located(search: _Search, runs: int) -> Bisected | None:
-    shared = [p for p in search.found.points if search.right.point(p.key) is not None]
+    shared = [point for point in search.found.points if point in search.places]
     handed = [point for point in shared if point.is_boundary]
     bad = search.first_bad(handed)
     if bad is None:
@@ -142,7 +142,7 @@ def _located(search: _Search, runs: int) -> Bisected | None:
     place = shared.index(bad.point)
     inside = [p for p in shared[: place + 1] if p.layer == bad.point.layer]
     bad = search.first_bad(inside) or bad
-    reason = difference_of(search.found, search.right, bad.point)
+    reason = difference_of(search.found, search.right, bad.point, search.places[bad.point])
     if search.overflows:
         reason = "the first value that is not finite, in the graph exported again as well: the " \
             "dtype does not hold it; export with --dtype bf16 or fp32"  # fmt: skip

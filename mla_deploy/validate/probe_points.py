@@ -49,9 +49,31 @@ class WrittenOut:
         self.points = tuple(self._points(boundaries))
         self._by_key = {point.key: point for point in self.points}
 
-    def point(self, key: Key) -> Point | None:
-        """None when the graph has no such place."""
-        return self._by_key.get(key)
+    def aligned(self, other: WrittenOut) -> dict[Point, Point]:
+        """The place in `other` of each that has one: by names, and what layers hand on by its turn.
+
+        Two releases name their nodes otherwise, but their layers hand on the same values.
+        """
+        turns = other._turns()
+        found: dict[Point, Point] = {}
+        for point in self.points:
+            match = other._by_key.get(point.key)
+            if match is not None and match.op_type == point.op_type:
+                found[point] = match
+        if 2 * len(found) < len(self.points):
+            found |= {p: turns[turn] for turn, p in self._turns().items() if turn in turns}
+        return found
+
+    def _turns(self) -> dict[tuple[int | None, int], Point]:
+        """What is handed on, by layer and by its turn there."""
+        counts: dict[int | None, int] = {}
+        found = {}
+        for point in self.points:
+            if point.is_boundary:
+                turn = counts.get(point.layer, 0)
+                counts[point.layer] = turn + 1
+                found[(point.layer, turn)] = point
+        return found
 
     def node(self, point: Point) -> ir.Node:
         """The node that makes the value of a point."""
@@ -83,11 +105,11 @@ class WrittenOut:
                 )
 
 
-def difference_of(found: WrittenOut, right: WrittenOut, point: Point) -> str:
-    """Why the node of `point` may give something else: what of it differs from the right graph."""
-    other = right.point(point.key)
-    if other is None:
-        return "the right graph has no such node"
+def difference_of(found: WrittenOut, right: WrittenOut, point: Point, other: Point) -> str:
+    """Why the node of `point` may give something else: what of it differs from the right graph's
+    `other`."""
+    if point.key != other.key:
+        return "the graphs name their nodes otherwise: only what layers hand on was compared"
     one, two = found.node(point), right.node(other)
     if one.op_type != two.op_type:
         return f"it is {one.op_type}, the right graph has {two.op_type}"

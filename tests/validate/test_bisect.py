@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 from safetensors.torch import load_file, save_file
 
 from mla_deploy import export, validate
+from mla_deploy.config import MlaConfig
 from mla_deploy.errors import InputError
 from mla_deploy.runtime.sessions import GraphSessions
 from mla_deploy.validate import Call, Case, default_cases
 from mla_deploy.validate.bisect import bisect
 from mla_deploy.validate.gates import gate_for
-from mla_deploy.validate.mutants import MUTANTS, write_mutant
+from mla_deploy.validate.mutants import MUTANTS, Mutant, write_mutant
 from mla_deploy.validate.mutants.one_layer import in_layer
 from tests.exported import Exported
 from tests.tiny import write_preset
@@ -76,6 +78,25 @@ def test_rows_of_a_ragged_batch(made: Exported, sessions: GraphSessions, tmp_pat
     assert bisect(TWO, one, sessions, gate_for("fp32")) is None  # one row is masked as row 0
     found = bisect(RAGGED, one, sessions, gate_for("fp32"))
     assert found is not None and found.layer == 0, found
+
+
+def test_a_graph_whose_nodes_have_other_names(
+    made: Exported, sessions: GraphSessions, tmp_path: Path
+) -> None:
+    """As of another release: the layer is still named, by what it hands on."""
+    fault = in_layer(BY_NAME["scale-without-mscale"], 1)
+
+    def edit(model: ir.Model, config: MlaConfig) -> int:
+        changed = fault.edit(model, config)
+        for home in (model.graph, *model.functions.values()):
+            for node in home.all_nodes():
+                node.name = f"other_{node.name}"
+        return changed
+
+    wrong = write_mutant(made.bundle, Mutant("renamed", edit), tmp_path / "wrong")
+    found = bisect(TWO, GraphSessions(wrong, threads=1), sessions, gate_for("fp32"))
+    assert found is not None and found.layer == 1, found
+    assert "name their nodes otherwise" in found.reason
 
 
 def test_a_right_graph_has_no_such_place(sessions: GraphSessions) -> None:

@@ -171,12 +171,12 @@ MUTANTS = (
     Mutant("mlp-residual-dropped", mlp_residual_dropped),
     Mutant(
         "output-weight-transposed",
-        weight_misread("self_attn.o_proj.weight"),
+        weight_misread(".o_proj.weight"),
         told="[in, out] bytes read as [out, in].",
     ),
     Mutant(
         "output-weight-off-by-0.1-percent",
-        weight_scaled("self_attn.o_proj.weight", 1.001),
+        weight_scaled(".o_proj.weight", 1.001),
         told="A weight off by a little.",
     ),
     Mutant(
@@ -186,7 +186,7 @@ MUTANTS = (
     ),
     Mutant(
         "output-weights-exchanged",
-        weights_of_another_layer("self_attn.o_proj.weight"),
+        weights_of_another_layer(".o_proj.weight"),
         told="Two layers exchange a weight.",
     ),
     Mutant("last-layer-dropped", layer_dropped),
