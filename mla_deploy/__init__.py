@@ -3,9 +3,8 @@
 The public surface, whole. Every name is loaded on first use (PEP 562), so that importing the
 package, and `mla-deploy --help`, loads none of torch, onnx, onnxruntime and transformers.
 
-`compress`, `export` and `validate` are functions and packages of the same name;
-`callable_package.py` makes the two one object, so `from mla_deploy import export` is callable in
-every import order.
+`compress`, `export` and `validate` are functions and packages of one name; `callable_package.py`
+makes the two one object, so `from mla_deploy import export` is callable in every import order.
 """
 
 from __future__ import annotations

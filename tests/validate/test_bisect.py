@@ -43,7 +43,12 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("name", KINDS)
+FAST = {"scale-without-mscale", "latent-norm-dropped", "rope-key-not-rotated"}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in KINDS]
+)
 def test_layer_and_node_are_named(
     name: str, made: Exported, sessions: GraphSessions, tmp_path: Path
 ) -> None:

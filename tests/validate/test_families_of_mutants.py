@@ -35,7 +35,14 @@ def test_every_kind_is_on_the_page(mutants: ModuleType) -> None:
     assert all(mutant.what for mutant in MUTANTS)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(FAMILIES[0], marks=pytest.mark.heavy),  # its weights are copied for each kind
+        pytest.param(FAMILIES[1], marks=pytest.mark.slow),
+        pytest.param(FAMILIES[2], marks=pytest.mark.slow),
+    ],
+)
 def test_no_kind_is_missed(family: str, mutants: ModuleType, tmp_path: Path) -> None:
     found = mutants.column(family, tmp_path)
     assert [name for name, cell in found.items() if cell == mutants.MISSED] == []
