@@ -161,9 +161,9 @@ def _processor() -> Finding:
     text = _proc("cpuinfo")
     fields = dict(_field(line) for line in text.splitlines() if ":" in line)
     flags = set(fields.get("flags", fields.get("Features", "")).split())
-    model = fields.get("model name") or platform.processor() or platform.machine()
+    model = processor_name()
     known = [flag for flag in _FLAGS if flag in flags]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cores()
     wide = {"avx2", "avx512f", "asimd"} & flags
     meaning = "" if wide or not text else "no wide vector instructions: expect slow steps"
     found = f"{model}, {cores} cores, {' '.join(known) or 'no known vector flags'}"
@@ -199,6 +199,19 @@ def _disk() -> Finding:
 def gpu_rows() -> list[str]:
     """Name, compute capability, memory and driver of each GPU, as nvidia-smi tells them."""
     return list(_guarded("GPU", _gpu).facts.get("gpus", []))
+
+
+def processor_name() -> str:
+    """The processor's model, else its architecture."""
+    fields = dict(_field(line) for line in _proc("cpuinfo").splitlines() if ":" in line)
+    return fields.get("model name") or platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def peak_bytes() -> int:

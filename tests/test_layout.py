@@ -53,7 +53,13 @@ AT_IMPORT = {
 IN_FUNCTIONS = {
     "bundle": {"numpy", "onnx"},
     "checkpoint": {"torch", "numpy", "safetensors"},
-    "validate": {"tokenizers"},
+    "validate": {
+        "tokenizers",
+        "jinja2",
+        "markupsafe",
+        "jsonschema",
+        "onnx",
+    },  # onnx: parses a graph that is probed
     "bench": {"openvino", "llama_cpp", "gguf"},  # peers, which may not be installed
     "compress": {"gguf", "tokenizers"},
     "cli": {"rich", "tokenizers"},

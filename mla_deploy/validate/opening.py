@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mla_deploy.bundle import Bundle
 from mla_deploy.config import MlaConfig
 from mla_deploy.runtime.sessions import GraphSessions
-from mla_deploy.validate.stand_in import StandInSessions
 from mla_deploy.weight_forms.form import WeightPlan
-from mla_deploy.weight_forms.rounded import PlanRounding
+
+if TYPE_CHECKING:
+    from mla_deploy.weight_forms.rounded import PlanRounding
 
 
 def open_sessions(bundle: Bundle, threads: int | None) -> GraphSessions:
     """A stand-in where the bundle is for a device."""
     if "engine" in bundle.manifest:
+        from mla_deploy.validate.stand_in import StandInSessions
+
         return StandInSessions(bundle, threads)
     return GraphSessions(bundle, threads)
 
@@ -28,6 +31,8 @@ def plan_of(manifest: Mapping[str, Any]) -> WeightPlan | None:
 
 def rounding_of(plan: WeightPlan, config: MlaConfig, manifest: Mapping[str, Any]) -> PlanRounding:
     """What the plan makes of each weight of the source."""
+    from mla_deploy.weight_forms.rounded import PlanRounding
+
     return PlanRounding(
         plan,
         heads=config.num_heads,

@@ -45,7 +45,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     wanted = {
         path.relative_to(ROOT).as_posix()
-        for pattern in ("*.py", "py.typed", "*.json", "*.sh", "*.txt")
+        for pattern in ("*.py", "py.typed", "*.json", "*.sh", "*.txt", "*.jinja", "*.css")
         for path in (ROOT / "mla_deploy").rglob(pattern)
     }
     wanted |= {
