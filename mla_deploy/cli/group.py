@@ -7,6 +7,7 @@ import click
 from mla_deploy import __version__
 from mla_deploy.cli.bench import bench
 from mla_deploy.cli.build import build
+from mla_deploy.cli.compress import compress
 from mla_deploy.cli.doctor import doctor
 from mla_deploy.cli.export import export
 from mla_deploy.cli.inspect import inspect
@@ -36,5 +37,7 @@ def group(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for _command in (inspect, export, rewrite, quantize, build, validate, run, bench, doctor):
+for _command in (
+    inspect, compress, export, rewrite, quantize, build, validate, run, bench, doctor,
+):  # fmt: skip
     group.add_command(_command)

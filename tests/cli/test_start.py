@@ -14,7 +14,8 @@ from .conftest import Command
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "transformers", "tensorrt",
          "tensorrt_rtx", "numpy", "safetensors", "tokenizers", "rich")  # fmt: skip
 VERBS = [
-    "inspect", "export", "rewrite", "quantize", "build", "validate", "run", "bench", "doctor",
+    "inspect", "compress", "export", "rewrite", "quantize", "build", "validate", "run", "bench",
+    "doctor",
 ]  # fmt: skip
 
 
