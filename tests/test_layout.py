@@ -21,7 +21,7 @@ PACKAGE = ROOT / "mla_deploy"
 # Arrows point down this list only. The ground floor's modules may use one another.
 GROUND = ("errors", "strict_json", "shapes", "targets", "door", "fields", "text_fields", "rope",
           "experts", "layer_facts", "wrapper", "quantization", "config", "latent_store",
-          "cache_plan", "machine", "jetson", "callable_package", "trust")  # fmt: skip
+          "cache_plan", "machine", "jetson", "callable_package", "trust", "text_file")  # fmt: skip
 FLOORS: tuple[tuple[str, ...], ...] = (
     GROUND,
     ("bundle", "checkpoint", "device", "weight_forms"),
@@ -51,6 +51,7 @@ AT_IMPORT = {
 IN_FUNCTIONS = {
     "bundle": {"numpy", "onnx"},
     "checkpoint": {"torch", "numpy", "safetensors"},
+    "export": {"tokenizers"},  # of a text that rounding is fitted to
     "validate": {"tokenizers"},
     "bench": {"openvino", "llama_cpp", "gguf"},  # peers, which may not be installed
     "cli": {"rich", "tokenizers"},

@@ -19,9 +19,9 @@ from mla_deploy.export.assemble_module import assemble_module
 from mla_deploy.export.bind import bind_weights
 from mla_deploy.export.lowered import cpu_rules
 from mla_deploy.export.manifest import manifest_of
+from mla_deploy.export.options import ExportOptions
 from mla_deploy.export.pipeline import (
     TOKENIZER_TEXTS,
-    ExportOptions,
     Progress,
     copy_texts,
     widest_row,

@@ -92,14 +92,15 @@ def _rounded_alike(
     bundle: Bundle, config: MlaConfig, reference: Reference, cases: Sequence[Case]
 ) -> Reference:
     """The source as the bundle stores it: dtype, cache, quantised weights."""
-    manifest, plan = bundle.manifest, plan_of(bundle.manifest)
-    return reference.stored_as(
-        str(manifest["dtype"]),
-        cases,
-        cache_dtype=str(manifest["cache"]["dtype"]),
-        weights=not _is_own(bundle),
-        quantized=None if plan is None else rounding_of(plan, config, manifest),
-    )
+    manifest = bundle.manifest
+    with rounding_of(config, bundle) as quantized:
+        return reference.stored_as(
+            str(manifest["dtype"]),
+            cases,
+            cache_dtype=str(manifest["cache"]["dtype"]),
+            weights=not _is_own(bundle),
+            quantized=quantized,
+        )
 
 
 def _is_own(bundle: Bundle) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from mla_deploy.config import MlaConfig
 from mla_deploy.weight_forms.form import PER_CHANNEL, WeightForm, WeightPlan
 from mla_deploy.weight_forms.roles import role_of
 from mla_deploy.weight_forms.rounding import dequantized, quantized
@@ -26,9 +27,24 @@ class PlanRounding:
     scale_dtype: str = "fp32"
     for_device: bool = False  # as `export/dequantized.py`: w_uv along V, and whole blocks only
 
+    @classmethod
+    def of(
+        cls, config: MlaConfig, plan: WeightPlan, dtype: str, *, for_device: bool
+    ) -> PlanRounding:
+        """For a model of `config`; `dtype` is that of the graphs."""
+        return cls(
+            plan,
+            heads=config.num_heads,
+            nope=config.qk_nope_head_dim,
+            router_rows=config.router_rows,
+            tied=config.tie_word_embeddings,
+            scale_dtype=dtype if for_device else "fp32",
+            for_device=for_device,
+        )
+
     def __call__(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """`weight`, a parameter of the module, as the bundle's graphs compute with it."""
-        form = self._form(name, weight)
+        form = self.form(name, weight)
         if form is None:
             return weight
         if role_of(name) != "kv_b":
@@ -50,7 +66,8 @@ class PlanRounding:
             return weight
         return dequantized(quantized(weight, form, self.scale_dtype), form)
 
-    def _form(self, name: str, weight: torch.Tensor) -> WeightForm | None:
+    def form(self, name: str, weight: torch.Tensor) -> WeightForm | None:
+        """None: the parameter stays in float."""
         if weight.dim() < 2 or "norm" in name.rpartition(".")[0].rpartition(".")[2]:
             return None
         is_embedding, is_head = "embed" in name, name.startswith("lm_head")
