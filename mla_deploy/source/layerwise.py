@@ -6,7 +6,7 @@ after. What stands beside the layers (embedding, norms, head) is held throughout
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class LayerwiseModel:
         self, ids_BS: torch.Tensor, prepared: Prepared, progress: Progress | None = None
     ) -> torch.Tensor:
         """Logits of every token, fp32 [B, S, vocab], with weights as `prepared` makes them."""
-        with self._loading(prepared, progress):
+        with _Loading(self, prepared, progress):
             found: torch.Tensor = self._model(input_ids=ids_BS, use_cache=False).logits
         return found.float()
 
@@ -76,14 +76,15 @@ class LayerwiseModel:
     ) -> None:
         """Show `seen` the inputs of every product with a matrix of the model, in order, before it
         is multiplied; the head's is the last, and is not multiplied."""
-        with self._loading(prepared, progress), _Products(self._places, seen, self._head):
+        with _Loading(self, prepared, progress), _Products(self._places, seen, self._head):
             try:
                 self._model(input_ids=ids_BS, use_cache=False)
             except _HeadReached:
                 return
 
-    def _loading(self, prepared: Prepared, progress: Progress | None) -> _Loading:
-        return _Loading(self, prepared, progress)
+    def parameters(self, within: str = "") -> Iterator[nn.Parameter]:
+        """Those whose name holds `within`, as they are now: empty, but for a layer that runs."""
+        return (p for name, p in self._model.named_parameters() if within in name)
 
     def fill(self, parameters: dict[str, nn.Parameter], prepared: Prepared) -> None:
         """Give `parameters` their values."""

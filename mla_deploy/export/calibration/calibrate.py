@@ -94,7 +94,11 @@ def calibrate(
     nearest = _Judged.of(log_probabilities(rounding), judged)
     fitted = _Judged.of(log_probabilities(walk.fitted), judged)
     losses = nearest.against(source), fitted.against(source)
-    is_kept = losses[1].mean_kl <= losses[0].mean_kl and not fitted.is_worse_than(nearest)
+    # A model that guesses the text worse than by lot has no perplexity to lose.
+    is_known = source.perplexity < config.vocab_size
+    is_kept = losses[1].mean_kl <= losses[0].mean_kl and not (
+        is_known and fitted.is_worse_than(nearest)
+    )
     if is_kept:
         layout.rounded.update(walk.found)
     return Calibration(
