@@ -80,8 +80,7 @@ def export(
     `weights` "keep": they are stored as in the checkpoint instead, FP8 and int8 with their scales,
     and the cache in the dtype of most of them; what must be made (halves of kv_b_proj) in float.
     "int4", "int8", "fp8" or a refined one (`weight_forms/form.py`): quantised, rounded to nearest,
-    or fitted to the inputs that weights meet in `calibrate`, a file of text, where that serves the
-    end of the text better.
+    or fitted to what weights meet in the text file `calibrate`, if that serves its end better.
     `capacity` is the tokens a runner reserves per row unless told otherwise.
     Nothing is left under `out` unless everything succeeded; `replace` swaps whole bundles.
     `module`, `package.file:factory`, in place of a checkpoint: the user's own torch.nn.Module, with
@@ -111,9 +110,8 @@ def export(
         return export_module((module, weights), out, chosen, replace=replace, report=report)
     with open_checkpoint(Path(checkpoint or "")) as source:
         found = _dtype(source, dtype, in_place, weights)
-        options = options_of(
-            source.config, dtype=found, weights=None if weights is None else str(weights)
-        )
+        told = None if weights is None else str(weights)
+        options = options_of(source.config, dtype=found, weights=told)
         with _staged(source, out, options, replace) as stage:
             return build_bundle(source, source_weights(source), stage, options, report)
 
@@ -193,9 +191,7 @@ def build_bundle(
             require_keepable(checkpoint, find_target(options.target))
     if not options.in_place:
         copy_texts(source.folder, stage, _TEXTS)
-    text = None
-    if options.calibrate is not None:
-        text = calibration_text(options.calibrate, source.folder, config)
+    text = _text(source, options)
     report("trace", 0, 1)
     trace = trace_model(config, cache, options.all_logits)
     report("trace", 1, 1)
@@ -210,8 +206,7 @@ def build_bundle(
         if not options.in_place:
             kept = copy_kept(layout, kept, checkpoint.checkpoint, stage.named("weights"))
         stage.require_space(layout.total_bytes)
-    if text is not None:
-        _calibrate(config, weights, options, layout, text=text, report=report)
+    _calibrate(config, weights, options, layout, text=text, report=report)
     write_weights(weights, layout, stage, report)
     for name, graph in graphs.items():
         bind_weights(graph.model, layout, stage.path, stage.named("weights"))
@@ -232,17 +227,24 @@ def build_bundle(
     return bundle
 
 
+def _text(source: Described, options: ExportOptions) -> CalibrationText | None:
+    """That of `options.calibrate`, refused before the work begins."""
+    if options.calibrate is None:
+        return None
+    return calibration_text(options.calibrate, source.folder, source.config)
+
+
 def _calibrate(
     config: MlaConfig,
     weights: WeightMap | BundleSource,
     options: ExportOptions,
     layout: WeightLayout,
     *,
-    text: CalibrationText,
+    text: CalibrationText | None,
     report: Progress,
 ) -> None:
-    """Fit the rounding of the layout's weights to `text`."""
-    if options.plan is None:
+    """Fit the rounding of the layout's weights to `text`, where there is one."""
+    if options.plan is None or text is None:
         return
     is_for_device = find_target(options.target).release is not None
     rounding = PlanRounding.of(config, options.plan, options.dtype, for_device=is_for_device)
