@@ -16,7 +16,7 @@ from mla_deploy.errors import InputError, IntegrityError
 from mla_deploy.runtime.sessions import GraphSessions
 from mla_deploy.runtime.verified import is_verifying
 from mla_deploy.validate.cases import Case, default_cases, verify_case
-from mla_deploy.validate.gates import LOSS_GATES, Gate, gate_for
+from mla_deploy.validate.gates import Gate, gate_for, loss_gate_for
 from mla_deploy.validate.loss import loss_over, text_rows
 from mla_deploy.validate.memory import measure_memory
 from mla_deploy.validate.opening import open_sessions, plan_of, rounding_of
@@ -80,7 +80,7 @@ def validate(
         top1=top_one(results, gate),
         rounding=rounding_loss(results, gate),
         loss=loss,
-        loss_gate=None if plan is None else LOSS_GATES[plan.kind],
+        loss_gate=None if plan is None else loss_gate_for(plan.kind, cache_dtype),
         memory=memory,
         versions=_versions(),
         notes=(*told, *_scaled_gates(results, gate)),

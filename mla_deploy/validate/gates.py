@@ -99,6 +99,22 @@ CACHE_LOSS = {
 }
 
 
+_COARSENESS = {"int8": 0, "int8-tile": 0, "fp8": 1, "int4": 2}
+
+
+def loss_gate_for(weights: str | None, cache_dtype: str) -> LossGate | None:
+    """That of the coarser of quantised weights, by their kind, and of latents stored as codes.
+
+    `weights` None: they are not quantised. None: nothing is judged.
+    """
+    if weights is None:
+        return CACHE_LOSS.get(cache_dtype)
+    if _COARSENESS.get(cache_dtype, -1) <= _COARSENESS[weights]:
+        return LOSS_GATES[weights]
+    # Four bits of a cache cost less than four of all weights, whose gate it is given.
+    return CACHE_LOSS.get(cache_dtype, LOSS_GATES["int4"])
+
+
 def gate_for(*dtypes: str, quantized: bool = False) -> Gate:
     """The row of the table; of several dtypes (weights, cache) each bound is the loosest.
 
