@@ -16,11 +16,17 @@ from mla_deploy.errors import GateError, MlaDeployError
 from mla_deploy.runtime import OnnxRunner
 from mla_deploy.runtime.sessions import Graph, GraphSessions
 from mla_deploy.validate.cases import Call, Case, Form
-from mla_deploy.validate.difference import LogitDifference, logit_difference, relative_l2
+from mla_deploy.validate.difference import (
+    LogitDifference,
+    logit_difference,
+    relative_l2,
+    row_errors,
+)
 from mla_deploy.validate.gates import Gate
 from mla_deploy.validate.reference import Reference, RowTrace
 
 Floats = NDArray[np.float32]
+_MANY_ROWS = 16  # fewer cached rows have no middle to speak of
 _GRAPHS: dict[Form, Graph | None] = {"auto": None, "absorbed": "decode", "expanded": "prefill"}
 
 
@@ -35,6 +41,8 @@ class LayerDifference:
     worst_layer: int
     worst_rel_l2: float
     first_bad_layer: int | None
+    # Of each row by itself the median, in the layer where that is largest; None of few rows.
+    worst_row_median: float | None = None
 
 
 @dataclass(frozen=True)
@@ -136,19 +144,20 @@ def _verified(runner: OnnxRunner, rows: list[list[int]]) -> list[Floats]:
 def _layer_difference(runner: OnnxRunner, traces: list[RowTrace], bound: float) -> LayerDifference:
     """Cache by cache; a cache that only one side has is off without bound."""
     layers = sorted({*runner.cache_layers, *traces[0].cached})
-    errors = [
-        max(_cache_difference(trace, runner, layer, row) for row, trace in enumerate(traces))
-        for layer in layers
-    ]
+    errors, medians = [], []
+    for layer in layers:
+        if layer not in runner.cache_layers or layer not in traces[0].cached:
+            errors.append(math.inf)
+            continue
+        pairs = [(t.cached[layer], runner.cached_rows(layer, r)) for r, t in enumerate(traces)]
+        errors.append(max(relative_l2(*pair) for pair in pairs))
+        if errors[-1] < math.inf and sum(len(wanted) for wanted, _ in pairs) >= _MANY_ROWS:
+            medians.append(float(np.median(np.concatenate([row_errors(*p) for p in pairs]))))
     worst = int(np.argmax(errors))
     bad = [layer for layer, error in zip(layers, errors, strict=True) if error > bound]
-    return LayerDifference(layers[worst], errors[worst], bad[0] if bad else None)
-
-
-def _cache_difference(trace: RowTrace, runner: OnnxRunner, layer: int, row: int) -> float:
-    if layer not in trace.cached or layer not in runner.cache_layers:
-        return math.inf
-    return relative_l2(trace.cached[layer], runner.cached_rows(layer, row))
+    return LayerDifference(
+        layers[worst], errors[worst], bad[0] if bad else None, max(medians, default=None)
+    )
 
 
 def _failures(
@@ -169,12 +178,21 @@ def _failures(
             f"cached rows of layer {layers.worst_layer} are off by {layers.worst_rel_l2:.3g}, "
             f"wanted at most {gate.cache_rel_l2:.3g}; layer {layers.first_bad_layer} is the first"
         )
+    elif not _holds(layers.worst_row_median, gate.cache_row_median):
+        found.append(
+            f"cached rows are off by {layers.worst_row_median:.3g} in the middle, wanted at most "
+            f"{gate.cache_row_median:.3g}"
+        )
     elif found:
         found.append(
             f"every cached row agrees (worst layer {layers.worst_layer}, "
             f"{layers.worst_rel_l2:.3g}): the fault is after the cache of the last layer"
         )
     return tuple(found)
+
+
+def _holds(value: float | None, limit: float | None) -> bool:
+    return value is None or limit is None or value <= limit
 
 
 def _told(refusal: MlaDeployError) -> str:
