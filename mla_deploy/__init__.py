@@ -3,8 +3,8 @@
 The public surface, whole. Every name is loaded on first use (PEP 562), so that importing the
 package, and `mla-deploy --help`, loads none of torch, onnx, onnxruntime and transformers.
 
-`export` and `validate` are functions and packages of the same name; `callable_package.py` makes
-the two one object, so `from mla_deploy import export` is callable in every import order.
+`compress`, `export` and `validate` are functions and packages of the same name; `callable_package.py`
+makes the two one object, so `from mla_deploy import export` is callable in every import order.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mla_deploy.bundle import Bundle, open_bundle
     from mla_deploy.checkpoint import Checkpoint, open_checkpoint
+    from mla_deploy.compress import compress
     from mla_deploy.config import MlaConfig, read_config
     from mla_deploy.engine.pipeline import build
     from mla_deploy.errors import (
@@ -48,6 +49,7 @@ __all__ = [
     "ValidationReport",
     "__version__",
     "build",
+    "compress",
     "export",
     "generate",
     "open_bundle",
@@ -58,7 +60,7 @@ __all__ = [
     "validate",
 ]
 
-_PACKAGES = ("export", "validate")  # callable packages: the module itself is the function
+_PACKAGES = ("compress", "export", "validate")  # callable packages: the module itself is the function
 
 _HOME = {
     "Bundle": "bundle",

@@ -274,7 +274,7 @@ def _check_mla(fields: Mapping[str, Any]) -> None:
         "CFG-NOT-MLA",
         f"model_type {quoted(fields.get('model_type'))} has no kv_lora_rank in {CONFIG_NAME}: it "
         "caches full keys and values, there is no latent to deploy",
-        hint="`mla-deploy compress` will turn such a model into an MLA one; it is not there yet",
+        hint="`mla-deploy compress` turns such a model into an MLA one",
         field="kv_lora_rank",
     )
 

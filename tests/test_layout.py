@@ -29,12 +29,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("export", "rewrite"),
     ("runtime", "engine"),
     ("validate",),
-    ("device_package", "bench"),
+    ("device_package", "bench", "compress"),
     ("cli",),
 )
 # Third-party libraries a package may load when it is imported, and those it may load in a function.
 AT_IMPORT = {
-    "source": {"torch", "transformers", "numpy", "networkx"},
+    "source": {"torch", "transformers", "numpy", "networkx", "huggingface_hub"},
     "export": {"torch", "transformers", "numpy", "onnx", "onnx_ir", "onnxscript", "ml_dtypes"},
     "rewrite": {"numpy", "onnx", "onnx_ir", "onnxscript"},
     "weight_forms": {"torch"},
@@ -44,6 +44,7 @@ AT_IMPORT = {
     "device_package": {"numpy", "onnx_ir"},
     "validate": {"numpy", "torch", "onnx_ir"},  # onnx_ir: the mutants are graph surgery
     "bench": {"numpy", "torch", "transformers", "onnxruntime", "onnx_ir"},
+    "compress": {"numpy", "torch", "transformers", "safetensors"},
     "cli": {"click"},
     # One file, imported in functions only.
     "mla_deploy/checkpoint/values.py": {"torch"},
@@ -53,6 +54,7 @@ IN_FUNCTIONS = {
     "checkpoint": {"torch", "numpy", "safetensors"},
     "validate": {"tokenizers"},
     "bench": {"openvino", "llama_cpp", "gguf"},  # peers, which may not be installed
+    "compress": {"gguf", "tokenizers"},
     "cli": {"rich", "tokenizers"},
 }
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_POSITIONAL, MEDIAN_LINES = 400, 60, 5, 200

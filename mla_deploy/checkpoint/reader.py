@@ -42,7 +42,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     try:
         config = config_in(opened)
         weights = find_weight_files(opened)
-        inventory = take_inventory(_read_headers(weights, shards), config, shards)
+        inventory = take_inventory(read_headers(weights, shards), config, shards)
         check_layers(config, inventory.tensors)
         check_shapes(config, inventory.tensors)
         return Checkpoint(opened, shards, config, weights, inventory)
@@ -185,7 +185,7 @@ def unreadable_dtype(info: TensorInfo) -> InputError:
     )
 
 
-def _read_headers(weights: WeightFiles, shards: Shards) -> dict[str, TensorInfo]:
+def read_headers(weights: WeightFiles, shards: Shards) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for file in weights.files:
         descriptor = shards.duplicate(file)

@@ -7,6 +7,7 @@ import click
 from mla_deploy import __version__
 from mla_deploy.cli.bench import bench
 from mla_deploy.cli.build import build
+from mla_deploy.cli.compress import compress
 from mla_deploy.cli.doctor import doctor
 from mla_deploy.cli.export import export
 from mla_deploy.cli.inspect import inspect
@@ -35,5 +36,5 @@ def group(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for _command in (inspect, export, quantize, build, validate, run, bench, doctor):
+for _command in (inspect, compress, export, quantize, build, validate, run, bench, doctor):
     group.add_command(_command)

@@ -101,7 +101,7 @@ def write_package(
         _copy_bundle(stage, opened)
         _write_scripts(stage, planned, found, weight_streaming=weight_streaming)
         stage.write("golden.npz", made.data)
-        path = stage.publish(_facts(planned, made, found, weight_streaming=weight_streaming))
+        path = stage.seal(_facts(planned, made, found, weight_streaming=weight_streaming))
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     names = tuple(str(case["name"]) for case in made.cases)
     return DevicePackage(path, planned, made.origin, names, found, size)

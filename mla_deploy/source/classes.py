@@ -24,6 +24,10 @@ from transformers.models.auto.modeling_auto import (
 
 from mla_deploy.config import MlaConfig
 from mla_deploy.errors import InputError, quoted
+from mla_deploy.source.mla_llama import ARCHITECTURE, MlaLlamaForCausalLM
+
+# Ours, beside those of transformers.
+_OWN: dict[str, type[PreTrainedModel]] = {ARCHITECTURE: MlaLlamaForCausalLM}
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def without_towers(model: PreTrainedModel) -> None:
 
 def _causal(name: str) -> type[PreTrainedModel] | None:
     """transformers' class of that name, if it is a model that generates text."""
-    found: Any = getattr(transformers, name, None) if name else None
+    found: Any = _OWN.get(name) or (getattr(transformers, name, None) if name else None)
     is_model = inspect.isclass(found) and issubclass(found, PreTrainedModel)
     return found if is_model and found.can_generate() else None
 

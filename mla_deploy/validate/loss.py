@@ -86,7 +86,7 @@ def text_rows(bundle: Bundle, text: str | None = None) -> tuple[str, tuple[Token
     positions = int(bundle.manifest["model"]["max_position_embeddings"])
     length = min(_ROW_TOKENS, positions)
     most = _STAND_IN_ROWS if "engine" in bundle.manifest else _MOST_ROWS
-    ids = _tokens(bundle, _sample() if text is None else text)
+    ids = _tokens(bundle, sample_text() if text is None else text)
     if ids is None:
         if text is not None:
             raise InputError(
@@ -194,7 +194,7 @@ def _tokens(bundle: Bundle, text: str) -> list[int] | None:
     return list(tokenizer.encode(text).ids)
 
 
-def _sample() -> str:
+def sample_text() -> str:
     """Six chapters of the World English Bible, which is in the public domain, as one paragraph."""
     with open_folder(Path(__file__).parent) as folder:
         text = folder.read_bytes(_SAMPLE, max_bytes=_MAX_SAMPLE_BYTES).decode("utf-8")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 
 _EXPERT = re.compile(r"\.experts\.")
-_LEFT_ALONE = re.compile(r"\.indexer\.")
+_LEFT_ALONE = re.compile(r"\.indexer\.|\.rope_select\.")
 
 
 def role_of(name: str) -> str:
-    """A role of `form.ROLES`, or "indexer": what chooses tokens is never rounded."""
+    """A role of `form.ROLES`, or "indexer": what chooses tokens or pairs is never rounded."""
     if _LEFT_ALONE.search(name):
         return "indexer"
     if _EXPERT.search(name):

@@ -13,7 +13,7 @@ from .conftest import Command
 
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "transformers", "tensorrt",
          "tensorrt_rtx", "numpy", "safetensors", "tokenizers", "rich")  # fmt: skip
-VERBS = ["inspect", "export", "quantize", "build", "validate", "run", "bench", "doctor"]
+VERBS = ["inspect", "compress", "export", "quantize", "build", "validate", "run", "bench", "doctor"]
 
 
 def test_help_imports_nothing_heavy(child: Command) -> None:

@@ -109,7 +109,7 @@ def test_a_disk_that_fails_at_any_call_leaves_nothing(tmp_path: Path) -> None:
         with stage_package(tmp_path / "p", fs=Failing(left)) as stage:
             stage.write("a/b/one", b"1")
             stage.copy("a/two", tmp_path / "in", "weights")
-            stage.publish({"format_version": 1})
+            stage.seal({"format_version": 1})
 
     failed = 0
     for left in range(1, 40):

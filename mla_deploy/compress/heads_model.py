@@ -1,0 +1,284 @@
+"""The model that is compressed: transformers' own class, one layer in memory at a time.
+
+Taken are models whose layers are Llama's: a norm, attention with rotary keys, a norm, a gated MLP.
+That is asked of the modules, and shown by numbers: `MlaLlama` layers in exact form must give what
+the source's layers give (`pipeline.py`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from mla_deploy.compress.fold import HeadWeights
+from mla_deploy.compress.weight_files import WeightFiles
+from mla_deploy.errors import InputError, quoted
+
+# What no form of MLA can say, by the name of the module that does it.
+_NOT_ABSORBABLE = {
+    "q_norm": "each query head is normed after its projection",
+    "k_norm": "each key head is normed after its projection, which no product with a latent is",
+    "q_layernorm": "queries are normed after their projection",
+    "k_layernorm": "keys are normed after their projection",
+}
+_PROBED = 24  # tokens
+_HEAD = "lm_head.weight"
+_NOT_WEIGHTS = ("rotary_emb.inv_freq",)  # older files keep what the config implies
+_LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+
+
+@dataclass(frozen=True)
+class HeadFacts:
+    """Sizes of the source. H query heads, g key heads, d their width."""
+
+    heads: int
+    groups: int
+    head_dim: int
+    layers: int
+    width: int
+    context: int  # the longest it takes; a sliding window, where that is shorter
+
+
+class HeadsModel:
+    """`layer(i)` and the trunk of a source, in fp32, on demand."""
+
+    def __init__(self, files: WeightFiles) -> None:
+        """Raises: InputError CMP-*, CFG-HF."""
+        self.files = files
+        self.hf = _hf_config(files.fields)
+        self._build = _model_class(files.fields)
+        with torch.device("meta"), no_init_weights():
+            self._empty: PreTrainedModel = self._build(self.hf).eval()
+        self._decoder: Any = self._empty.get_decoder()
+        self.facts = self._facts()
+        self.rotary = type(self._decoder.rotary_emb)(config=self.hf)
+        self._check_weights()
+
+    def layer(self, index: int) -> nn.Module:
+        """A decoder layer with its weights."""
+        prefix = f"model.layers.{index}."
+        layer = copy.deepcopy(self._decoder.layers[index]).to_empty(device="cpu")
+        for name, parameter in layer.named_parameters():
+            parameter.data.copy_(self._shaped(prefix + name, tuple(parameter.shape)))
+        return layer.requires_grad_(False)
+
+    def trunk(self) -> tuple[nn.Module, nn.Module, torch.Tensor]:
+        """The embedding, the final norm, the head's weight."""
+        embed = copy.deepcopy(self._decoder.embed_tokens).to_empty(device="cpu")
+        embed.weight.data.copy_(self.read("model.embed_tokens.weight"))
+        norm = copy.deepcopy(self._decoder.norm).to_empty(device="cpu")
+        norm.weight.data.copy_(self.read("model.norm.weight"))
+        head = embed.weight.data if self.tied else self.read(_HEAD)
+        return embed.requires_grad_(False), norm.requires_grad_(False), head
+
+    def check_trunk(self, layer: nn.Module) -> None:
+        """What lies around the layers is what `trunk` gives: shown on the class itself, cut to its
+        first layer, `layer`.
+
+        Raises: InputError CMP-TRUNK.
+        """
+        hf = copy.deepcopy(self.hf)
+        hf.num_hidden_layers = 1
+        if getattr(hf, "layer_types", None):
+            hf.layer_types = hf.layer_types[:1]
+        with no_init_weights():
+            whole: Any = self._build(hf).eval()
+        embed, norm, head = self.trunk()
+        decoder = whole.get_decoder()
+        for into, module in ((decoder.embed_tokens, embed), (decoder.norm, norm),
+                             (decoder.layers[0], layer)):  # fmt: skip
+            into.load_state_dict(module.state_dict())
+        whole.get_output_embeddings().weight.data.copy_(head)
+        tokens_1S = torch.arange(_PROBED)[None] * 7 % int(hf.vocab_size)
+        with torch.no_grad():
+            run: Any = layer
+            angles = self.rotary(torch.zeros(1, 1, 1), torch.arange(_PROBED)[None])
+            found = norm(run(embed(tokens_1S), position_embeddings=angles)) @ head.T
+            wanted = whole(input_ids=tokens_1S, use_cache=False).logits
+        if not torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max())):
+            raise InputError(
+                "CMP-TRUNK",
+                f"{type(whole).__name__} does something around its layers that Llama does not: "
+                f"logits differ by {float((found - wanted).abs().max()):.3g}",
+                hint="scaled embeddings or logits cannot be compressed yet; please report it",
+            )
+
+    def first_attention(self) -> nn.Module:
+        """The attention of the first layer, without weights."""
+        attention: nn.Module = self._decoder.layers[0].self_attn
+        return attention
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor in fp32. Raises: InputError CKPT-*."""
+        return self.files.read(name)
+
+    @property
+    def tied(self) -> bool:
+        return bool(self.hf.tie_word_embeddings)
+
+    def attention(self, layer: nn.Module) -> HeadWeights:
+        """The four projections of a layer, a fused one cut apart, in fp64."""
+        attention: Any = layer.self_attn
+        facts = self.facts
+        query, key = facts.heads * facts.head_dim, facts.groups * facts.head_dim
+        if hasattr(attention, "qkv_proj"):
+            weight = attention.qkv_proj.weight.split([query, key, key])
+            bias = _bias(attention.qkv_proj).split([query, key, key])
+            parts = list(zip(weight, bias, strict=True))
+        else:
+            projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+            parts = [(each.weight, _bias(each)) for each in projections]
+        parts.append((attention.o_proj.weight, _bias(attention.o_proj)))
+        weights, biases = zip(*parts, strict=True)
+        q_w, k_w, v_w, o_w = (each.double().numpy() for each in weights)
+        q_b, k_b, v_b, o_b = (each.double().numpy() for each in biases)
+        return HeadWeights(q_w, k_w, v_w, o_w, q_b, k_b, v_b, o_b, facts.head_dim)
+
+    def gated_mlp(self, layer: nn.Module) -> Mapping[str, torch.Tensor]:
+        """Weights of the MLP by their names in Llama."""
+        mlp: Any = layer.mlp
+        if not hasattr(mlp, "gate_up_proj"):
+            return dict(mlp.named_parameters())
+        gate, up = mlp.gate_up_proj.weight.chunk(2)
+        return {
+            "gate_proj.weight": gate,
+            "up_proj.weight": up,
+            "down_proj.weight": mlp.down_proj.weight,
+        }
+
+    def _shaped(self, name: str, wanted: tuple[int, ...]) -> torch.Tensor:
+        values = self.read(name)
+        if tuple(values.shape) != wanted:
+            raise InputError(
+                "CKPT-SHAPE",
+                f"{quoted(name)} is {list(values.shape)}, config.json implies {list(wanted)}",
+                hint="config.json and the weights are of different models",
+                tensor=name,
+            )
+        return values
+
+    def _check_weights(self) -> None:
+        """Nothing missing and nothing left over, before anything long begins."""
+        if not self.files.names_are_ours:
+            return
+        wanted = {name for name, _ in self._empty.named_parameters()}
+        wanted -= {_HEAD} if self.tied else set()
+        missing = sorted(name for name in wanted if name not in self.files.shapes)
+        extra = sorted(
+            name
+            for name in self.files.shapes
+            if name not in wanted and name != _HEAD and not name.endswith(_NOT_WEIGHTS)
+        )
+        if extra:
+            raise InputError(
+                "CKPT-EXTRA",
+                f"{len(extra)} tensors belong to nothing in {type(self._empty).__name__}, "
+                f"{quoted(extra[0])} first",
+                hint="config.json and the weights are of different models",
+                tensors=extra[:10],
+            )
+        if missing:
+            raise InputError(
+                "CKPT-MISSING",
+                f"{len(missing)} tensors are missing, {quoted(missing[0])} first",
+                hint="fetch the checkpoint again: a shard or the index is incomplete",
+                tensors=missing[:10],
+            )
+
+    def _facts(self) -> HeadFacts:
+        hf = self.hf
+        first = self._decoder.layers[0]
+        parts = {name for name, _ in first.named_children()} - {
+            name for name, module in first.named_children() if isinstance(module, nn.Dropout)
+        }
+        attention = first.self_attn if hasattr(first, "self_attn") else first
+        for name, why in _NOT_ABSORBABLE.items():
+            if hasattr(attention, name):
+                raise InputError(
+                    "CMP-KEY-NORM",
+                    f"{type(attention).__name__} has a {name}: {why}, so keys cannot be absorbed",
+                    hint="only models without norms on heads can become MLA",
+                    module=name,
+                )
+        projections = hasattr(attention, "qkv_proj") or hasattr(attention, "k_proj")
+        if parts != _LAYER or not projections or not _is_gated(first.mlp):
+            raise InputError(
+                "CMP-LAYER",
+                f"a layer of {type(self._empty).__name__} is made of {', '.join(sorted(parts))}; "
+                "wanted Llama's: two norms, attention, a gated MLP",
+                hint="Llama, Mistral, Qwen2, SmolLM2 and Phi-3 are known",
+            )
+        head_dim = int(getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads)
+        window = getattr(hf, "sliding_window", None)
+        uses = window is not None and getattr(hf, "use_sliding_window", True)
+        longest = int(hf.max_position_embeddings)
+        return HeadFacts(
+            heads=int(hf.num_attention_heads),
+            groups=int(getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads),
+            head_dim=head_dim,
+            layers=int(hf.num_hidden_layers),
+            width=int(hf.hidden_size),
+            context=min(longest, int(window)) if uses and window else longest,
+        )
+
+
+def _is_gated(mlp: nn.Module) -> bool:
+    names = {name for name, _ in mlp.named_children()}
+    return "down_proj" in names and ({"gate_proj", "up_proj"} <= names or "gate_up_proj" in names)
+
+
+def _bias(linear: nn.Linear) -> torch.Tensor:
+    return torch.zeros(linear.out_features) if linear.bias is None else linear.bias
+
+
+def _model_class(fields: Mapping[str, Any]) -> Any:
+    named = next(iter(fields.get("architectures") or []), "")
+    name = named or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(fields.get("model_type")), "")
+    found = getattr(transformers, str(name), None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise InputError(
+            "SRC-CLASS",
+            f"architectures names {quoted(name)}, which transformers {transformers.__version__} "
+            "does not have as a causal language model",
+            hint="check `architectures` in config.json, or upgrade transformers",
+        )
+    return found
+
+
+def _hf_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
+    if fields.get("kv_lora_rank") is not None:
+        raise InputError(
+            "CMP-MLA",
+            "the model has a kv_lora_rank: it is MLA already",
+            hint="`mla-deploy export` takes it as it is",
+        )
+    name = CONFIG_MAPPING_NAMES.get(str(fields.get("model_type")), "")
+    config_class: Any = getattr(transformers, name, None) if name else None
+    if config_class is None:
+        raise InputError(
+            "SRC-CLASS",
+            f"model_type is {quoted(fields.get('model_type'))}, which transformers does not know",
+            hint="check `model_type` in config.json, or upgrade transformers",
+        )
+    try:
+        hf: PreTrainedConfig = config_class.from_dict(copy.deepcopy(dict(fields)))
+        hf.dtype = torch.float32
+        hf._attn_implementation = "sdpa"
+        return hf
+    except Exception as error:  # strict dataclasses raise classes of their own
+        raise InputError(
+            "CFG-HF",
+            f"transformers refuses config.json: {quoted(error)}",
+            hint="compare it with the published config",
+            cause=type(error).__name__,
+        ) from error

@@ -1,0 +1,106 @@
+"""What compressing costs: the compressed model against its source, token by token on a text.
+
+KL in nats, of the compressed distribution against the source's; perplexities of the text itself.
+The interval is of the mean KL, by resampling whole rows, whose tokens depend on one another.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mla_deploy.compress.stream import Rows
+
+_CHUNK = 64  # tokens whose logits are in memory at a time
+_DRAWS, _SEED = 1000, 20261126
+# Mean KL below which a loss has each name; nothing is minor above either bound of `minor`.
+EXACT, MINOR, VISIBLE = 1e-4, 0.05, 0.3
+MINOR_PERPLEXITY = 1.05
+
+
+@dataclass(frozen=True)
+class CompressionLoss:
+    """Over `tokens` predicted tokens of `rows` rows."""
+
+    text: str
+    rows: int
+    tokens: int
+    mean_kl: float
+    kl_low: float  # 95 % interval of mean_kl
+    kl_high: float
+    p99_kl: float
+    top1: float
+    perplexity_source: float
+    perplexity: float
+
+    @property
+    def perplexity_ratio(self) -> float:
+        return self.perplexity / self.perplexity_source
+
+    @property
+    def verdict(self) -> str:
+        """exact, minor, visible or broken."""
+        if not math.isfinite(self.mean_kl) or self.mean_kl >= VISIBLE:
+            return "broken"
+        if self.mean_kl < EXACT:
+            return "exact"
+        is_minor = self.mean_kl < MINOR and self.perplexity_ratio <= MINOR_PERPLEXITY
+        return "minor" if is_minor else "visible"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **asdict(self), "perplexity_ratio": self.perplexity_ratio, "verdict": self.verdict,
+        }  # fmt: skip
+
+
+def compared(
+    text: str, source: Rows, found: Rows, norm: torch.nn.Module, head: torch.Tensor
+) -> CompressionLoss:
+    """The loss from the last hidden states of both: same rows, same norm, same head [vocab, D]."""
+    kls: list[NDArray[np.float64]] = []
+    same, wanted_nll, found_nll = 0, 0.0, 0.0
+    with torch.no_grad():
+        for wanted_SD, found_SD, tokens_S in zip(
+            source.hidden_XSD, found.hidden_XSD, source.tokens_XS, strict=True
+        ):
+            row = []
+            for start in range(0, len(tokens_S) - 1, _CHUNK):
+                stop = min(start + _CHUNK, len(tokens_S) - 1)
+                target_T = tokens_S[start + 1 : stop + 1]
+                wanted = _log_probabilities(norm(wanted_SD[start:stop]) @ head.T)
+                given = _log_probabilities(norm(found_SD[start:stop]) @ head.T)
+                row.append((wanted.exp() * (wanted - given)).sum(-1).numpy())
+                same += int((wanted.argmax(-1) == given.argmax(-1)).sum())
+                wanted_nll -= float(wanted.gather(1, target_T[:, None]).sum())
+                found_nll -= float(given.gather(1, target_T[:, None]).sum())
+            kls.append(np.concatenate(row))
+    every = np.concatenate(kls)
+    low, high = _interval(np.array([row.mean() for row in kls]))
+    return CompressionLoss(
+        text=text,
+        rows=len(kls),
+        tokens=len(every),
+        mean_kl=max(0.0, float(every.mean())),
+        kl_low=low,
+        kl_high=high,
+        p99_kl=float(np.quantile(every, 0.99)),
+        top1=same / len(every),
+        perplexity_source=math.exp(wanted_nll / len(every)),
+        perplexity=math.exp(found_nll / len(every)),
+    )
+
+
+def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax(logits.double(), dim=-1)
+
+
+def _interval(means_X: NDArray[np.float64]) -> tuple[float, float]:
+    rng = np.random.default_rng(_SEED)
+    drawn = rng.choice(means_X, (_DRAWS, len(means_X))).mean(1)
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return float(low), float(high)

@@ -1,0 +1,100 @@
+"""Layer by layer through the source, and beside it through its compressed form.
+
+Hidden states of every token are what is kept between layers; no two layers are in memory at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mla_deploy.compress.fold import HeadWeights
+from mla_deploy.compress.key_basis import Doubles, KeyMoments
+from mla_deploy.errors import InputError
+
+
+@dataclass(frozen=True)
+class LayerMoments:
+    """Means over calibration tokens: of [key | value] (2 g d values), of its square, of queries."""
+
+    mean_Z: Doubles
+    moments_ZZ: Doubles
+    queries_HF: Doubles
+    tokens: int
+
+    def keys(self, groups: int) -> KeyMoments:
+        half = len(self.mean_Z) // 2
+        return KeyMoments(self.moments_ZZ[:half, :half], self.queries_HF, groups)
+
+
+class Rows:
+    """Rows of tokens of one length, as hidden states that go from layer to layer."""
+
+    def __init__(self, rows: Sequence[Sequence[int]], rotary: nn.Module, batch: int = 4) -> None:
+        self.tokens_XS = torch.tensor(rows, dtype=torch.int64)
+        self.batch = batch
+        positions_1S = torch.arange(self.tokens_XS.shape[1])[None]
+        with torch.no_grad():
+            self.angles: Any = rotary(torch.zeros(1, 1, 1), positions_1S)
+        self.hidden_XSD = torch.empty(0)
+
+    def embed(self, embedding: nn.Module) -> None:
+        with torch.no_grad():
+            self.hidden_XSD = embedding(self.tokens_XS)
+
+    def through(self, layer: nn.Module, watch: Any = None) -> None:
+        """Replace the hidden states by what `layer` makes of them; `watch` sees its inputs."""
+        run: Any = layer
+        with torch.no_grad():
+            for start in range(0, len(self.hidden_XSD), self.batch):
+                part = slice(start, start + self.batch)
+                hidden = self.hidden_XSD[part]
+                if watch is not None:
+                    watch(run.input_layernorm(hidden))
+                self.hidden_XSD[part] = run(hidden, position_embeddings=self.angles)
+
+
+class MomentsOf:
+    """Collects `LayerMoments` of one layer from the normed inputs of its attention."""
+
+    def __init__(self, weights: HeadWeights, layer: int) -> None:
+        self.weights, self.layer = weights, layer
+        size = len(weights.key) + len(weights.value)
+        self._sum_Z = np.zeros(size)
+        self._moments_ZZ = np.zeros((size, size))
+        self._queries_HF = np.zeros((weights.heads, weights.head_dim // 2))
+        self._tokens = 0
+        stacked = np.concatenate((weights.query, weights.key, weights.value)).astype(np.float32)
+        bias = np.concatenate((weights.query_bias, weights.key_bias, weights.value_bias))
+        self._weight, self._bias = torch.from_numpy(stacked), torch.from_numpy(bias).float()
+
+    def __call__(self, normed_BSD: torch.Tensor) -> None:
+        """Raises: InputError CMP-NONFINITE."""
+        flat = normed_BSD.reshape(-1, normed_BSD.shape[-1])
+        found = nn.functional.linear(flat, self._weight, self._bias).double().numpy()
+        if not np.isfinite(found).all():
+            raise InputError(
+                "CMP-NONFINITE",
+                f"keys, values or queries of layer {self.layer} are not finite on the calibration "
+                "text",
+                hint="the checkpoint overflows in fp32; it cannot be calibrated",
+                layer=self.layer,
+            )
+        query, rest_XZ = np.split(found, [len(self.weights.query)], axis=1)
+        self._sum_Z += rest_XZ.sum(0)
+        self._moments_ZZ += rest_XZ.T @ rest_XZ
+        parts = query.reshape(len(flat), self.weights.heads, 2, -1)
+        self._queries_HF += (parts**2).sum((0, 2))
+        self._tokens += len(flat)
+
+    def done(self) -> LayerMoments:
+        """The means over what was seen."""
+        count = max(self._tokens, 1)
+        return LayerMoments(
+            self._sum_Z / count, self._moments_ZZ / count, self._queries_HF / count, self._tokens
+        )
