@@ -15,14 +15,7 @@ from mla_deploy.export.assemble import Assembled, Builder, GraphForm, assemble
 from mla_deploy.export.assemble_typed import typed_builder
 from mla_deploy.export.trace import Trace
 from mla_deploy.export.weights import WeightLayout
-from mla_deploy.rewrite import (
-    join_products,
-    mla_decode,
-    mla_decode_body,
-    order,
-    quantize_cpu,
-    quantize_heads,
-)
+from mla_deploy.rewrite import mla_decode, mla_decode_body, order, quantize_cpu, quantize_heads
 from mla_deploy.rewrite.release import composites_of, require_composites, require_operators
 from mla_deploy.rewrite.releases import find_release
 from mla_deploy.targets import find_target
@@ -129,8 +122,7 @@ def _quantized(
     trunk = quantize_cpu.trunk_rules(plan, config.hidden_size, tied=is_tied)
     halves = {
         "prefill": quantize_heads.expanded_rules(plan),
-        # Last: it joins whatever products are left at the top of a layer.
-        "decode": (*quantize_heads.absorbed_rules(plan), join_products.RULE),
+        "decode": quantize_heads.absorbed_rules(plan),
     }
     return {
         name: replace(

@@ -97,7 +97,10 @@ class LowerIntegerAttention(LowerLatentAttention):
         rows = [Rows.of(op, rows_of(rope_key))] if len(parts) > 1 else []
         latents = LatentBytes.of(op, _stored(latent), static(latent, -1))
         step = AttendBytes(
-            [folded(op, op.Mul(part, scale)) for part in parts],
+            [
+                folded(op, op.Mul(part, scale), width)
+                for part, width in zip(parts, (latents.rank, static(rope_key, -1)), strict=False)
+            ],
             latents,
             rows,
             Folding.of(op, int(attribute(node, "heads")), like),

@@ -8,6 +8,7 @@ from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes import common as common_passes
+from onnxscript.rewriter import pattern
 
 from mla_deploy.errors import MlaDeployError
 from mla_deploy.rewrite import (
@@ -95,7 +96,7 @@ def apply_rules(model: ir.Model, rules: Sequence[Any]) -> dict[str, int]:
     """Apply each rule in turn to `model`, in place; how often each fired, by name."""
     counts: dict[str, int] = {}
     for rule in rules:
-        fired = rule.apply_to_model(model)
+        fired = pattern.RewriteRuleSet([rule]).apply_to_model(model)
         counts[rule.name] = counts.get(rule.name, 0) + fired
         if fired:
             # A branch that a rule wrote may be the first to hold such an operator.
