@@ -3,8 +3,9 @@
 The public surface, whole. Every name is loaded on first use (PEP 562), so that importing the
 package, and `mla-deploy --help`, loads none of torch, onnx, onnxruntime and transformers.
 
-`compress`, `export` and `validate` are functions and packages of the same name; `callable_package.py`
-makes the two one object, so `from mla_deploy import export` is callable in every import order.
+`compress`, `export` and `validate` are functions and packages of the same name;
+`callable_package.py` makes the two one object, so `from mla_deploy import export` is callable in
+every import order.
 """
 
 from __future__ import annotations
@@ -62,7 +63,11 @@ __all__ = [
     "validate",
 ]
 
-_PACKAGES = ("compress", "export", "validate")  # callable packages: the module itself is the function
+_PACKAGES = (
+    "compress",
+    "export",
+    "validate",
+)  # callable packages: the module itself is the function
 
 _HOME = {
     "Bundle": "bundle",

@@ -37,7 +37,8 @@ def group(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for _command in (
+_COMMANDS = (
     inspect, compress, export, rewrite, quantize, build, validate, run, bench, doctor,
-):  # fmt: skip
+)  # fmt: skip
+for _command in _COMMANDS:
     group.add_command(_command)

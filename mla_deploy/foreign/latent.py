@@ -87,6 +87,13 @@ def latent_of(region: Region, site: Site) -> Latent:
             f"keys and values are {expanded} numbers a token and the narrowest that they are made "
             f"from is {width}: no latent",
         )
+    if max(int((part != 0).sum(axis=2).max(initial=0)) for part in (key_HEW, value_HVW)) <= 1:
+        raise Stop(
+            "latent",
+            rows[0],
+            f"keys and values are the {width} numbers a token that they are made from, copied to "
+            f"{heads} heads: full or grouped heads, no latent",
+        )
     return _canonical(site, rows, key_HEW, (value_HVW, bias_HV))
 
 
