@@ -19,7 +19,7 @@ from mla_deploy.rewrite.releases import find_release
 from mla_deploy.targets import Target
 
 CHUNK = 512  # new tokens that a runner prefills at a time
-# Python, numpy and ONNX Runtime in a runner's process, measured (x86-64 Linux); torch is not loaded.
+# Python, numpy and ONNX Runtime in a runner's process, measured (x86-64 Linux, no torch).
 _LIBRARY_BYTES = 72_000_000
 _FP32, _COPIES_OF_ROWS = 4, 3
 
