@@ -21,7 +21,8 @@ PACKAGE = ROOT / "mla_deploy"
 # Arrows point down this list only. The ground floor's modules may use one another.
 GROUND = ("errors", "strict_json", "shapes", "targets", "door", "fields", "text_fields", "rope",
           "experts", "layer_facts", "wrapper", "quantization", "config", "latent_store",
-          "cache_plan", "devices", "machine", "jetson", "callable_package", "trust")  # fmt: skip
+          "cache_plan", "devices", "machine", "jetson", "callable_package", "trust",
+          "text_file")  # fmt: skip
 FLOORS: tuple[tuple[str, ...], ...] = (
     GROUND,
     ("bundle", "checkpoint", "device", "weight_forms"),
@@ -54,6 +55,7 @@ AT_IMPORT = {
 IN_FUNCTIONS = {
     "bundle": {"numpy", "onnx"},
     "checkpoint": {"torch", "numpy", "safetensors"},
+    "export": {"tokenizers"},  # of a text that rounding is fitted to
     "validate": {
         "tokenizers",
         "jinja2",

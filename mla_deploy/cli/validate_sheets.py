@@ -17,7 +17,7 @@ def validated(bundle: Path, *, text: Path | None = None, **options: Any) -> Outc
     Who asks for a file is also told how fast a step is.
     """
     import mla_deploy
-    from mla_deploy.validate.text_file import read_text_file
+    from mla_deploy.text_file import read_text_file
 
     files = taken_files(options)
     if text is not None:

@@ -275,8 +275,9 @@ class Builder:
     def type_module_caches(self, caches: Mapping[str, CacheBuffer]) -> None:
         """Before rules run on a graph without layers: its caches as they are stored."""
         for value in self.model.graph.inputs:
-            if value.name in caches:
-                value.type = ir.TensorType(self.cache_dtype(caches[value.name]))
+            buffer = caches.get(str(value.name))
+            if buffer is not None:
+                value.type = ir.TensorType(self.cache_dtype(buffer))
 
     def bind_step_inputs(self) -> None:
         """In a graph without layers: what rules ask for beside the traced plan."""

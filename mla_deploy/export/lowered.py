@@ -27,7 +27,7 @@ from mla_deploy.targets import find_target
 from mla_deploy.weight_forms.form import WeightPlan
 
 if TYPE_CHECKING:
-    from mla_deploy.export.pipeline import ExportOptions
+    from mla_deploy.export.options import ExportOptions
 
 
 @dataclass(frozen=True)

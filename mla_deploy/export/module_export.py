@@ -25,9 +25,9 @@ from mla_deploy.export.lowered import (
     tensorrt_lowering,
 )
 from mla_deploy.export.manifest import manifest_of
+from mla_deploy.export.options import ExportOptions
 from mla_deploy.export.pipeline import (
     TOKENIZER_TEXTS,
-    ExportOptions,
     Progress,
     copy_texts,
     widest_row,

@@ -21,12 +21,10 @@ from mla_deploy.export.assemble_module import assemble_module
 from mla_deploy.export.bind import bind_weights
 from mla_deploy.export.lowered import cpu_rules
 from mla_deploy.export.manifest import manifest_of
+from mla_deploy.export.options import DEFAULT_CAPACITY, ExportOptions, check_options
 from mla_deploy.export.pipeline import (
-    DEFAULT_CAPACITY,
     TOKENIZER_TEXTS,
-    ExportOptions,
     Progress,
-    check_options,
     copy_texts,
     widest_row,
     write_weights,

@@ -12,7 +12,7 @@ from mla_deploy.bundle import Bundle
 from mla_deploy.checkpoint import Checkpoint, open_checkpoint
 from mla_deploy.errors import InputError, IntegrityError
 from mla_deploy.validate.cases import Case
-from mla_deploy.validate.gates import LOSS_GATES, gate_for
+from mla_deploy.validate.gates import gate_for, loss_gate_for
 from mla_deploy.validate.held import Asked, Held, chosen_cases, is_own
 from mla_deploy.validate.loss import loss_over, text_rows
 from mla_deploy.validate.opening import plan_of, rounding_of
@@ -62,7 +62,7 @@ def held_source(asked: Asked, named: SourceNamed) -> Iterator[Held]:
                 overall=gate,
                 config=found.config,
                 loss=loss,
-                loss_gate=None if plan is None else LOSS_GATES[plan.kind],
+                loss_gate=None if plan is None else loss_gate_for(plan.kind, cache_dtype),
                 text=text,
                 notes=found.notes,
             )
@@ -72,14 +72,15 @@ def _rounded_alike(
     bundle: Bundle, source: Source, reference: Reference, cases: tuple[Case, ...]
 ) -> Reference:
     """The source as the bundle stores it: dtype, cache, quantised weights."""
-    manifest, plan = bundle.manifest, plan_of(bundle.manifest)
-    return reference.stored_as(
-        str(manifest["dtype"]),
-        cases,
-        cache_dtype=str(manifest["cache"]["dtype"]),
-        weights=not is_own(manifest),
-        quantized=None if plan is None else rounding_of(plan, source.config, manifest),
-    )
+    manifest = bundle.manifest
+    with rounding_of(source.config, bundle) as quantized:
+        return reference.stored_as(
+            str(manifest["dtype"]),
+            cases,
+            cache_dtype=str(manifest["cache"]["dtype"]),
+            weights=not is_own(manifest),
+            quantized=quantized,
+        )
 
 
 @contextlib.contextmanager

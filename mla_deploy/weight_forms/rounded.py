@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from mla_deploy.config import MlaConfig
 from mla_deploy.weight_forms.form import PER_CHANNEL, WeightForm, WeightPlan
 from mla_deploy.weight_forms.roles import role_of
 from mla_deploy.weight_forms.rounding import dequantized, quantized
@@ -25,6 +26,21 @@ class PlanRounding:
     tied: bool
     scale_dtype: str = "fp32"
     for_device: bool = False  # as `export/dequantized.py`: w_uv along V, and whole blocks only
+
+    @classmethod
+    def of(
+        cls, config: MlaConfig, plan: WeightPlan, dtype: str, *, for_device: bool
+    ) -> PlanRounding:
+        """For a model of `config`; `dtype` is that of the graphs."""
+        return cls(
+            plan,
+            heads=config.num_heads,
+            nope=config.qk_nope_head_dim,
+            router_rows=config.router_rows,
+            tied=config.tie_word_embeddings,
+            scale_dtype=dtype if for_device else "fp32",
+            for_device=for_device,
+        )
 
     def __call__(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """`weight`, a parameter of the module, as the bundle's graphs compute with it."""
