@@ -107,6 +107,17 @@ CACHE_LOSS = {
     "int8-tile": LossGate(mean_kl=5e-3, top1=0.97),
     "fp8": LossGate(mean_kl=1e-2, perplexity_ratio=1.02),
 }
+# On a text that the user names, float weights, against the fp32 source. No top-1: ties are counted
+# there. An int4 cache is told and not judged.
+TEXT_GATES = {
+    "fp32": LossGate(mean_kl=1e-7, perplexity_ratio=1.00001),
+    "fp16": LossGate(mean_kl=1e-3, perplexity_ratio=1.005),
+    "bf16": LossGate(mean_kl=5e-3, perplexity_ratio=1.01),
+    "int8": LossGate(mean_kl=5e-3, perplexity_ratio=1.01),
+    "int8-tile": LossGate(mean_kl=5e-3, perplexity_ratio=1.01),
+    "fp8": LossGate(mean_kl=1e-2, perplexity_ratio=1.02),
+    "int4": LossGate(),
+}
 
 
 _COARSENESS = {"int8": 0, "int8-tile": 0, "fp8": 1, "int4": 2}

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mla_deploy.bundle import Bundle
 from mla_deploy.checkpoint.names import STACKS
 from mla_deploy.config import MlaConfig
-from mla_deploy.export.calibration.calibrate import CALIBRATED
-from mla_deploy.export.weight_file import WeightFile
 from mla_deploy.runtime.sessions import GraphSessions
-from mla_deploy.source.storage import Rounded
-from mla_deploy.validate.stand_in import StandInSessions
 from mla_deploy.weight_forms.form import WeightPlan
-from mla_deploy.weight_forms.rounded import PlanRounding
-from mla_deploy.weight_forms.stored import StoredRounding
+
+if TYPE_CHECKING:
+    from mla_deploy.source.storage import Rounded
 
 
 def open_sessions(bundle: Bundle, threads: int | None) -> GraphSessions:
     """A stand-in where the bundle is for a device."""
     if "engine" in bundle.manifest:
+        from mla_deploy.validate.stand_in import StandInSessions
+
         return StandInSessions(bundle, threads)
     return GraphSessions(bundle, threads)
 
@@ -40,9 +39,13 @@ def rounding_of(config: MlaConfig, bundle: Bundle) -> Iterator[Rounded | None]:
     if plan is None:
         yield None
         return
+    from mla_deploy.export.weight_file import WeightFile
+    from mla_deploy.weight_forms.rounded import PlanRounding
+    from mla_deploy.weight_forms.stored import StoredRounding
+
     nearest = PlanRounding.of(config, plan, str(manifest["dtype"]), for_device="engine" in manifest)
     fitted = manifest["weights"]["quantized"].get("calibration")
-    if fitted is None or fitted["kept"] != CALIBRATED:
+    if fitted is None or fitted["kept"] != "calibrated":
         yield nearest
         return
     with contextlib.closing(WeightFile(bundle)) as held:

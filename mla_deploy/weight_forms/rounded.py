@@ -44,7 +44,7 @@ class PlanRounding:
 
     def __call__(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """`weight`, a parameter of the module, as the bundle's graphs compute with it."""
-        form = self.form(name, weight)
+        form = self.form(name, tuple(weight.shape))
         if form is None:
             return weight
         if role_of(name) != "kv_b":
@@ -66,16 +66,16 @@ class PlanRounding:
             return weight
         return dequantized(quantized(weight, form, self.scale_dtype), form)
 
-    def form(self, name: str, weight: torch.Tensor) -> WeightForm | None:
-        """None: the parameter stays in float."""
-        if weight.dim() < 2 or "norm" in name.rpartition(".")[0].rpartition(".")[2]:
+    def form(self, name: str, shape: tuple[int, ...]) -> WeightForm | None:
+        """Of a parameter of that shape; None where it stays in float."""
+        if len(shape) < 2 or "norm" in name.rpartition(".")[0].rpartition(".")[2]:
             return None
         is_embedding, is_head = "embed" in name, name.startswith("lm_head")
         if is_embedding or is_head:
-            return trunk_form(self.plan, "head" if is_head else "embedding", weight.shape[-1],
+            return trunk_form(self.plan, "head" if is_head else "embedding", shape[-1],
                               tied=self.tied)  # fmt: skip
-        is_router = weight.dim() == 2 and weight.shape[0] == self.router_rows
-        if is_router or weight.shape[-1] < LEAST_COLUMNS:
+        is_router = len(shape) == 2 and shape[0] == self.router_rows
+        if is_router or shape[-1] < LEAST_COLUMNS:
             return None
         return self.plan.form(role_of(name))
 

@@ -46,7 +46,7 @@ class StoredRounding:
         Raises: IntegrityError VAL-WEIGHT.
         """
         rounded = self._nearest(name, weight)
-        form = self._nearest.form(name, weight)
+        form = self._nearest.form(name, tuple(weight.shape))
         if form is None:
             return rounded
         found = rounded.clone()
