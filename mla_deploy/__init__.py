@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from mla_deploy.export import export
     from mla_deploy.export.requantize import quantize
+    from mla_deploy.foreign.pipeline import rewrite_model
     from mla_deploy.plan import plan
     from mla_deploy.runtime import Runner, generate, open_runner
     from mla_deploy.validate import ValidationReport, validate
@@ -60,6 +61,7 @@ __all__ = [
     "plan",
     "quantize",
     "read_config",
+    "rewrite_model",
     "validate",
 ]
 
@@ -73,6 +75,7 @@ _HOME = {
     "open_checkpoint": "checkpoint",
     "build": "engine.pipeline",
     "quantize": "export.requantize",
+    "rewrite_model": "foreign.pipeline",
     "MlaConfig": "config",
     "read_config": "config",
     "BusyError": "errors",

@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("bundle", "checkpoint", "device", "weight_forms"),
     ("source",),
     ("export", "rewrite"),
-    ("runtime", "engine"),
+    ("runtime", "engine", "foreign"),
     ("validate",),
     ("device_package", "bench", "compress", "plan"),
     ("cli",),
@@ -42,6 +42,7 @@ AT_IMPORT = {
     "engine": {"numpy", "onnx_ir"},  # tensorrt by name, in the worker: `tensorrt_api.py`
     "runtime": {"numpy", "onnxruntime", "torch", "ml_dtypes"},
     "device": {"numpy"},  # tensorrt by name: `device/library.py`
+    "foreign": {"numpy", "onnx", "onnx_ir", "onnxruntime", "networkx", "torch"},
     "device_package": {"numpy", "onnx_ir"},
     "validate": {"numpy", "torch", "onnx_ir"},  # onnx_ir: the mutants are graph surgery
     "plan": {"torch"},

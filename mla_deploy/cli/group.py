@@ -14,6 +14,7 @@ from mla_deploy.cli.inspect import inspect
 from mla_deploy.cli.plan import plan
 from mla_deploy.cli.quantize import quantize
 from mla_deploy.cli.report import report
+from mla_deploy.cli.rewrite import rewrite
 from mla_deploy.cli.run import run
 from mla_deploy.cli.validate import validate
 
@@ -39,7 +40,8 @@ def group(context: click.Context) -> None:
 
 
 _VERBS = (
-    inspect, plan, compress, export, quantize, build, validate, report, run, bench, doctor,
+    inspect, plan, compress, export, rewrite, quantize, build, validate, report, run, bench,
+    doctor,
 )  # fmt: skip
 for _command in _VERBS:
     group.add_command(_command)

@@ -38,13 +38,14 @@ class Sheet:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a verb hands back: for people (summary, sheets), for programs (result), and a refusal
-    when the work was done and the answer is no."""
+    """What a verb hands back: for people (summary, picture, sheets), for programs (result), and a
+    refusal when the work was done and the answer is no. A picture is lines of characters."""
 
     summary: str
     result: dict[str, Any]
     sheets: tuple[Sheet, ...] = ()
     refusal: MlaDeployError | None = field(default=None)
+    picture: str = ""
 
 
 class Screen:
@@ -76,6 +77,8 @@ class Screen:
         print(outcome.summary)
         if not self.quiet:
             console = _console()
+            if outcome.picture:
+                print(f"\n{outcome.picture}\n")
             for sheet in outcome.sheets:
                 _draw(console, sheet)
 

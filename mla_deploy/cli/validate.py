@@ -17,7 +17,7 @@ _PATH = click.Path(path_type=Path)
 
 @click.command(short_help="Is the bundle equal to its PyTorch source? Exit 3 if not.")
 @click.argument("bundle", type=click.Path(path_type=Path), required=False)
-@click.option("--source", type=_PATH, help="The checkpoint.")
+@click.option("--source", type=_PATH, help="The checkpoint, or ONNX file.")
 @click.option("--module", metavar="FILE:FACTORY", help="Your own torch.nn.Module instead.")
 @click.option("--weights", metavar="FILE", help="Of --module: its .safetensors file.")
 @click.option("--goldens", type=_PATH, help="Saved outputs of the source instead: no torch.")
@@ -43,8 +43,8 @@ def validate(
 ) -> Outcome:  # fmt: skip
     """Run BUNDLE against its source over prefill, chunks, decode steps and ragged batches.
 
-    The source is the checkpoint or the module that BUNDLE was exported from; stored goldens or
-    another bundle can stand in for it. Run first, compare later: --save-results alone only runs,
+    The source is what BUNDLE was exported or rewritten from; stored goldens or another bundle can
+    stand in for it. Run first, compare later: --save-results alone only runs,
     and --results with --goldens only judges. --engine and --device-report ask about its TensorRT
     engines instead; a source is then optional.
     """

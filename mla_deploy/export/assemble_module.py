@@ -19,7 +19,7 @@ def assemble_module(
 ) -> Assembled:
     """Rewrite the module's graph with `rules`; `layout` learns the weights."""
     model = trace.trunk.clone()
-    caches = [buffer.name() for buffer in trace.trunk_buffers]
+    caches = {buffer.name(): buffer for buffer in trace.trunk_buffers}
     builder = form.builder(model, form, layout, trace)
     builder.type_module_caches(caches)
     # All of it is trunk; the rules of layers do what the trunk's do, and more.

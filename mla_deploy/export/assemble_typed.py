@@ -74,7 +74,7 @@ class TypedBuilder(Builder):
         node.name = name
         return made
 
-    def type_module_caches(self, names: Sequence[str]) -> None:
+    def type_module_caches(self, caches: Mapping[str, CacheBuffer]) -> None:
         """Nothing yet: rules work on the fp32 of the trace."""
 
     def bind_step_inputs(self) -> None:

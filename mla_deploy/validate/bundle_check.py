@@ -62,8 +62,8 @@ def validate(
 ) -> ValidationReport:
     """Run `bundle` and what it is held against over `cases` (None: `default_cases`), and compare.
 
-    It is held against one of: `source`, its checkpoint; the user's own `module`
-    (`package.file:factory`, whose code runs) with its `weights`, as they were exported; `goldens`,
+    It is held against one of: `source`, its checkpoint or the ONNX file that it was rewritten from;
+    the user's own `module` (`package.file:factory`, whose code runs) with its `weights`; `goldens`,
     what such a run saved, for a machine with no torch; or `against`, another bundle of the same
     model, judged by the looser dtype of the two or by `gate`, a dtype of the table of gates.
     `text`: (a name, words): perplexity on them, too. `bisect`: where a case fails, the first place

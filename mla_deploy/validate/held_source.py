@@ -1,4 +1,4 @@
-"""A bundle held against its PyTorch source: a checkpoint, or the user's own module."""
+"""A bundle held against its source: a checkpoint, an ONNX file, or the user's own module."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from mla_deploy.bundle import Bundle
 from mla_deploy.checkpoint import Checkpoint, open_checkpoint
@@ -92,6 +93,11 @@ def _opened(named: SourceNamed) -> Iterator[Source]:
         yield open_module_source(str(named.module), named.weights)
     elif isinstance(source, Checkpoint):
         yield source
+    elif os.path.isfile(source):
+        from mla_deploy.foreign.runner import open_reference
+
+        with open_reference(Path(source)) as foreign:
+            yield foreign
     else:
         with open_checkpoint(os.fspath(source)) as checkpoint:
             yield checkpoint
@@ -100,8 +106,11 @@ def _opened(named: SourceNamed) -> Iterator[Source]:
 def _reference(source: Source) -> Reference:
     if isinstance(source, Checkpoint):
         return Reference.of_checkpoint(source)
+    from mla_deploy.foreign.runner import ForeignReference
     from mla_deploy.source.user.module_source import ModuleSource
 
+    if isinstance(source, ForeignReference):
+        return Reference(source)
     if isinstance(source, ModuleSource):
         return Reference.of_module(source)
     raise InputError("VAL-OPTION", f"{type(source).__name__} is no source of a bundle")

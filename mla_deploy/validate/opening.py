@@ -39,13 +39,14 @@ def rounding_of(config: MlaConfig, bundle: Bundle) -> Iterator[Rounded | None]:
     if plan is None:
         yield None
         return
+    from mla_deploy.export.calibration.calibrate import CALIBRATED
     from mla_deploy.export.weight_file import WeightFile
     from mla_deploy.weight_forms.rounded import PlanRounding
     from mla_deploy.weight_forms.stored import StoredRounding
 
     nearest = PlanRounding.of(config, plan, str(manifest["dtype"]), for_device="engine" in manifest)
     fitted = manifest["weights"]["quantized"].get("calibration")
-    if fitted is None or fitted["kept"] != "calibrated":
+    if fitted is None or fitted["kept"] != CALIBRATED:
         yield nearest
         return
     with contextlib.closing(WeightFile(bundle)) as held:

@@ -201,12 +201,10 @@ def _layer_difference(
     layers = sorted({*cached, *traces[0].cached})
     errors, medians = [], []
     for layer in layers:
-        errors.append(
-            max(_cache_difference(trace, cached, layer, row) for row, trace in enumerate(traces))
-        )
-        if errors[-1] < math.inf:
-            pairs = [(trace.cached[layer], cached[layer][row]) for row, trace in enumerate(traces)]
-            medians += _median(pairs)
+        pairs = _cached_pairs(traces, cached, layer)
+        errors.append(max((relative_l2(*pair) for pair in pairs), default=math.inf))
+        if errors[-1] < math.inf and sum(len(wanted) for wanted, _ in pairs) >= _MANY_ROWS:
+            medians.append(float(np.median(np.concatenate([row_errors(*p) for p in pairs]))))
     worst = int(np.argmax(errors))
     bad = [layer for layer, error in zip(layers, errors, strict=True) if not error <= bound]
     return LayerDifference(
@@ -214,20 +212,15 @@ def _layer_difference(
     )
 
 
-def _median(pairs: list[tuple[Floats, Floats]]) -> list[float]:
-    """Of the rows' own errors, where there are many; none of few."""
-    if sum(len(wanted) for wanted, _ in pairs) < _MANY_ROWS:
+def _cached_pairs(
+    traces: list[RowTrace], cached: Mapping[int, Sequence[Floats]], layer: int
+) -> list[tuple[Floats, Floats]]:
+    """(wanted, found) rows of each row of the batch; none where the two sides differ in shape."""
+    if layer not in cached or any(layer not in trace.cached for trace in traces):
         return []
-    return [float(np.median(np.concatenate([row_errors(*pair) for pair in pairs])))]
-
-
-def _cache_difference(
-    trace: RowTrace, cached: Mapping[int, Sequence[Floats]], layer: int, row: int
-) -> float:
-    if layer not in trace.cached or layer not in cached:
-        return math.inf
-    wanted, found = trace.cached[layer], cached[layer][row]
-    return relative_l2(wanted, found) if wanted.shape == found.shape else math.inf
+    pairs = [(trace.cached[layer], cached[layer][row]) for row, trace in enumerate(traces)]
+    alike = all(wanted.shape == found.shape for wanted, found in pairs)
+    return pairs if alike else []
 
 
 def _failures(
