@@ -3,8 +3,9 @@
 The public surface, whole. Every name is loaded on first use (PEP 562), so that importing the
 package, and `mla-deploy --help`, loads none of torch, onnx, onnxruntime and transformers.
 
-`compress`, `export` and `validate` are functions and packages of one name; `callable_package.py`
-makes the two one object, so `from mla_deploy import export` is callable in every import order.
+`compress`, `export`, `plan` and `validate` are functions and packages of the same name;
+`callable_package.py` makes the two one object, so `from mla_deploy import export` is callable in
+every import order.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     )
     from mla_deploy.export import export
     from mla_deploy.export.requantize import quantize
+    from mla_deploy.foreign.pipeline import rewrite_model
+    from mla_deploy.plan import plan
     from mla_deploy.runtime import Runner, generate, open_runner
     from mla_deploy.validate import ValidationReport, validate
 
@@ -55,16 +58,15 @@ __all__ = [
     "open_bundle",
     "open_checkpoint",
     "open_runner",
+    "plan",
     "quantize",
     "read_config",
+    "rewrite_model",
     "validate",
 ]
 
-_PACKAGES = (
-    "compress",
-    "export",
-    "validate",
-)  # callable packages: the module itself is the function
+# Callable packages: the module itself is the function.
+_PACKAGES = ("compress", "export", "plan", "validate")
 
 _HOME = {
     "Bundle": "bundle",
@@ -73,6 +75,7 @@ _HOME = {
     "open_checkpoint": "checkpoint",
     "build": "engine.pipeline",
     "quantize": "export.requantize",
+    "rewrite_model": "foreign.pipeline",
     "MlaConfig": "config",
     "read_config": "config",
     "BusyError": "errors",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import stat
 from pathlib import Path
 from types import TracebackType
@@ -59,6 +60,22 @@ def create_file(path: str | os.PathLike[str]) -> BinaryIO:
         raise InputError("FILE-NAME", f"{shown} cannot be a path: {error}") from None
     except OSError as error:
         raise _refusal(error, shown, "file") from None
+
+
+def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
+    """A file with `data`, whole or not at all, in the place of what stands at `path`.
+
+    Raises: as `create_file`.
+    """
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+    try:
+        with create_file(partial) as stream:
+            stream.write(data)
+        os.replace(partial, target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise _refusal(error, quoted(os.fspath(path)), "file") from None
 
 
 class Folder:

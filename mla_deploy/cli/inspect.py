@@ -1,4 +1,4 @@
-"""`mla-deploy inspect`: what a checkpoint or a bundle holds, without reading its weights."""
+"""`mla-deploy inspect`: what a checkpoint, a bundle or somebody else's ONNX graph holds."""
 
 from __future__ import annotations
 
@@ -10,25 +10,44 @@ import click
 from mla_deploy.cli.output import Outcome, Screen, byte_text
 from mla_deploy.cli.verb import verb
 
+Verify = Literal["full", "sizes"]
 
-@click.command(short_help="What a checkpoint or a bundle holds; its cache bytes.")
-@click.argument("path", metavar="CHECKPOINT_OR_BUNDLE", type=click.Path(path_type=Path))
+
+@click.command(short_help="What a checkpoint, bundle or ONNX graph holds; cache bytes, faults.")
+@click.argument("path", metavar="CHECKPOINT_OR_BUNDLE_OR_ONNX", type=click.Path(path_type=Path))
 @click.option(
     "--verify",
     type=click.Choice(["full", "sizes"]),
     help="A bundle's files by hash, or by size only (faster).  [full]",
 )
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    help="An ONNX graph's config.json, for its softmax scale.  [the one beside it]",
+)
 @verb
-def inspect(screen: Screen, path: Path, verify: Literal["full", "sizes"] | None = None) -> Outcome:
+def inspect(
+    screen: Screen, path: Path, verify: Verify | None = None, config: Path | None = None
+) -> Outcome:
     """Show the model's sizes by axis letter, what its cache costs, and what is in the folder.
 
     A folder with a manifest.json or mla-deploy.manifest.json is a bundle, any other a checkpoint.
+    Of an ONNX file: which attentions are MLA, what is cached, and known faults of its exporter.
     """
     from mla_deploy.bundle import is_bundle
 
+    if path.is_file():
+        return _inspect_graph(path, config)
     if is_bundle(path):
         return _inspect_bundle(path, verify or "full")
     return _inspect_checkpoint(path)
+
+
+def _inspect_graph(path: Path, config: Path | None) -> Outcome:
+    from mla_deploy.cli.graph_sheets import graph_outcome
+    from mla_deploy.foreign.survey import survey_foreign
+
+    return graph_outcome(survey_foreign(path, config=config))
 
 
 def _inspect_checkpoint(path: Path) -> Outcome:
@@ -47,7 +66,7 @@ def _inspect_checkpoint(path: Path) -> Outcome:
     return Outcome(summary, result, sheets)
 
 
-def _inspect_bundle(path: Path, verify: Literal["full", "sizes"]) -> Outcome:
+def _inspect_bundle(path: Path, verify: Verify) -> Outcome:
     from mla_deploy import open_bundle
     from mla_deploy.cli.bundle_sheets import bundle_result, bundle_sheets
 

@@ -9,6 +9,7 @@ import click
 
 from mla_deploy.cli.output import Outcome, Screen
 from mla_deploy.cli.progress import progress_bar
+from mla_deploy.cli.report_files import report_files
 from mla_deploy.cli.verb import verb
 
 _PATH = click.Path(path_type=Path)
@@ -16,7 +17,7 @@ _PATH = click.Path(path_type=Path)
 
 @click.command(short_help="Is the bundle equal to its PyTorch source? Exit 3 if not.")
 @click.argument("bundle", type=click.Path(path_type=Path), required=False)
-@click.option("--source", type=_PATH, help="The checkpoint.")
+@click.option("--source", type=_PATH, help="The checkpoint, or ONNX file.")
 @click.option("--module", metavar="FILE:FACTORY", help="Your own torch.nn.Module instead.")
 @click.option("--weights", metavar="FILE", help="Of --module: its .safetensors file.")
 @click.option("--goldens", type=_PATH, help="Saved outputs of the source instead: no torch.")
@@ -27,8 +28,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--save-goldens", type=_PATH, help="Save what the source says, for --goldens.")
 @click.option("--save-results", type=_PATH, help="Save what BUNDLE says, for --results.")
 @click.option("--results", type=_PATH, help="Judge saved results by --goldens; runs nothing.")
-@click.option("--junit", type=_PATH, help="Write the cases as JUnit XML.")
-@click.option("--report", type=_PATH, help="Write the report as JSON.")
+@report_files("--report")
 @click.option("--verify", type=click.Choice(["full", "sizes"]), help="By hash, or by size.  [full]")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of ONNX Runtime.")
 @click.option(
@@ -43,8 +43,8 @@ def validate(
 ) -> Outcome:  # fmt: skip
     """Run BUNDLE against its source over prefill, chunks, decode steps and ragged batches.
 
-    The source is the checkpoint or the module that BUNDLE was exported from; stored goldens or
-    another bundle can stand in for it. Run first, compare later: --save-results alone only runs,
+    The source is what BUNDLE was exported or rewritten from; stored goldens or another bundle can
+    stand in for it. Run first, compare later: --save-results alone only runs,
     and --results with --goldens only judges. --engine and --device-report ask about its TensorRT
     engines instead; a source is then optional.
     """

@@ -8,33 +8,34 @@ from typing import Any
 import click
 
 from mla_deploy.cli.output import Outcome, Sheet, byte_text
+from mla_deploy.cli.report_files import Files, taken_files, write_files
 
 
-def validated(
-    bundle: Path, *, text: Path | None = None, junit: Path | None = None,
-    report: Path | None = None, **options: Any,
-) -> Outcome:  # fmt: skip
-    """The bundle against its source, goldens, or another bundle."""
+def validated(bundle: Path, *, text: Path | None = None, **options: Any) -> Outcome:
+    """The bundle against its source, goldens, or another bundle.
+
+    Who asks for a file is also told how fast a step is.
+    """
     import mla_deploy
-    from mla_deploy.validate.text_file import read_text_file
+    from mla_deploy.text_file import read_text_file
 
+    files = taken_files(options)
     if text is not None:
         options["text"] = (text.name, read_text_file(text))
-    return _told(bundle, mla_deploy.validate(bundle, **options), junit=junit, report=report)
+    return _told(bundle, mla_deploy.validate(bundle, timed=bool(files), **options), files)
 
 
 def results_judged(
-    bundle: Path | None, *, results: Path, goldens: Path | None = None, junit: Path | None = None,
-    report: Path | None = None, **options: Any,
-) -> Outcome:  # fmt: skip
+    bundle: Path | None, *, results: Path, goldens: Path | None = None, **options: Any
+) -> Outcome:
     """Results from elsewhere by goldens; nothing is run."""
     from mla_deploy.validate import judge_results
 
+    files = taken_files(options)
     _only((), options, "--results")
     if goldens is None:
         raise click.UsageError("--results are judged by --goldens; wanted both")
-    found = judge_results(results, goldens, bundle=bundle)
-    return _told(results, found, junit=junit, report=report)
+    return _told(results, judge_results(results, goldens, bundle=bundle), files)
 
 
 def recorded(bundle: Path, *, save_results: Path, **options: Any) -> Outcome:
@@ -51,14 +52,10 @@ def recorded(bundle: Path, *, save_results: Path, **options: Any) -> Outcome:
     )
 
 
-def _told(subject: Path, found: Any, *, junit: Path | None, report: Path | None) -> Outcome:
+def _told(subject: Path, found: Any, files: Files) -> Outcome:
     from mla_deploy.cli.report_sheets import report_refusal, report_sheets, report_summary
-    from mla_deploy.validate import write_json, write_junit
 
-    if report is not None:
-        write_json(found, report)
-    if junit is not None:
-        write_junit(found, junit)
+    write_files(found, files)
     result = found.to_dict()
     return Outcome(
         f"{subject}: {report_summary(result)}",

@@ -22,13 +22,12 @@ from typing import Any
 import onnx_ir as ir
 
 from mla_deploy.rewrite.quantized_weight import parts_of
-from mla_deploy.rewrite.rule import Mismatch, Rule, constant, rank, static
+from mla_deploy.rewrite.rule import MICROSOFT, Mismatch, Rule, constant, rank, static
 from mla_deploy.weight_forms.form import PER_CHANNEL, WeightForm, WeightPlan
 from mla_deploy.weight_forms.parts import NBITS, ROWS
 from mla_deploy.weight_forms.roles import role_of
 from mla_deploy.weight_forms.rounded import LEAST_COLUMNS, trunk_form
 
-MICROSOFT = "com.microsoft"
 _INTEGER_PRODUCTS = 4
 
 

@@ -66,6 +66,10 @@ class GraphSessions:
         """The graphs that have a session by now."""
         return tuple(self._sessions)
 
+    def runtime(self, graph: Graph) -> str:
+        """ONNX Runtime's version and the provider that it chose for `graph`."""
+        return f"ONNX Runtime {ort.__version__} {self.session(graph).get_providers()[0]}"
+
     def _opened(self, graph: Graph) -> ort.InferenceSession:
         path = self.bundle.graph(graph)
         for name in self.bundle.weight_files:

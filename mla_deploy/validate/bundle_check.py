@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Literal, TypeAlias
 
 from mla_deploy.bundle import Bundle, open_bundle
@@ -25,6 +26,7 @@ from mla_deploy.validate.parity import CaseResult, Ran, judge_case, ran_case
 from mla_deploy.validate.record import save_results as write_results
 from mla_deploy.validate.recorded_file import open_recorded
 from mla_deploy.validate.report import ValidationReport, report_of
+from mla_deploy.validate.surroundings import surroundings_of
 from mla_deploy.validate.text_result import TextResult, text_gate
 from mla_deploy.validate.uncached import cached_against_uncached
 from mla_deploy.validate.versions import library_versions
@@ -55,19 +57,21 @@ def validate(
     save_results: _Path | None = None,
     threads: int | None = None,
     verify: Literal["full", "sizes"] = "full",
+    timed: bool = False,
     progress: Progress | None = None,
 ) -> ValidationReport:
     """Run `bundle` and what it is held against over `cases` (None: `default_cases`), and compare.
 
-    It is held against one of: `source`, its checkpoint; the user's own `module`
-    (`package.file:factory`, whose code runs) with its `weights`, as they were exported; `goldens`,
+    It is held against one of: `source`, its checkpoint or the ONNX file that it was rewritten from;
+    the user's own `module` (`package.file:factory`, whose code runs) with its `weights`; `goldens`,
     what such a run saved, for a machine with no torch; or `against`, another bundle of the same
     model, judged by the looser dtype of the two or by `gate`, a dtype of the table of gates.
     `text`: (a name, words): perplexity on them, too. `bisect`: where a case fails, the first place
     in the graph that leaves the gate, against the source exported again or the other bundle.
     A bundle for TensorRT is checked on ONNX Runtime's CPU (`stand_in.py`), which a note says.
     `save_goldens` writes what the source says, `save_results` what the bundle does.
-    `threads` is for both sides; None leaves each its own default.
+    `threads` is for both sides; None leaves each its own default. `timed` also times decode
+    steps at a few contexts, some seconds more; not where a stand-in runs.
     The answer no is a report whose `passed` is false, not an exception.
     Raises: BUN-* and CKPT-* (as `open_bundle`, `open_checkpoint`), IntegrityError VAL-SOURCE (the
     bundle was made from another checkpoint), VAL-GOLDENS (as `open_recorded`, or of another
@@ -84,7 +88,10 @@ def validate(
     )
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle, verify=verify)
     asked = Asked(opened, open_sessions(opened, threads), cases, text, progress)
-    return _checked(asked, named, save_goldens, save_results, bisects=bisect)
+    return replace(
+        _checked(asked, named, save_goldens, save_results, bisects=bisect),
+        about=surroundings_of(opened, asked.sessions, of_source=_is_source(named), timed=timed),
+    )
 
 
 def _checked(
@@ -119,6 +126,10 @@ def _checked(
         notes=(*_stood_in(opened), *held.notes, *told),
         seconds=time.perf_counter() - started,
     )
+
+
+def _is_source(named: Named) -> bool:
+    return named.source is not None or named.module is not None
 
 
 @contextlib.contextmanager

@@ -86,6 +86,15 @@ def relative_l2(reference: Floats, found: Floats) -> float:
     return error / size
 
 
+def row_errors(reference_XW: Floats, found_XW: Floats) -> Floats:
+    """|found - reference| / |reference| of each row [X]; a row of zeros counts by the largest."""
+    sizes_X = np.linalg.norm(reference_XW, axis=-1)
+    errors_X = np.linalg.norm(found_XW - reference_XW, axis=-1)
+    least = max(float(sizes_X.max(initial=0.0)) * 1e-6, 1e-30)
+    found: Floats = errors_X / np.maximum(sizes_X, least)
+    return found
+
+
 def _kl(wanted_V: Doubles, found_V: Doubles) -> float:
     log_p_V, log_q_V = _log_softmax(wanted_V), _log_softmax(found_V)
     return float((np.exp(log_p_V) * (log_p_V - log_q_V)).sum())

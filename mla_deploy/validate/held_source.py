@@ -1,4 +1,4 @@
-"""A bundle held against its PyTorch source: a checkpoint, or the user's own module."""
+"""A bundle held against its source: a checkpoint, an ONNX file, or the user's own module."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from mla_deploy.bundle import Bundle
 from mla_deploy.checkpoint import Checkpoint, open_checkpoint
 from mla_deploy.errors import InputError, IntegrityError
 from mla_deploy.validate.cases import Case
-from mla_deploy.validate.gates import LOSS_GATES, gate_for
+from mla_deploy.validate.gates import gate_for, loss_gate_for
 from mla_deploy.validate.held import Asked, Held, chosen_cases, is_own
 from mla_deploy.validate.loss import loss_over, text_rows
 from mla_deploy.validate.opening import plan_of, rounding_of
@@ -61,7 +62,7 @@ def held_source(asked: Asked, named: SourceNamed) -> Iterator[Held]:
                 overall=gate,
                 config=found.config,
                 loss=loss,
-                loss_gate=None if plan is None else LOSS_GATES[plan.kind],
+                loss_gate=None if plan is None else loss_gate_for(plan.kind, cache_dtype),
                 text=text,
                 notes=found.notes,
             )
@@ -71,14 +72,15 @@ def _rounded_alike(
     bundle: Bundle, source: Source, reference: Reference, cases: tuple[Case, ...]
 ) -> Reference:
     """The source as the bundle stores it: dtype, cache, quantised weights."""
-    manifest, plan = bundle.manifest, plan_of(bundle.manifest)
-    return reference.stored_as(
-        str(manifest["dtype"]),
-        cases,
-        cache_dtype=str(manifest["cache"]["dtype"]),
-        weights=not is_own(manifest),
-        quantized=None if plan is None else rounding_of(plan, source.config, manifest),
-    )
+    manifest = bundle.manifest
+    with rounding_of(source.config, bundle) as quantized:
+        return reference.stored_as(
+            str(manifest["dtype"]),
+            cases,
+            cache_dtype=str(manifest["cache"]["dtype"]),
+            weights=not is_own(manifest),
+            quantized=quantized,
+        )
 
 
 @contextlib.contextmanager
@@ -91,6 +93,11 @@ def _opened(named: SourceNamed) -> Iterator[Source]:
         yield open_module_source(str(named.module), named.weights)
     elif isinstance(source, Checkpoint):
         yield source
+    elif os.path.isfile(source):
+        from mla_deploy.foreign.runner import open_reference
+
+        with open_reference(Path(source)) as foreign:
+            yield foreign
     else:
         with open_checkpoint(os.fspath(source)) as checkpoint:
             yield checkpoint
@@ -99,8 +106,11 @@ def _opened(named: SourceNamed) -> Iterator[Source]:
 def _reference(source: Source) -> Reference:
     if isinstance(source, Checkpoint):
         return Reference.of_checkpoint(source)
+    from mla_deploy.foreign.runner import ForeignReference
     from mla_deploy.source.user.module_source import ModuleSource
 
+    if isinstance(source, ForeignReference):
+        return Reference(source)
     if isinstance(source, ModuleSource):
         return Reference.of_module(source)
     raise InputError("VAL-OPTION", f"{type(source).__name__} is no source of a bundle")

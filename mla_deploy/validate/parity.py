@@ -16,11 +16,17 @@ from mla_deploy.errors import GateError
 from mla_deploy.runtime import OnnxRunner
 from mla_deploy.runtime.sessions import Graph, GraphSessions
 from mla_deploy.validate.cases import Call, Case, Form, Tokens
-from mla_deploy.validate.difference import LogitDifference, logit_difference, relative_l2
+from mla_deploy.validate.difference import (
+    LogitDifference,
+    logit_difference,
+    relative_l2,
+    row_errors,
+)
 from mla_deploy.validate.gates import Gate
 from mla_deploy.validate.reference import RowTrace
 
 Floats = NDArray[np.float32]
+_MANY_ROWS = 16  # fewer cached rows have no middle to speak of
 GRAPHS: dict[Form, Graph | None] = {"auto": None, "absorbed": "decode", "expanded": "prefill"}
 
 
@@ -35,6 +41,8 @@ class LayerDifference:
     worst_layer: int
     worst_rel_l2: float
     first_bad_layer: int | None
+    # Of each row by itself the median, in the layer where that is largest; None of few rows.
+    worst_row_median: float | None = None
 
 
 @dataclass(frozen=True)
@@ -191,22 +199,28 @@ def _layer_difference(
 ) -> LayerDifference:
     """Cache by cache; a cache that only one side has is off without bound."""
     layers = sorted({*cached, *traces[0].cached})
-    errors = [
-        max(_cache_difference(trace, cached, layer, row) for row, trace in enumerate(traces))
-        for layer in layers
-    ]
+    errors, medians = [], []
+    for layer in layers:
+        pairs = _cached_pairs(traces, cached, layer)
+        errors.append(max((relative_l2(*pair) for pair in pairs), default=math.inf))
+        if errors[-1] < math.inf and sum(len(wanted) for wanted, _ in pairs) >= _MANY_ROWS:
+            medians.append(float(np.median(np.concatenate([row_errors(*p) for p in pairs]))))
     worst = int(np.argmax(errors))
     bad = [layer for layer, error in zip(layers, errors, strict=True) if not error <= bound]
-    return LayerDifference(layers[worst], errors[worst], bad[0] if bad else None)
+    return LayerDifference(
+        layers[worst], errors[worst], bad[0] if bad else None, max(medians, default=None)
+    )
 
 
-def _cache_difference(
-    trace: RowTrace, cached: Mapping[int, Sequence[Floats]], layer: int, row: int
-) -> float:
-    if layer not in trace.cached or layer not in cached:
-        return math.inf
-    wanted, found = trace.cached[layer], cached[layer][row]
-    return relative_l2(wanted, found) if wanted.shape == found.shape else math.inf
+def _cached_pairs(
+    traces: list[RowTrace], cached: Mapping[int, Sequence[Floats]], layer: int
+) -> list[tuple[Floats, Floats]]:
+    """(wanted, found) rows of each row of the batch; none where the two sides differ in shape."""
+    if layer not in cached or any(layer not in trace.cached for trace in traces):
+        return []
+    pairs = [(trace.cached[layer], cached[layer][row]) for row, trace in enumerate(traces)]
+    alike = all(wanted.shape == found.shape for wanted, found in pairs)
+    return pairs if alike else []
 
 
 def _failures(
@@ -227,12 +241,21 @@ def _failures(
             f"cached rows of layer {layers.worst_layer} are off by {layers.worst_rel_l2:.3g}, "
             f"wanted at most {gate.cache_rel_l2:.3g}; layer {layers.first_bad_layer} is the first"
         )
+    elif not _holds(layers.worst_row_median, gate.cache_row_median):
+        found.append(
+            f"cached rows are off by {layers.worst_row_median:.3g} in the middle, wanted at most "
+            f"{gate.cache_row_median:.3g}"
+        )
     elif found:
         found.append(
             f"every cached row agrees (worst layer {layers.worst_layer}, "
             f"{layers.worst_rel_l2:.3g}): the fault is after the cache of the last layer"
         )
     return tuple(found)
+
+
+def _holds(value: float | None, limit: float | None) -> bool:
+    return value is None or limit is None or value <= limit
 
 
 def _result(

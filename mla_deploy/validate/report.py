@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
-from mla_deploy.door import create_file
 from mla_deploy.validate.bisected import Bisected
 from mla_deploy.validate.gates import Gate, LossGate
 from mla_deploy.validate.held import Held
 from mla_deploy.validate.loss import Loss, told_of
 from mla_deploy.validate.memory import MemoryReport
 from mla_deploy.validate.metrics import Metrics, metrics_over
+from mla_deploy.validate.outputs.schema import SCHEMA_VERSION
 from mla_deploy.validate.parity import CaseResult
+from mla_deploy.validate.surroundings import Surroundings
 from mla_deploy.validate.text_result import TextResult
 from mla_deploy.validate.uncached import Uncached
 
@@ -69,6 +65,7 @@ class ValidationReport:
     text: TextResult | None = None
     uncached: Uncached | None = None
     bisect: Bisected | None = None
+    about: Surroundings | None = None
 
     @property
     def passed(self) -> bool:
@@ -95,6 +92,7 @@ class ValidationReport:
         """Plain JSON values; a distance that is not finite is null."""
         return _finite(
             {
+                "schema_version": SCHEMA_VERSION,
                 "passed": self.passed,
                 "bundle_digest": self.bundle_digest,
                 "source_digest": self.source_digest,
@@ -115,6 +113,7 @@ class ValidationReport:
                 "versions": dict(self.versions),
                 "notes": list(self.notes),
                 "seconds": round(self.seconds, 3),
+                **({} if self.about is None else self.about.to_dict()),
             }
         )
 
@@ -211,82 +210,6 @@ def top_one(cases: tuple[CaseResult, ...], gate: Gate) -> TopOne:
         near_ties=sum(logits.near_ties for logits in found),
         wanted=gate.top1,
     )
-
-
-def write_json(report: ValidationReport, path: str | os.PathLike[str]) -> None:
-    """Write `report.to_dict()` as JSON. Replaces and raises as `write_junit`."""
-    text = json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n"
-    _replace(Path(path), text.encode("utf-8"))
-
-
-def write_junit(report: ValidationReport, path: str | os.PathLike[str]) -> None:
-    """Write the report as JUnit XML: one test case per case, one for top-1, one for the memory.
-
-    What stands at `path` is replaced at once, or not at all. Raises: EnvironmentFailure FILE-*.
-    """
-    suite = ElementTree.Element("testsuite", name="mla-deploy validate")
-    for case in report.cases:
-        _append(suite, case.name, case.seconds, case.failures)
-    shown = f"top-1 agreement is {report.top1.share:.4f}, wanted {report.top1.wanted}"
-    _append(suite, "top-1", 0.0, () if report.top1.passed else (shown,))
-    if report.rounding is not None:
-        shown = f"mean KL is {report.rounding.mean_kl:.3g}, wanted {report.rounding.wanted_mean_kl}"
-        _append(suite, "rounding", 0.0, () if report.rounding.passed else (shown,))
-    if report.loss is not None:
-        _append(suite, "loss", 0.0, report.loss_failures)
-    for name, part in (("text", report.text), ("uncached", report.uncached)):
-        if part is not None:
-            shown = f"{name}: {part.to_dict()}"
-            _append(suite, name, 0.0, () if part.passed else (shown,))
-    memory = report.memory
-    if memory is not None:
-        shown = (
-            f"the cache takes {memory.cache_bytes} bytes, predicted {memory.predicted_cache_bytes}"
-        )
-        _append(suite, "memory", 0.0, () if memory.passed else (shown,))
-    failed = len(suite.findall("testcase/failure"))
-    suite.set("tests", str(len(suite)))
-    suite.set("failures", str(failed))
-    suite.set("errors", "0")
-    suite.set("time", f"{report.seconds:.3f}")
-    _append_properties(suite, report)
-    ElementTree.indent(suite)
-    _replace(Path(path), ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True))
-
-
-def _append(
-    suite: ElementTree.Element, name: str, seconds: float, failures: tuple[str, ...]
-) -> None:
-    test = ElementTree.SubElement(
-        suite, "testcase", classname="mla_deploy.validate", name=name, time=f"{seconds:.3f}"
-    )
-    if failures:
-        failure = ElementTree.SubElement(test, "failure", message=failures[0], type="gate")
-        failure.text = "\n".join(failures)
-
-
-def _append_properties(suite: ElementTree.Element, report: ValidationReport) -> None:
-    properties = ElementTree.Element("properties")
-    facts = {
-        "bundle_digest": report.bundle_digest,
-        "source_digest": report.source_digest,
-        "dtype": report.dtype,
-        **report.versions,
-    }
-    for name, value in facts.items():
-        ElementTree.SubElement(properties, "property", name=name, value=value)
-    suite.insert(0, properties)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
-    try:
-        with create_file(partial) as stream:
-            stream.write(data)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _finite(value: Any) -> Any:

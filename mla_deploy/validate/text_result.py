@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mla_deploy.validate.gates import LOSS_GATES, TEXT_GATES, LossGate
+from mla_deploy.validate.gates import TEXT_GATES, LossGate, loss_gate_for
 from mla_deploy.validate.loss import Loss
 from mla_deploy.weight_forms.form import WeightPlan
 
@@ -49,7 +49,7 @@ class TextResult:
 def text_gate(dtype: str, cache_dtype: str, plan: WeightPlan | None) -> LossGate:
     """That of quantised weights, else the looser of weights and cache."""
     if plan is not None:
-        return LOSS_GATES[plan.kind]
+        return loss_gate_for(plan.kind, cache_dtype) or LossGate()
     one, other = TEXT_GATES[dtype], TEXT_GATES[cache_dtype]
     return LossGate(
         _looser(one.mean_kl, other.mean_kl),

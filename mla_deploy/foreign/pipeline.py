@@ -1,0 +1,321 @@
+"""`rewrite`: the whole way from somebody else's ONNX file to a published bundle."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from mla_deploy.bundle import Bundle, Stage, stage_bundle
+from mla_deploy.config import MlaConfig
+from mla_deploy.errors import InputError, quoted
+from mla_deploy.export.assemble import Assembled, Builder, GraphForm
+from mla_deploy.export.assemble_module import assemble_module
+from mla_deploy.export.bind import bind_weights
+from mla_deploy.export.lowered import cpu_rules
+from mla_deploy.export.manifest import manifest_of
+from mla_deploy.export.options import DEFAULT_CAPACITY, ExportOptions, check_options
+from mla_deploy.export.pipeline import (
+    TOKENIZER_TEXTS,
+    Progress,
+    copy_texts,
+    widest_row,
+    write_weights,
+)
+from mla_deploy.export.trace_layer import CacheForm
+from mla_deploy.export.weights import DTYPES, WeightLayout
+from mla_deploy.foreign.facts import foreign_facts
+from mla_deploy.foreign.graph import ForeignGraph
+from mla_deploy.foreign.prove import (
+    Comparison,
+    ForeignSession,
+    Proof,
+    cache_pairs,
+    opened_session,
+    proof_of,
+    require_proof,
+)
+from mla_deploy.foreign.read import ForeignFile, open_foreign
+from mla_deploy.foreign.recognise import Recognition, recognise
+from mla_deploy.foreign.require import require_mla
+from mla_deploy.foreign.trunk import RaisedForeign, raise_foreign
+from mla_deploy.foreign.weights import ForeignWeights
+from mla_deploy.rewrite import order
+from mla_deploy.rewrite.ensures import require_latent_only
+from mla_deploy.targets import DEFAULT_TARGET, buildable_target, find_target
+
+_IR_DTYPES = {
+    "fp32": ir.DataType.FLOAT,
+    "fp16": ir.DataType.FLOAT16,
+    "bf16": ir.DataType.BFLOAT16,
+}
+
+
+@dataclass(frozen=True)
+class ForeignSource:
+    """A foreign file as the source of a bundle."""
+
+    digest: str
+    config: MlaConfig
+    files: tuple[str, ...]
+    total_bytes: int
+    notes: tuple[str, ...]
+
+
+def rewrite_model(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    target: str | None = None,
+    dtype: str | None = None,
+    cache: str | None = None,
+    cache_layout: str | None = None,
+    cache_dtype: str | None = None,
+    capacity: int | None = None,
+    all_logits: bool = False,
+    replace: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Rewrite an ONNX model that another exporter wrote: latent cache, absorbed projections.
+
+    The bundle has the graph I/O of every bundle; options are those of `export`. MLA is found by
+    what the graph computes. Before anything is published the original and the rewritten graphs
+    answer the same random tokens, prefill and decode steps; their difference is in the manifest.
+    `dtype` None: weights stay in the dtype that they have, and what is cached in the one that the
+    graph computes it in.
+    A tokenizer's files beside the model come along.
+
+    Raises: InputError ONNX-*, REW-INPUT, REW-FIXED, REW-NO-MLA, REW-LAYER (which tells per layer
+    where the recognition stopped), REW-POSITION, EXP-*, TARGET-*, CKPT-NONFINITE; GateError
+    REW-PROOF; IncompatibleError REW-SESSION; BUN-*, ENV-*.
+    """
+    report = progress or (lambda *_: None)
+    _refuse_over_source(path, out)
+    with open_foreign(path) as file:
+        report("recognise", 0, 1)
+        recognition = recognise(file.model)
+        require_mla(recognition)
+        report("recognise", 1, 1)
+        options = _options(
+            target=target,
+            dtype=dtype or weights_dtype(file.model),
+            cache=cache,
+            cache_layout=cache_layout,
+            cache_dtype=cache_dtype or (None if dtype else rows_dtype(recognition)),
+            capacity=_capacity(recognition) if capacity is None else capacity,
+            all_logits=all_logits,
+        )
+        needed = file.total_bytes * DTYPES[options.dtype].itemsize // 2
+        with stage_bundle(out, replace=replace, needed_bytes=needed) as stage:
+            copy_texts(file.folder, stage, TOKENIZER_TEXTS)
+            return _build(file, recognition, stage, options, report)
+
+
+def _refuse_over_source(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+    """A bundle may stand beside the model, but not in the place of its folder."""
+    model, target = Path(os.path.realpath(path)), Path(os.path.realpath(out))
+    if target == model or target in model.parents:
+        raise InputError(
+            "BUN-OVERLAP",
+            f"the output {quoted(target)} holds the model {quoted(model.name)}",
+            hint="choose an output beside the model",
+        )
+
+
+def _options(**chosen: Any) -> ExportOptions:
+    row = buildable_target(chosen["target"] or DEFAULT_TARGET)
+    if find_target(row.name).release is not None:
+        raise InputError(
+            "TARGET-FORM",
+            f"target {row.name} takes no foreign graph: only checkpoints are lowered for "
+            f"{row.runtime}",
+            hint="rewrite the model with `--target cpu`",
+            target=row.name,
+        )
+    stored = chosen["dtype"] or row.default_dtype
+    cache_dtype = chosen["cache_dtype"] or stored
+    options = ExportOptions(
+        target=row.name,
+        dtype=stored,
+        cache=chosen["cache"] or "in-place",
+        cache_layout=chosen["cache_layout"] or "fused",
+        cache_dtype=cache_dtype,
+        capacity=chosen["capacity"],
+        all_logits=chosen["all_logits"],
+        in_place=False,
+        weights=None,
+    )
+    check_options(options)
+    if options.store is not None:
+        raise InputError(
+            "EXP-CACHE",
+            f"the cache of a rewritten graph is stored as {cache_dtype}; wanted fp32, fp16 or bf16",
+            hint="leave --cache-dtype out, or store the cache as fp16",
+        )
+    return options
+
+
+def _build(
+    file: ForeignFile,
+    recognition: Recognition,
+    stage: Stage,
+    options: ExportOptions,
+    report: Progress,
+) -> Bundle:
+    opset = _opset(file.model)
+    report("original", 0, 1)
+    comparison = compared_with(file, recognition)
+    report("original", 1, 1)
+    dtype = weights_dtype(file.model)
+    cache = CacheForm(options.cache_layout == "fused", options.cache == "growing")
+    config = foreign_facts(recognition)
+    raised = raise_foreign(recognition, cache, options.all_logits, dtype)
+    source = foreign_source(file, config)
+    form = GraphForm(
+        config=source.config,
+        cache=cache,
+        dtype=options.dtype,
+        cache_dtype=options.rows_dtype,
+        all_logits=options.all_logits,
+        layers_prefix="",
+        builder=_builder(file.model),
+    )
+    layout = WeightLayout()
+    graphs = {
+        name: assemble_module(raised.trace, form, rules, layout)
+        for name, rules in cpu_rules(cache.growing, options.all_logits).items()
+    }
+    require_fired(graphs, raised)
+    report("rewrite", 1, 1)
+    weights = ForeignWeights(raised.weights)
+    write_weights(weights, layout, stage, report)
+    protos = {}
+    for name, graph in graphs.items():
+        bind_weights(graph.model, layout, stage.path, stage.named("weights"))
+        protos[name] = ir.to_proto(graph.model)
+        if name == "decode":
+            require_latent_only(protos[name], source.config.num_heads, widest_row(raised.trace))
+        written = protos[name].SerializeToString(deterministic=True)
+        stage.write_bytes(stage.named(f"{name}.onnx"), written)
+    report("proof", 0, 1)
+    proof = _proven(comparison, protos, stage, (raised, options))
+    report("proof", 1, 1)
+    manifest = manifest_of(
+        source, options, raised.trace, graphs, layout=layout, weights=weights, named=stage.named
+    )
+    manifest["rewritten"] = {
+        "proof": proof.to_dict(),
+        "opset": opset,
+        "cached_before": cached_bytes(recognition.graph),
+    }
+    return stage.publish(manifest)
+
+
+def compared_with(file: ForeignFile, recognition: Recognition) -> Comparison:
+    """What the foreign graph says of random tokens. Raises: IncompatibleError REW-SESSION."""
+    graph = recognition.graph
+    pairs = cache_pairs(graph)
+    if len(pairs) != len(graph.caches):
+        raise InputError(
+            "REW-INPUT",
+            f"{len(graph.caches) - len(pairs)} of {len(graph.caches)} cache inputs go on as no "
+            "output",
+            hint="export the model with its present keys and values as outputs",
+        )
+    with opened_session(file.proto, file.folder, "REW-SESSION") as session:
+        return Comparison(ForeignSession(graph, session, pairs))
+
+
+def _proven(
+    comparison: Comparison,
+    protos: Mapping[str, onnx.ModelProto],
+    stage: Stage,
+    made: tuple[RaisedForeign, ExportOptions],
+) -> Proof:
+    raised, options = made
+    kind = _IR_DTYPES[options.rows_dtype]
+    caches = {
+        buffer.name(): (buffer.shape[0], np.dtype(kind.numpy()))
+        for buffer in raised.trace.trunk_buffers
+    }
+    prefill, decode = (protos[name].SerializeToString() for name in ("prefill", "decode"))
+    wanted, found = comparison.against(prefill, decode, stage.path, caches)
+    dtypes = (options.dtype, options.rows_dtype, raised.dtype)
+    loosest = max(dtypes, key=("fp32", "fp16", "bf16").index)
+    proof = proof_of(wanted, found, loosest)
+    require_proof(proof)
+    return proof
+
+
+def cached_bytes(graph: ForeignGraph) -> int:
+    """Bytes a token that the foreign graph keeps in its own caches."""
+    total = 0
+    for value in graph.caches:
+        sizes = [axis for axis in graph.axes(value) or () if isinstance(axis, int)]
+        total += int(prod(sizes) * (value.dtype or ir.DataType.FLOAT).itemsize)
+    return total
+
+
+def rows_dtype(recognition: Recognition) -> str | None:
+    """The dtype that the first layer's latent is computed in; None where it cannot be told."""
+    latent = next(layer.latent for layer in recognition.layers if layer.latent is not None)
+    kind = recognition.graph.known.dtypes.get(latent.rows[0])
+    return next((name for name, each in _IR_DTYPES.items() if each == kind), None)
+
+
+def _capacity(recognition: Recognition) -> int:
+    most = recognition.graph.most_tokens
+    return DEFAULT_CAPACITY if most is None else min(most, DEFAULT_CAPACITY)
+
+
+def weights_dtype(model: ir.Model) -> str:
+    """The dtype that most numbers of a model's weights are stored in."""
+    counts = dict.fromkeys(_IR_DTYPES, 0)
+    for value in model.graph.initializers.values():
+        for name, dtype in _IR_DTYPES.items():
+            if value.const_value is not None and value.const_value.dtype == dtype:
+                counts[name] += int(prod(value.const_value.shape.numpy()))
+    return max(counts, key=lambda name: counts[name])
+
+
+def foreign_source(file: ForeignFile, config: MlaConfig) -> ForeignSource:
+    """The file as a manifest tells of it."""
+    producer = " ".join(filter(None, (file.model.producer_name, file.model.producer_version)))
+    return ForeignSource(
+        digest=file.digest(),
+        config=config,
+        files=file.files,
+        total_bytes=file.total_bytes,
+        notes=(f"rewritten from an ONNX graph of {quoted(producer or 'unknown')}",),
+    )
+
+
+def require_fired(graphs: Mapping[str, Assembled], raised: RaisedForeign) -> None:
+    """Raises: REW-COUNT."""
+    count = len(raised.latents)
+    caches = {"lower_cache_update": len(raised.trace.trunk_buffers)}
+    order.require_counts(graphs["prefill"].counts, {"lower_expanded_attention": count, **caches})
+    order.require_counts(
+        graphs["decode"].counts,
+        {"absorb_projections": count, "lower_latent_attention": count, **caches},
+    )
+
+
+def _opset(model: ir.Model) -> int:
+    return int(model.graph.opset_imports.get("", 0))
+
+
+def _builder(model: ir.Model) -> type[Builder]:
+    """Graphs of the newer of our opset and the foreign one."""
+
+    class ForeignBuilder(Builder):
+        opset = max(Builder.opset, _opset(model))
+
+    return ForeignBuilder
