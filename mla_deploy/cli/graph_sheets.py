@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mla_deploy.cli.output import Outcome, Sheet, byte_text
@@ -20,8 +21,11 @@ _FORMS = {
 }
 
 
-def graph_outcome(survey: Survey) -> Outcome:
-    """What `inspect MODEL.onnx` says."""
+def survey_outcome(path: Path, config: Path | None) -> Outcome:
+    """What `inspect MODEL.onnx` says. Raises: as `survey_foreign`."""
+    from mla_deploy.foreign.survey import survey_foreign
+
+    survey = survey_foreign(path, config=config)
     return Outcome(_summary(survey), graph_result(survey), graph_sheets(survey))
 
 

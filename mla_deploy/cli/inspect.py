@@ -13,7 +13,7 @@ from mla_deploy.cli.verb import verb
 Verify = Literal["full", "sizes"]
 
 
-@click.command(short_help="What a checkpoint, bundle or ONNX graph holds; cache bytes, faults.")
+@click.command(short_help="What a checkpoint, bundle or ONNX file holds; cache bytes.")
 @click.argument("path", metavar="CHECKPOINT_OR_BUNDLE_OR_ONNX", type=click.Path(path_type=Path))
 @click.option(
     "--verify",
@@ -37,17 +37,12 @@ def inspect(
     from mla_deploy.bundle import is_bundle
 
     if path.is_file():
-        return _inspect_graph(path, config)
+        from mla_deploy.cli.graph_sheets import survey_outcome
+
+        return survey_outcome(path, config)
     if is_bundle(path):
         return _inspect_bundle(path, verify or "full")
     return _inspect_checkpoint(path)
-
-
-def _inspect_graph(path: Path, config: Path | None) -> Outcome:
-    from mla_deploy.cli.graph_sheets import graph_outcome
-    from mla_deploy.foreign.survey import survey_foreign
-
-    return graph_outcome(survey_foreign(path, config=config))
 
 
 def _inspect_checkpoint(path: Path) -> Outcome:

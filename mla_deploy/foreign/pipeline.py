@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from mla_deploy.bundle import Bundle, Stage, stage_bundle
+from mla_deploy.bundle.output import check_output, output_path
 from mla_deploy.config import MlaConfig
 from mla_deploy.errors import InputError, quoted
 from mla_deploy.export.assemble import Assembled, Builder, GraphForm
@@ -98,6 +99,7 @@ def rewrite_model(
     """
     report = progress or (lambda *_: None)
     _refuse_over_source(path, out)
+    check_output(output_path(out), replace=replace)  # before the graph is read
     with open_foreign(path) as file:
         report("recognise", 0, 1)
         recognition = recognise(file.model)
