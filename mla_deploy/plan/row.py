@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from mla_deploy.config import MlaConfig
 from mla_deploy.devices import Device
 from mla_deploy.errors import InputError
-from mla_deploy.layer_facts import FULL
+from mla_deploy.layer_facts import LINEAR
 from mla_deploy.targets import check_dtype
 from mla_deploy.weight_forms.fit import check_forms, fitted
 from mla_deploy.weight_forms.form import WeightPlan, parse_plan
@@ -66,10 +66,9 @@ def _not_exported(row: Row, config: MlaConfig) -> tuple[str, ...]:
     """What `export` refuses for a TensorRT target today: then the figures are arithmetic alone."""
     if row.device.row.release is None:
         return ()
-    kinds = sorted({layer.kind for layer in config.layers} - {"", FULL})
-    told = [f"no lowering of {kind.replace('_', ' ')} for TensorRT yet" for kind in kinds]
-    if config.identity_experts:
-        told.append("no lowering of identity experts for TensorRT yet")
+    told = []
+    if any(layer.kind == LINEAR for layer in config.layers):
+        told.append("no lowering of linear attention for TensorRT yet")
     if row.cache_dtype != row.dtype:
         told.append(f"`export` for TensorRT caches in {row.dtype} only")
     return tuple(f"{each}: figures are arithmetic alone" for each in told)

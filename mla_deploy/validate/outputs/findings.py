@@ -125,8 +125,12 @@ def gate_share(case: Mapping[str, Any], gates: Mapping[str, Any]) -> float | Non
         (logits["mean_kl"], gates["mean_kl"]),
         (cache["worst_rel_l2"], gates["cache_rel_l2"]),
     ]
+    if cache.get("worst_row_median") is not None:
+        pairs.append((cache["worst_row_median"], gates.get("cache_row_median")))
     if case.get("max_abs_bound") is not None:
         pairs.append((logits["max_abs"], case["max_abs_bound"]))
+    if cache.get("worst_row_median") is not None and gates.get("cache_row_median"):
+        pairs.append((cache["worst_row_median"], gates["cache_row_median"]))
     judged = [(value, bound) for value, bound in pairs if bound]
     if not judged or any(value is None for value, _ in judged):
         return None
