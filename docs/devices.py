@@ -45,6 +45,16 @@ CLAIMS = (
     Claim("prefill and decode engines, activation bytes and kernel lists, TensorRT-RTX 1.7",
           "built", ("tests/engine/test_build.py::"
                     "test_both_engines_are_built_and_known_to_the_bundle",)),
+    Claim("the same of sliding layers, sparse indexers, experts that pass on, and of modules",
+          "checked", ("tests/export/test_tensorrt_families.py::test_graphs_equal_the_source",
+                      "tests/export/test_module.py::test_for_tensorrt")),
+    Claim("engines of such layers, TensorRT-RTX 1.7", "built",
+          ("tests/export/test_tensorrt_families.py::test_engines_build",)),
+    Claim("before TensorRT 10.15, the plugin's graph without the function, for every script",
+          "stand-in", ("tests/engine/test_build.py::"
+                       "test_a_plugin_before_the_override_gets_a_graph_without_the_function",
+                       "tests/device_package/test_plugin_graphs.py::"
+                       "test_built_and_verified_through_the_stand_ins")),
     Claim("engines with `tensorrt` on a device: the calls of the build worker", "stand-in",
           ("tests/engine/test_worker.py::test_the_calls_that_tensorrt_gets",)),
     Claim("device package: build.py, verify.py, report.json and its verdict", "stand-in",
@@ -58,6 +68,8 @@ CLAIMS = (
     Claim("TensorRT runner: caches in place, CUDA graph for decode", "stand-in",
           ("tests/runtime/test_tensorrt_runner.py::test_equal_to_the_graphs_on_onnx_runtime",
            "tests/runtime/test_tensorrt_runner.py::test_a_decode_step_is_recorded_once")),
+    Claim("TensorRT runner: rings in two buffers that change places", "stand-in",
+          ("tests/runtime/test_tensorrt_rings.py::test_equal_to_the_graphs_on_onnx_runtime",)),
     Claim("engines that do not match never reach TensorRT", "stand-in",
           ("tests/runtime/test_tensorrt_runner.py::test_engines_of_another_machine",
            "tests/runtime/test_tensorrt_runner.py::test_engines_that_nobody_vouches_for")),

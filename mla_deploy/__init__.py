@@ -3,7 +3,7 @@
 The public surface, whole. Every name is loaded on first use (PEP 562), so that importing the
 package, and `mla-deploy --help`, loads none of torch, onnx, onnxruntime and transformers.
 
-`compress`, `export` and `validate` are functions and packages of the same name;
+`compress`, `export`, `plan` and `validate` are functions and packages of the same name;
 `callable_package.py` makes the two one object, so `from mla_deploy import export` is callable in
 every import order.
 """
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mla_deploy.export import export
     from mla_deploy.export.requantize import quantize
     from mla_deploy.foreign.pipeline import rewrite_model
+    from mla_deploy.plan import plan
     from mla_deploy.runtime import Runner, generate, open_runner
     from mla_deploy.validate import ValidationReport, validate
 
@@ -57,17 +58,15 @@ __all__ = [
     "open_bundle",
     "open_checkpoint",
     "open_runner",
+    "plan",
     "quantize",
     "read_config",
     "rewrite_model",
     "validate",
 ]
 
-_PACKAGES = (
-    "compress",
-    "export",
-    "validate",
-)  # callable packages: the module itself is the function
+# Callable packages: the module itself is the function.
+_PACKAGES = ("compress", "export", "plan", "validate")
 
 _HOME = {
     "Bundle": "bundle",

@@ -161,9 +161,9 @@ def _processor() -> Finding:
     text = _proc("cpuinfo")
     fields = dict(_field(line) for line in text.splitlines() if ":" in line)
     flags = set(fields.get("flags", fields.get("Features", "")).split())
-    model = fields.get("model name") or platform.processor() or platform.machine()
+    model = processor_name()
     known = [flag for flag in _FLAGS if flag in flags]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cores()
     wide = {"avx2", "avx512f", "asimd"} & flags
     meaning = "" if wide or not text else "no wide vector instructions: expect slow steps"
     found = f"{model}, {cores} cores, {' '.join(known) or 'no known vector flags'}"
@@ -201,6 +201,19 @@ def gpu_rows() -> list[str]:
     return list(_guarded("GPU", _gpu).facts.get("gpus", []))
 
 
+def processor_name() -> str:
+    """The processor's model, else its architecture."""
+    fields = dict(_field(line) for line in _proc("cpuinfo").splitlines() if ":" in line)
+    return fields.get("model name") or platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def peak_bytes() -> int:
     """The most memory this process has held, in bytes; 0 where the system does not say."""
     fields = dict(_field(line) for line in _proc("self/status").splitlines() if ":" in line)
@@ -228,6 +241,15 @@ def available_bytes() -> int | None:
         return None
     free = int(fields["MemAvailable"].split()[0]) * 1024
     return min([free, *_container_bytes()])
+
+
+def memory_bytes() -> tuple[int, int] | None:
+    """(all, available) of this machine, the container's limit included in the second."""
+    fields = dict(_field(line) for line in _proc("meminfo").splitlines() if ":" in line)
+    free = available_bytes()
+    if free is None or "MemTotal" not in fields:
+        return None
+    return int(fields["MemTotal"].split()[0]) * 1024, free
 
 
 # Of control groups 2 and 1: the limit, what is used, and the files among that, which can be dropped

@@ -34,6 +34,7 @@ VERIFIED_TOKENS = "verified_tokens"  # new_tokens up to MOST_VERIFIED, and 1 bey
 MOST_VERIFIED = 8  # new tokens per row whose logits a decode graph gives in one call
 
 _INT64_MAX = 2**63 - 1
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def checked_product(*factors: int) -> int:
@@ -72,3 +73,11 @@ def expanded_cache_bytes(
     Raises: InputError SHAPE-RANGE, SHAPE-OVERFLOW.
     """
     return checked_product(num_layers, batch, capacity, head_widths, itemsize)
+
+
+def byte_text(count: float) -> str:
+    """Bytes for people: `21.6 KiB`; exact below one KiB."""
+    size, unit = float(count), 0
+    while size >= 1024 and unit < len(_UNITS) - 1:
+        size, unit = size / 1024, unit + 1
+    return f"{count:.0f} B" if unit == 0 else f"{size:.1f} {_UNITS[unit]}"

@@ -61,13 +61,12 @@ TARGETS: tuple[Target, ...] = (
     Target("a100", "TensorRT 11", "8.0", 80, 2039.0, _AMPERE, _SCATTER, "SXM 80 GB", "11"),
     Target("h100", "TensorRT 11", "9.0", 80, 3350.0, _FP8, _SCATTER, "SXM 80 GB", "11"),
     Target("h200", "TensorRT 11", "9.0", 141, 4800.0, _FP8, _SCATTER, "SXM", "11"),
-    Target("b200", "TensorRT 11", "10.0", 180, 8000.0, _FP4, _SCATTER, "HGX", "11"),
+    Target("b200", "TensorRT 11", "10.0", 180, 7700.0, _FP4, _SCATTER, "HGX", "11"),
     Target("rtx-30", "TensorRT-RTX 1.7", "8.6", None, None, _AMPERE, _SCATTER,
            "engines build with no GPU", "rtx-1.7"),
     Target("rtx-40", "TensorRT-RTX 1.7", "8.9", 24, 1008.0, _FP8, _SCATTER, "RTX 4090", "rtx-1.7"),
-    Target("rtx-50", "TensorRT-RTX 1.7", "12.0", None, None, _FP4, _SCATTER,
-           "engines build with no GPU", "rtx-1.7"),
-    Target("dgx-spark", "TensorRT-RTX 1.7", "12.1", 128, None, _FP4, _SCATTER,
+    Target("rtx-50", "TensorRT-RTX 1.7", "12.0", 32, 1792.0, _FP4, _SCATTER, "RTX 5090", "rtx-1.7"),
+    Target("dgx-spark", "TensorRT-RTX 1.7", "12.1", 128, 273.0, _FP4, _SCATTER,
            "memory shared with the CPU", "rtx-1.7"),
 )  # fmt: skip
 

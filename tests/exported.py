@@ -13,7 +13,7 @@ import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,8 @@ GROWING: dict[str, Any] = {
     "dtype": "bf16", "cache": "growing", "cache_layout": "split", "all_logits": True,
 }  # fmt: skip
 
+TINY = Path(__file__).parents[1] / "models" / "tiny-deepseek-v3"
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -45,9 +47,24 @@ def exported(preset: str = "v3-yarn-all-dim", **options: Any) -> Exported:
     return _exported(preset, tuple(sorted(options.items())))
 
 
-def exported_family(family: str, **fields: Any) -> Exported:
-    """The bundle of a preset of `families.FAMILIES`; `fields` replace those of its config."""
-    return _exported_family(family, tuple(sorted(fields.items())))
+def exported_family(
+    family: str, options: Mapping[str, Any] | None = None, **fields: Any
+) -> Exported:
+    """The bundle of a preset of `families.FAMILIES`; `options` go to `export`, `fields` replace
+    those of its config."""
+    asked = tuple(sorted((options or {}).items()))
+    return _exported_family(family, asked, tuple(sorted(fields.items())))
+
+
+def exported_checkpoint(checkpoint: Path, **options: Any) -> Exported:
+    """The bundle of a checkpoint in the repository."""
+    return _exported_checkpoint(checkpoint, tuple(sorted(options.items())))
+
+
+@functools.lru_cache(maxsize=64)
+def _exported_checkpoint(checkpoint: Path, options: tuple[tuple[str, Any], ...]) -> Exported:
+    name = "-".join([checkpoint.name, *(str(value) for _, value in options)])
+    return _made(name, partial(shutil.copytree, checkpoint, dirs_exist_ok=True), dict(options))
 
 
 @functools.lru_cache(maxsize=64)
@@ -57,9 +74,11 @@ def _exported(preset: str, options: tuple[tuple[str, Any], ...]) -> Exported:
 
 
 @functools.lru_cache(maxsize=64)
-def _exported_family(family: str, fields: tuple[tuple[str, Any], ...]) -> Exported:
-    name = "-".join(["family", family, *(f"{key}-{value}" for key, value in fields)])
-    return _made(name, partial(write_family, name=family, **dict(fields)), {})
+def _exported_family(
+    family: str, options: tuple[tuple[str, Any], ...], fields: tuple[tuple[str, Any], ...]
+) -> Exported:
+    name = "-".join(["family", family, *(f"{key}-{value}" for key, value in (*options, *fields))])
+    return _made(name, partial(write_family, name=family, **dict(fields)), dict(options))
 
 
 def _made(name: str, write: Callable[..., Path], options: dict[str, Any]) -> Exported:
@@ -93,6 +112,7 @@ def leave() -> None:
     """Called when this worker's tests are over (`conftest.py`); the last one removes the folder."""
     _exported.cache_clear()
     _exported_family.cache_clear()
+    _exported_checkpoint.cache_clear()
     _folder.cache_clear()
     while _held:
         folder, users = _held.pop()

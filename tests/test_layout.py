@@ -21,7 +21,8 @@ PACKAGE = ROOT / "mla_deploy"
 # Arrows point down this list only. The ground floor's modules may use one another.
 GROUND = ("errors", "strict_json", "shapes", "targets", "door", "fields", "text_fields", "rope",
           "experts", "layer_facts", "wrapper", "quantization", "config", "latent_store",
-          "cache_plan", "machine", "jetson", "callable_package", "trust")  # fmt: skip
+          "cache_plan", "devices", "machine", "jetson", "callable_package", "trust",
+          "text_file")  # fmt: skip
 FLOORS: tuple[tuple[str, ...], ...] = (
     GROUND,
     ("bundle", "checkpoint", "device", "weight_forms"),
@@ -29,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("export", "rewrite"),
     ("runtime", "engine", "foreign"),
     ("validate",),
-    ("device_package", "bench", "compress"),
+    ("device_package", "bench", "compress", "plan"),
     ("cli",),
 )
 # Third-party libraries a package may load when it is imported, and those it may load in a function.
@@ -44,6 +45,7 @@ AT_IMPORT = {
     "foreign": {"numpy", "onnx", "onnx_ir", "onnxruntime", "networkx", "torch"},
     "device_package": {"numpy", "onnx_ir"},
     "validate": {"numpy", "torch", "onnx_ir"},  # onnx_ir: the mutants are graph surgery
+    "plan": {"torch"},
     "bench": {"numpy", "torch", "transformers", "onnxruntime", "onnx_ir"},
     "compress": {"numpy", "torch", "transformers", "safetensors"},
     "cli": {"click"},
@@ -53,7 +55,14 @@ AT_IMPORT = {
 IN_FUNCTIONS = {
     "bundle": {"numpy", "onnx"},
     "checkpoint": {"torch", "numpy", "safetensors"},
-    "validate": {"tokenizers"},
+    "export": {"tokenizers"},  # of a text that rounding is fitted to
+    "validate": {
+        "tokenizers",
+        "jinja2",
+        "markupsafe",
+        "jsonschema",
+        "onnx",
+    },  # onnx: parses a graph that is probed
     "bench": {"openvino", "llama_cpp", "gguf"},  # peers, which may not be installed
     "compress": {"gguf", "tokenizers"},
     "cli": {"rich", "tokenizers"},

@@ -24,9 +24,10 @@ from mla_deploy.bench.bytes_read import step_bytes, weight_bytes
 from mla_deploy.bench.comparison import Bound, Comparison, Figure, Parity, Work
 from mla_deploy.bench.interleave import REST_SECONDS, Timing
 from mla_deploy.bench.peer import ContenderSpec, Peer
-from mla_deploy.bench.provenance import cores, provenance
+from mla_deploy.bench.provenance import provenance
 from mla_deploy.bundle import Bundle, open_bundle
 from mla_deploy.errors import InputError, MlaDeployError
+from mla_deploy.machine import usable_cores
 from mla_deploy.runtime.sessions import require_cpu
 
 Progress = Callable[[str, int, int], None]
@@ -66,7 +67,7 @@ def compare(
     _check_sizes(opened, (*contexts, *prefill))
     checkpoint = None if source is None else Path(source)
     line_up.check_line_up(opened, against, checkpoint)
-    count = threads or cores()
+    count = threads or usable_cores()
     run = _Run(
         Comparison(str(opened.path), line_up.OURS, provenance(
             count, rounds=rounds, realtime=realtime, context=list(contexts), prefill=list(prefill),

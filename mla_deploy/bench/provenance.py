@@ -7,7 +7,7 @@ import os
 import platform
 from typing import Any
 
-from mla_deploy.machine import system_file
+from mla_deploy.machine import processor_name, usable_cores
 
 _LIBRARIES = ("mla-deploy", "torch", "transformers", "onnx", "onnx-ir", "numpy")
 _RUNTIMES = ("onnxruntime-gpu", "onnxruntime")  # one package, two wheels
@@ -18,7 +18,7 @@ def provenance(threads: int | None, **settings: Any) -> dict[str, Any]:
     versions = {name: version_of(name) for name in _LIBRARIES}
     runtime = next((v for v in map(version_of, _RUNTIMES) if v is not None), None)
     return {
-        "machine": {"processor": _processor(), "cores": cores(),
+        "machine": {"processor": processor_name(), "cores": usable_cores(),
                     "system": f"{platform.system()} {platform.release()}",
                     "load_average": [round(load, 2) for load in os.getloadavg()]},
         "versions": {"python": platform.python_version(), **versions, "onnxruntime": runtime},
@@ -32,17 +32,3 @@ def version_of(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _processor() -> str:
-    for line in system_file("/proc/cpuinfo").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()

@@ -36,6 +36,8 @@ def check_sections(manifest: Mapping[str, Any], files: set[str]) -> None:
         _check_rules(manifest, _KEPT_RULES)
     if "quantized" in manifest["weights"]:
         _check_rules(manifest, _QUANTIZED_RULES)
+        if "calibration" in manifest["weights"]["quantized"]:
+            _check_rules(manifest, _CALIBRATION_RULES)
     _check_cache(manifest["cache"])
     _check_file("weights.file", manifest["weights"]["file"], files)
     for graph in GRAPHS:
@@ -160,6 +162,7 @@ _POSITIVE_OR_NULL = _Rule(
     "a positive number or null",
     lambda v: v is None or (isinstance(v, int | float) and not isinstance(v, bool) and v > 0),
 )
+_NUMBER = _Rule("a number", lambda v: isinstance(v, int | float) and not isinstance(v, bool))
 _TEXTS = _Rule(
     "an object of texts", lambda v: isinstance(v, dict) and all(map(_is_text, v.values()))
 )
@@ -236,6 +239,23 @@ _QUANTIZED_RULES: dict[str, _Rule] = {
     "weights.quantized.roles": _TEXTS,
     "weights.quantized.tensors": _NATURAL,
     "weights.quantized.bytes": _NATURAL,
+}
+
+# Only where their rounding was fitted to a text.
+_CALIBRATION_RULES: dict[str, _Rule] = {
+    f"weights.quantized.calibration.{path}": rule
+    for path, rule in {
+        "kept": _one_of("calibrated", "nearest"),
+        "tokens": _COUNT,
+        "held_out_tokens": _COUNT,
+        "weights": _NATURAL,
+        "unseen": _NATURAL,
+        "source_perplexity": _NUMBER,
+        "nearest.mean_kl": _NUMBER,
+        "nearest.perplexity": _NUMBER,
+        "calibrated.mean_kl": _NUMBER,
+        "calibrated.perplexity": _NUMBER,
+    }.items()
 }
 
 

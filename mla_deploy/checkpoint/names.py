@@ -89,6 +89,8 @@ STACKED: Mapping[str, tuple[str, ...]] = {
 FUSED_GATE_UP = ".experts.gate_up_proj"
 FUSED_DOWN = ".experts.down_proj"
 EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
+# A stack of experts, and the matrices of one expert that its rows are.
+STACKS = ((FUSED_GATE_UP, EXPERT_PARTS[:2]), (FUSED_DOWN, EXPERT_PARTS[2:]))
 
 # Our part name <- the name of one expert's tensor on disk.
 PER_EXPERT_STYLES: tuple[Mapping[str, str], ...] = (

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mla_deploy.checkpoint.leftovers import skipped_tensors
-from mla_deploy.checkpoint.names import EXPERT_PARTS, FUSED_DOWN, FUSED_GATE_UP, virtual_name
+from mla_deploy.checkpoint.names import STACKS, virtual_name
 from mla_deploy.checkpoint.reader import Checkpoint
 from mla_deploy.checkpoint.search import Search
 from mla_deploy.checkpoint.slices import Place, TensorSlice, read_place
@@ -15,8 +15,6 @@ from mla_deploy.errors import InputError, quoted
 
 if TYPE_CHECKING:
     import torch
-
-_STACKS = ((FUSED_GATE_UP, EXPERT_PARTS[:2]), (FUSED_DOWN, EXPERT_PARTS[2:]))
 
 
 @dataclass(frozen=True)
@@ -51,12 +49,12 @@ class WeightMap:
         """
         return read_place(self.checkpoint, self._place(name), start, stop)
 
-    def read_parameter(self, module_name: str) -> torch.Tensor:
+    def read_parameter(self, module_name: str, _shape: tuple[int, ...] = ()) -> torch.Tensor:
         """A whole parameter of the module, the experts of a layer stacked.
 
         Raises: as `Checkpoint.read`.
         """
-        for ending, parts in _STACKS:
+        for ending, parts in STACKS:
             if module_name.endswith(ending) and len(self.parameters.get(module_name, ())) == 3:
                 return self._stacked(module_name, module_name.removesuffix(ending), parts)
         return self.read(module_name)
@@ -66,7 +64,7 @@ class WeightMap:
 
         Experts that have no weights are left out. Empty for what is no stack.
         """
-        for ending, parts in _STACKS:
+        for ending, parts in STACKS:
             if module_name.endswith(ending) and len(self.parameters.get(module_name, ())) == 3:
                 prefix = module_name.removesuffix(ending)
                 names = (

@@ -42,6 +42,7 @@ from mla_deploy.cli.verb import choice, verb
     "fp32|fp16|bf16|int8|int8-tile|fp8|int4",
     "Of the cache alone; the last four store latents as codes with scales.  [--dtype]",
 )
+@click.option("--calibrate", metavar="TEXT", help="Fit --weights to this text: see quantize.")
 @click.option("--capacity", type=int, help="Tokens a row reserves by default.")
 @click.option("--all-logits", is_flag=True, default=None, help="Logits of every new token.")
 @click.option("--replace", is_flag=True, default=None, help="Swap out a bundle that is there.")
@@ -73,5 +74,5 @@ def export(
     result = {**bundle_result(bundle), "export_seconds": round(seconds, 3), "loss": loss}
     model, size = result["model"]["model_type"], byte_text(result["total_bytes"])
     summary = f"exported {model} to {out or checkpoint} in {seconds:.1f} s: "
-    summary += f"{result['target']}, {result['dtype']}, {size}"
-    return Outcome(summary + loss_words(loss), result, (*loss_sheets(loss), *bundle_sheets(bundle)))
+    summary += f"{result['target']}, {result['dtype']}, {size}{loss_words(loss, bundle)}"
+    return Outcome(summary, result, (*loss_sheets(loss, bundle), *bundle_sheets(bundle)))

@@ -11,7 +11,9 @@ from mla_deploy.cli.compress import compress
 from mla_deploy.cli.doctor import doctor
 from mla_deploy.cli.export import export
 from mla_deploy.cli.inspect import inspect
+from mla_deploy.cli.plan import plan
 from mla_deploy.cli.quantize import quantize
+from mla_deploy.cli.report import report
 from mla_deploy.cli.rewrite import rewrite
 from mla_deploy.cli.run import run
 from mla_deploy.cli.validate import validate
@@ -37,8 +39,9 @@ def group(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-_COMMANDS = (
-    inspect, compress, export, rewrite, quantize, build, validate, run, bench, doctor,
+_VERBS = (
+    inspect, plan, compress, export, rewrite, quantize, build, validate, report, run, bench,
+    doctor,
 )  # fmt: skip
-for _command in _COMMANDS:
+for _command in _VERBS:
     group.add_command(_command)

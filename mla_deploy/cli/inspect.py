@@ -13,7 +13,7 @@ from mla_deploy.cli.verb import verb
 Verify = Literal["full", "sizes"]
 
 
-@click.command(short_help="What a checkpoint, bundle or ONNX file holds; cache bytes.")
+@click.command(short_help="What a checkpoint, a bundle or an ONNX graph holds.")
 @click.argument("path", metavar="CHECKPOINT_OR_BUNDLE_OR_ONNX", type=click.Path(path_type=Path))
 @click.option(
     "--verify",
@@ -69,7 +69,6 @@ def _inspect_bundle(path: Path, verify: Verify) -> Outcome:
     result = {**bundle_result(bundle), "verified": bundle.verified}
     summary = (
         f"{path}: bundle of {result['model']['model_type']} for {result['target']}, "
-        f"{result['dtype']}, {byte_text(result['total_bytes'])}; files match the "
-        f"manifest ({bundle.verified})"
+        f"{result['dtype']}, {byte_text(result['total_bytes'])}; files match ({bundle.verified})"
     )
     return Outcome(summary, result, bundle_sheets(bundle))

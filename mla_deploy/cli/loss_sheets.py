@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mla_deploy.cli.calibration_sheets import calibration_sheets, calibration_words
 from mla_deploy.cli.output import Sheet
 
 
@@ -27,8 +28,8 @@ def quantized(
     """The new bundle, and its loss against the float one on the text of a file."""
     from mla_deploy.bundle import open_bundle
     from mla_deploy.export.requantize import quantize
+    from mla_deploy.text_file import read_text_file
     from mla_deploy.validate.loss_check import measure_loss
-    from mla_deploy.validate.text_file import read_text_file
 
     words = None if text is None else read_text_file(text)
     source = open_bundle(bundle)
@@ -36,29 +37,31 @@ def quantized(
     return found, measure_loss(found, source, text=words, progress=progress)
 
 
-def loss_words(loss: dict[str, Any] | None) -> str:
-    """For a summary line; empty without a loss."""
+def loss_words(loss: dict[str, Any] | None, bundle: Any = None) -> str:
+    """For a summary line, that of calibrating `bundle` first; empty without either."""
+    fitted = calibration_words(bundle)
     if loss is None:
-        return ""
+        return fitted
     if "skipped" in loss:
-        return f"; loss not measured: {loss['skipped']}"
+        return f"{fitted}; loss not measured: {loss['skipped']}"
     ratio = loss["perplexity_ratio"]
     perplexity = "" if ratio is None else f", perplexity x{ratio:.4f}"
     same = f"mean KL {loss['mean_kl']:.2g}, top-1 {loss['top1']:.1%}"
-    return f"; loss on {loss['on']}: {same}{perplexity}"
+    return f"{fitted}; loss on {loss['on']}: {same}{perplexity}"
 
 
-def loss_sheets(loss: dict[str, Any] | None) -> tuple[Sheet, ...]:
-    """None where nothing was measured."""
+def loss_sheets(loss: dict[str, Any] | None, bundle: Any = None) -> tuple[Sheet, ...]:
+    """That of calibrating `bundle` first; none where nothing was measured."""
+    fitted = calibration_sheets(bundle)
     if loss is None or "skipped" in loss:
-        return ()
+        return fitted
     gates = loss["gates"] or {}
     names = (("mean_kl", "mean KL"), ("top1", "top-1"), ("perplexity_ratio", "perplexity ratio"))
     rows = [(told, _number(loss[name]), _number(gates.get(name))) for name, told in names]
     title = f"Loss against the float source, {loss['positions']:,} positions of {loss['on']}"
     sheet = Sheet(title, ("what", "#measured", "#gate"), rows)
     failed = [(told,) for told in loss["failures"]]
-    return (sheet, *([Sheet("Gates not met", ("",), failed)] if failed else []))
+    return (*fitted, sheet, *([Sheet("Gates not met", ("",), failed)] if failed else []))
 
 
 def _number(value: float | None) -> str:

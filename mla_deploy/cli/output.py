@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from mla_deploy import __version__
 from mla_deploy.errors import MlaDeployError
+from mla_deploy.shapes import byte_text as byte_text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 TOOL = {"name": "mla-deploy", "version": __version__}
 _LEVELS = (logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG)
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,6 @@ class Screen:
         self.close()
         sys.stdout.write(text)
         sys.stdout.flush()
-
-
-def byte_text(count: float) -> str:
-    """Bytes for people: `21.6 KiB`; exact below one KiB."""
-    size, unit = float(count), 0
-    while size >= 1024 and unit < len(_UNITS) - 1:
-        size, unit = size / 1024, unit + 1
-    return f"{count:.0f} B" if unit == 0 else f"{size:.1f} {_UNITS[unit]}"
 
 
 def _console() -> Console:

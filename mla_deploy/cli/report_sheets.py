@@ -5,30 +5,40 @@ from __future__ import annotations
 from typing import Any
 
 from mla_deploy.cli.loss_sheets import loss_sheets, loss_words
+from mla_deploy.cli.measure_sheets import measure_sheets
 from mla_deploy.cli.output import Sheet, byte_text
 from mla_deploy.errors import GateError, MlaDeployError
+from mla_deploy.validate.outputs.findings import case_groups, group_name, worst
 
 _COLUMNS = ("case", "#rows", "#tokens", "#max diff", "#KL", "#flips", "#cache", "")
 
 
 def report_summary(report: dict[str, Any]) -> str:
     cases = report["cases"]
-    worst = _worst(cases, "logits", "max_abs")
+    largest = worst(cases, "logits", "max_abs")
     passed = sum(1 for case in cases if case["passed"])
     top1 = report["top1"]
-    verdict = "equal to its source" if report["passed"] else "NOT equal to its source"
+    other = {"goldens": "the goldens of its source", "bundle": "the other bundle"}
+    same = f"equal to {other.get(_kind(report), 'its source')}"
+    verdict = same if report["passed"] else f"NOT {same}"
     return (
         f"{verdict} ({report['dtype']}): {passed} of {len(cases)} cases passed, "
-        f"max |logit difference| {_number(worst)}, top-1 {top1['share']:.2%} "
+        f"max |logit difference| {_number(largest)}, top-1 {top1['share']:.2%} "
         f"of {top1['positions']:,} positions{loss_words(report['loss'])}"
     )
 
 
+def _kind(report: dict[str, Any]) -> str:
+    return str((report.get("reference") or {}).get("kind"))
+
+
 def report_sheets(report: dict[str, Any]) -> tuple[Sheet, ...]:
-    sheets = [_case_sheet(report), memory_sheet(report["memory"])]
+    sheets = [_case_sheet(report)]
+    if report["memory"]:
+        sheets.append(memory_sheet(report["memory"]))
     if report["rounding"]:
         sheets.insert(1, _rounding_sheet(report))
-    sheets[1:1] = loss_sheets(report["loss"])
+    sheets[1:1] = [*measure_sheets(report), *loss_sheets(report["loss"])]
     failures = [(case["name"], told) for case in report["cases"] for told in case["failures"]]
     if failures:
         sheets.insert(0, Sheet("Gates not met", ("case", "what"), failures))
@@ -82,7 +92,7 @@ def _rounding_sheet(report: dict[str, Any]) -> Sheet:
 
 def _case_sheet(report: dict[str, Any]) -> Sheet:
     gates = report["gates"]
-    rows = [_group_row(cases) for cases in _groups(report["cases"])]
+    rows = [_group_row(cases) for cases in case_groups(report["cases"])]
     bounds = [case["max_abs_bound"] for case in report["cases"] if case["max_abs_bound"]]
     rows.append((
         "at most", "", "", _number(max(bounds, default=None)), _number(gates["mean_kl"]),
@@ -93,48 +103,19 @@ def _case_sheet(report: dict[str, Any]) -> Sheet:
     )
 
 
-def _groups(cases: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Neighbours that passed and differ in their last number share a line: split-17-at-1 .. 16."""
-    groups: list[list[dict[str, Any]]] = []
-    for case in cases:
-        last = groups[-1][-1] if groups else None
-        if last and case["passed"] and last["passed"] and _stem(case) == _stem(last):
-            groups[-1].append(case)
-        else:
-            groups.append([case])
-    return groups
-
-
-def _stem(case: dict[str, Any]) -> tuple[str, int, int]:
-    stem, _, number = case["name"].rpartition("-")
-    return (stem if number.isdigit() else case["name"], case["batch"], case["tokens"])
-
-
 def _group_row(cases: list[dict[str, Any]]) -> tuple[object, ...]:
     """The worst of each figure; one case is a group of one."""
-    first, last = cases[0], cases[-1]
-    more = "" if len(cases) == 1 else f" .. {last['name'].rpartition('-')[2]}"
+    first = cases[0]
     return (
-        first["name"] + more,
+        group_name(cases),
         first["batch"],
         first["tokens"],
-        _number(_worst(cases, "logits", "max_abs")),
-        _number(_worst(cases, "logits", "mean_kl")),
-        _number(_worst(cases, "logits", "flips")),
-        _number(_worst(cases, "cache", "worst_rel_l2")),
+        _number(worst(cases, "logits", "max_abs")),
+        _number(worst(cases, "logits", "mean_kl")),
+        _number(worst(cases, "logits", "flips")),
+        _number(worst(cases, "cache", "worst_rel_l2")),
         "ok" if first["passed"] else "FAILED",
     )
-
-
-def _worst(cases: list[dict[str, Any]], part: str, name: str) -> float | None:
-    """None when a case could not be run, or was not finite."""
-    found: list[float] = []
-    for case in cases:
-        value = (case[part] or {}).get(name)
-        if value is None:
-            return None
-        found.append(value)
-    return max(found, default=None)
 
 
 def _other(report: dict[str, Any]) -> str:
@@ -144,6 +125,9 @@ def _other(report: dict[str, Any]) -> str:
         return (
             f"rounding to {report['dtype']} costs a mean KL of {report['rounding']['mean_kl']:.2g}"
         )
+    for name, told in (("text", "the text"), ("uncached", "cached against uncached")):
+        if report[name] and not report[name]["passed"]:
+            return f"{told} leaves its gate"
     if report["loss"] and report["loss"]["failures"]:
         return f"quantised weights: {report['loss']['failures'][0]}"
     return "the cache does not take the bytes that were predicted"

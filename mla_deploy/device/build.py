@@ -14,7 +14,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from .failure import DeviceFailure
-from .files import BUILT, ENGINES, HERE, Package, write_whole
+from .files import BARE, BUILT, ENGINES, HERE, Package, read_bytes, write_whole
 from .library import Library
 
 if TYPE_CHECKING:
@@ -71,6 +71,23 @@ def build(package: Package, workspace_mib: int | None, plugin: str | None) -> An
     write_whole(package.path(ENGINES, BUILT), json.dumps(note, indent=2).encode() + b"\n")
 
 
+def graph_path(package: Package, graph: str, plugin: bool) -> str:
+    """The graph to build. Where a plugin needs one without its function, that one, in a folder of
+    links to the weights: a parser looks for them beside the graph and nowhere above it."""
+    bare = package.facts["plugin"].get("graphs", {}).get(graph) if plugin else None
+    if bare is None:
+        return package.path(f"bundle/{graph}.onnx")
+    place = package.path(ENGINES, BARE)
+    os.makedirs(place, exist_ok=True)
+    for name in package.facts["plugin"]["weights"]:
+        link = os.path.join(place, name)
+        if not os.path.lexists(link):
+            os.symlink(os.path.join("..", "..", "bundle", name), link)
+    path = os.path.join(place, f"{graph}.onnx")
+    write_whole(path, read_bytes(package.path(bare)))
+    return path
+
+
 def _prepared(library: Library, package: Package, graph: str, plugin: bool) -> Any:
     """(network, config, parser) of one graph, with its profiles."""
     trt = library.trt
@@ -79,9 +96,10 @@ def _prepared(library: Library, package: Package, graph: str, plugin: bool) -> A
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, library.logger)
-    if plugin:
-        parser.set_flag(trt.OnnxParserFlag.ENABLE_PLUGIN_OVERRIDE)
-    if not parser.parse_from_file(package.path(f"bundle/{graph}.onnx")):
+    override = getattr(trt.OnnxParserFlag, "ENABLE_PLUGIN_OVERRIDE", None)  # since 10.15
+    if plugin and override is not None:
+        parser.set_flag(override)
+    if not parser.parse_from_file(graph_path(package, graph, plugin)):
         told = parser.get_error(0).desc() if parser.num_errors else "no reason given"
         raise DeviceFailure("incompatible", f"{graph}.onnx is not taken: {told[:300]}")
     config = builder.create_builder_config()

@@ -9,6 +9,15 @@ fail() {
     exit "$1"
 }
 
+# The graph without the plugin's function, beside links to the weights: releases before 10.15 take a
+# plugin only where there is no function, and look for weights beside the graph.
+bare() {
+    mkdir -p engines/without_body
+    cp "plugin/$1.onnx" "engines/without_body/$1.onnx"
+    for name in "${WEIGHTS[@]}"; do ln -sfn "../../bundle/$name" "engines/without_body/$name"; done
+    echo "engines/without_body/$1.onnx"
+}
+
 cd "$(dirname "${BASH_SOURCE[0]}")"
 [ -f build.conf ] || fail 5 "build.conf is not there: copy the package again"
 . ./build.conf
@@ -32,11 +41,15 @@ mkdir -p engines
 for graph in prefill decode; do
     if [ "$graph" = prefill ]; then flags=("${PREFILL_FLAGS[@]}"); else flags=("${DECODE_FLAGS[@]}"); fi
     started=$SECONDS
-    "$tool" "--onnx=bundle/$graph.onnx" "--saveEngine=engines/$graph.partial" \
+    onnx="bundle/$graph.onnx"
+    if [ "${#plugin[@]}" -gt 0 ] && [ -f "plugin/$graph.onnx" ]; then onnx=$(bare "$graph"); fi
+    "$tool" "--onnx=$onnx" "--saveEngine=engines/$graph.partial" \
         "${COMMON_FLAGS[@]}" "${flags[@]}" ${plugin[@]+"${plugin[@]}"} "$@" \
         >"engines/$graph.log" 2>&1 || fail 6 "$graph was not built: see engines/$graph.log"
     [ -s "engines/$graph.partial" ] || fail 6 "$graph was not built: see engines/$graph.log"
     mv "engines/$graph.partial" "engines/$graph.plan"
     echo "$graph.plan: $(wc -c <"engines/$graph.plan") bytes in $((SECONDS - started)) s"
 done
-printf '{"by": "build.sh", "tool": "%s", "release": "%s"}\n' "$TOOL" "$RELEASE" >engines/build.json
+if [ "${#plugin[@]}" -gt 0 ]; then with=true; else with=false; fi
+printf '{"by": "build.sh", "tool": "%s", "release": "%s", "plugin": %s}\n' "$TOOL" "$RELEASE" "$with" \
+    >engines/build.json

@@ -25,11 +25,18 @@ class Contract:
     """`profiles[graph][n][input][end]` are the sizes an input may have, `end` min, opt or max."""
 
     def __init__(
-        self, manifest: Mapping[str, Any], profiles: Mapping[str, Sequence[Mapping[str, Ends]]]
+        self,
+        manifest: Mapping[str, Any],
+        profiles: Mapping[str, Sequence[Mapping[str, Ends]]],
+        plugin_graphs: Sequence[str] = (),
     ) -> None:
-        """Raises: DeviceFailure "incompatible" for a cache of a kind that engines do not have."""
+        """`plugin_graphs` were built with MlaDecode.
+
+        Raises: DeviceFailure "incompatible" for a cache of a kind that engines do not have.
+        """
         self.manifest = manifest
         self.profiles = profiles
+        self.plugin_graphs = tuple(plugin_graphs)
         self.capacity = int(manifest["cache"]["capacity"])
         self.width = int(manifest["cache"]["row_width"])
         self.vocab_size = int(manifest["model"]["vocab_size"])
@@ -39,11 +46,12 @@ class Contract:
             (str(entry["input"]), str(entry["output"]), int(entry["layer"]))
             for entry in manifest["cache"]["tensors"]
         ]
-        odd = [entry for entry in manifest["cache"]["tensors"] if entry["rows"] != "tokens"]
+        rows = {str(entry["input"]): entry["rows"] for entry in manifest["cache"]["tensors"]}
+        odd = [name for name, held in rows.items() if held != "tokens" and type(held) is not int]
         if odd:
-            raise DeviceFailure(
-                "incompatible", f"cache {odd[0]['input']} is no row for each token: not run here"
-            )
+            raise DeviceFailure("incompatible", f"cache {odd[0]} is a state: not run here")
+        # A ring holds so many of the last tokens, token p in slot p modulo that.
+        self.rings = {name: held for name, held in rows.items() if held != "tokens"}
 
     def values(self, graph: str, side: str) -> list[dict[str, Any]]:
         """The inputs or outputs (`side`) of a graph: name, dtype, shape."""
@@ -55,6 +63,14 @@ class Contract:
             if value["name"] == name:
                 return str(value["dtype"]), tuple(int(size) for size in value["shape"][1:])
         raise DeviceFailure("integrity", f"the manifest lists no input {name}")
+
+    def kept(self, name: str, rows_MW: Any, length: int) -> Any:
+        """The rows of one cache that hold tokens, oldest first: of a ring those that the next
+        token sees beside its own."""
+        ring = self.rings.get(name)
+        if ring is None:
+            return rows_MW[:length]
+        return rows_MW[np.arange(max(0, length - ring + 1), length) % ring]
 
     def profile_for(self, graph: str, shapes: Mapping[str, Sequence[int]]) -> int:
         """The first profile that takes inputs of these shapes.
@@ -112,11 +128,13 @@ def differences(contract: Contract, graph: str, engine: Any) -> list[str]:
     return told + [f"{graph}: {name} is not in the manifest" for name in sorted(found)]
 
 
-def is_in_place(contract: Contract, engine: Any, taken: str, given: str) -> bool:
+def is_in_place(contract: Contract, graph: str, engine: Any, taken: str, given: str) -> bool:
     """Whether an engine writes cache output `given` where its input `taken` lies.
 
-    A TensorRT that cannot say so is older than the operator that does it.
+    A TensorRT that cannot say so is older than the operator that does it, but not than the plugin.
     """
+    if graph in contract.plugin_graphs and taken not in contract.rings:
+        return True
     ask = getattr(engine, "get_aliased_input_tensor", None)
     return ask is not None and ask(given) == taken
 
@@ -124,15 +142,16 @@ def is_in_place(contract: Contract, engine: Any, taken: str, given: str) -> bool
 def alias_differences(contract: Contract, graph: str, engine: Any) -> list[str] | None:
     """Cache outputs that an engine does not place in their input; None where none is in place.
 
-    In none is right: the engine copies, and the caches get two buffers each.
+    In none is right: the engine copies, and the caches get two buffers each. Rings are copied.
     """
     ask = getattr(engine, "get_aliased_input_tensor", None)
-    found = {given: ask(given) if ask is not None else None for _, given, _ in contract.caches}
+    whole = [names for names in contract.caches if names[0] not in contract.rings]
+    found = {given: ask(given) if ask is not None else None for _, given, _ in whole}
     if not any(found.values()):
         return None
     return [
         f"{graph}: {given} lies in {found[given]}, wanted {taken}"
-        for taken, given, _ in contract.caches
+        for taken, given, _ in whole
         if found[given] != taken
     ]
 

@@ -22,6 +22,7 @@ PACKAGE = "package.json"
 REPORT = "report.json"
 ENGINES = "engines"
 BUILT = "build.json"
+BARE = "without_body"  # of `engines`: graphs that only a plugin can run
 FORMAT = 1
 # The folder that these modules were copied into lies in the package.
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -53,15 +53,17 @@ class Golden:
 
     def _cache_errors(self, name: str, model: DeviceModel, lengths_B: Any) -> dict[int, float]:
         """Relative error of the cached rows of each layer, the worst row of the batch."""
-        parts: dict[int, list[Any]] = {}
-        for taken, _, layer in model.contract.caches:
-            dtype, _ = model.contract.cache_type(taken)
-            parts.setdefault(layer, []).append(as_float32(model.cache(taken), dtype))
+        contract = model.contract
+        parts: dict[int, list[tuple[str, Any]]] = {}
+        for taken, _, layer in contract.caches:
+            dtype, _ = contract.cache_type(taken)
+            parts.setdefault(layer, []).append((taken, as_float32(model.cache(taken), dtype)))
         errors = {}
         for layer, arrays in parts.items():
-            whole = np.concatenate(arrays, axis=-1)
-            errors[layer] = max(
-                relative_l2(self._arrays[f"{name}.cache.{layer}.{row}"], whole[row, 0, :length])
-                for row, length in enumerate(lengths_B.tolist())
-            )
+            found = []
+            for row, length in enumerate(lengths_B.tolist()):
+                rows = [contract.kept(taken, array[row, 0], length) for taken, array in arrays]
+                wanted = self._arrays[f"{name}.cache.{layer}.{row}"]
+                found.append(relative_l2(wanted, np.concatenate(rows, axis=-1)))
+            errors[layer] = max(found)
         return errors

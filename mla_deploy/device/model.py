@@ -1,10 +1,10 @@
 """Two engines on one stream over one set of cache buffers, and a CUDA graph for decode.
 
 Both engines are bound to the same buffers, so nothing is copied between a prefill and the steps
-after it. An engine that updates a cache in place has its input and output in one buffer; one that
-does not gets a second, and the two change places with every step. A decode step is recorded once
-for its batch (and place of the buffers) and then launched; what it reads from the host lies at
-addresses that never change.
+after it. A cache that an engine updates in place has its input and output in one buffer; another
+gets a second, and the two change places with every step. A decode step is recorded once for its
+batch (and place of the buffers) and then launched; what it reads from the host lies at addresses
+that never change.
 """
 
 from __future__ import annotations
@@ -34,18 +34,24 @@ class DeviceModel:
         self._small: dict[str, tuple[int, int]] = {}
         self._caches: dict[str, tuple[int, int]] = {}
         self._seconds: dict[str, int] = {}
+        # Of each graph, the caches that it updates where they lie.
         self._in_place = {
-            graph: all(is_in_place(contract, engine, *names[:2]) for names in contract.caches)
+            graph: {
+                names[0]
+                for names in contract.caches
+                if is_in_place(contract, graph, engine, *names[:2])
+            }
             for graph, engine in self._engines.items()
         }
-        self._turn = 0  # which of two buffers holds the rows
-        self._graphs: dict[int, int] = {}
+        # Which of its two buffers holds the rows of a cache.
+        self._turns = {name: 0 for name, _, _ in contract.caches}
+        self._graphs: dict[tuple[int, ...], int] = {}
         self.graph_refused = ""  # why decode steps are not recorded
         for name, _, _ in contract.caches:
             dtype, sizes = contract.cache_type(name)
             count = batch * int(np.prod(sizes)) * np.dtype(STORAGE[dtype][0]).itemsize
             self._caches[name] = (self._reserved(count), count)
-            if not all(self._in_place.values()):
+            if not all(name in held for held in self._in_place.values()):
                 self._seconds[name] = self._reserved(count)
 
     @property
@@ -94,7 +100,7 @@ class DeviceModel:
         """A copy of one cache, [batch, 1, capacity, W] in its storage type."""
         dtype, sizes = self.contract.cache_type(name)
         array = np.empty((self.batch, *sizes), STORAGE[dtype][0])
-        self.cuda.to_host(array, self._held(name, self._turn))
+        self.cuda.to_host(array, self._held(name, self._turns[name]))
         return array
 
     def close(self) -> None:
@@ -107,17 +113,19 @@ class DeviceModel:
 
     def _step(self, graph: str, new_tokens: int, logits_bytes: int) -> None:
         recorded = graph == "decode" and new_tokens == 1
-        if not (recorded and self._turn in self._graphs):
+        turns = tuple(self._turns.values())
+        if not (recorded and turns in self._graphs):
             context, fresh = self._bound(graph, new_tokens, logits_bytes)
             # The first step of a shape runs plainly: a context settles in it, not in a record.
             if recorded and not fresh and not self.graph_refused and self._may_record(context):
                 self._record(context)
-        if recorded and self._turn in self._graphs:
-            self.cuda.launch(self._graphs[self._turn])
+        if recorded and turns in self._graphs:
+            self.cuda.launch(self._graphs[turns])
         else:
             self._enqueue(context)
-        if not self._in_place[graph]:
-            self._turn = 1 - self._turn
+        for name in self._turns:
+            if name not in self._in_place[graph]:
+                self._turns[name] = 1 - self._turns[name]
 
     def _may_record(self, context: Any) -> bool:
         """TensorRT-RTX says when it is still compiling kernels; others take what they are given."""
@@ -131,7 +139,7 @@ class DeviceModel:
                 self._enqueue(context)
             finally:
                 made = self.cuda.end_capture()
-            self._graphs[self._turn] = made
+            self._graphs[tuple(self._turns.values())] = made
         except DeviceFailure as failure:
             self.graph_refused = failure.message
 
@@ -146,9 +154,10 @@ class DeviceModel:
             name: self._buffer(name, 0) for name in ("input_ids", "cache_lengths", "new_lengths")
         }
         addresses["logits"] = self._buffer("logits", logits_bytes)
-        other = self._turn if self._in_place[graph] else 1 - self._turn
         for taken, given, _ in self.contract.caches:
-            addresses[taken] = self._held(taken, self._turn)
+            turn = self._turns[taken]
+            other = turn if taken in self._in_place[graph] else 1 - turn
+            addresses[taken] = self._held(taken, turn)
             addresses[given] = self._held(taken, other)
         for name, address in addresses.items():
             if not context.set_tensor_address(name, address):

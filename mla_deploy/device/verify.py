@@ -73,6 +73,7 @@ def verify(package: Package, plugin: str | None, steps: int, hashed: bool) -> di
     contract = Contract(
         package.manifest(),
         {graph: [row["shapes"] for row in facts["profiles"][graph]] for graph in GRAPHS},
+        ("decode",) if (package.built() or {}).get("plugin") else (),
     )
     if all(check["status"] == "passed" for check in checks.rows):
         _run(checks, (package, library, cuda, contract), steps)

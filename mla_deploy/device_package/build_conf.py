@@ -1,7 +1,8 @@
 """build.conf of a device package: what build.sh gives trtexec, by release.
 
 10.x types a graph weakly unless told; 11 knows strong types only. A plugin takes a function's place
-from 10.16 on. The tool of TensorRT-RTX takes the flags of trtexec that are named here.
+from 10.16 on; before that it needs a graph without the function. The tool of TensorRT-RTX takes the
+flags of trtexec that are named here.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ def build_conf(
     *,
     weight_streaming: bool,
     has_plugin: bool,
+    weights: Sequence[str] = (),
 ) -> bytes:
-    """Assignments that bash reads."""
+    """Assignments that bash reads. `weights` are the bundle's weight files."""
     override = has_plugin and release.has_plugin_override
     lines = [
         "# What build.sh gives the tool; written by mla-deploy.",
         f"RELEASE={shlex.quote(release.name)}",
         f"TOOL={tool(release)}",
         f"HAS_PLUGIN={'yes' if has_plugin else 'no'}",
+        _array("WEIGHTS", weights),
         _array("COMMON_FLAGS", common_flags(release, weight_streaming=weight_streaming)),
         _array("PLUGIN_FLAGS", ("--enablePluginOverride",) if override else ()),
         *(_array(f"{graph.upper()}_FLAGS", profile_flags(found))

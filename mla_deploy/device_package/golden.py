@@ -20,12 +20,12 @@ from mla_deploy.errors import InputError
 from mla_deploy.runtime import OnnxRunner
 from mla_deploy.runtime.sessions import Graph
 from mla_deploy.validate.cases import Call, Case
+from mla_deploy.validate.recorded import Arrays, call_arrays, output_arrays, padded
 from mla_deploy.validate.reference import Reference
 from mla_deploy.validate.stand_in import StandInSessions
 
 _STEPS, _PROMPT, _CHUNK, _LONG = 8, 17, 5, 128
 _SEED = 20261125
-Arrays = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,7 @@ def golden(bundle: Bundle, contract: Contract, source: Checkpoint | None = None)
         for case in cases:
             arrays.update(_from_source(case, stored))
     for case in cases:
-        for index, call in enumerate(case.calls):
-            ids_BS, new_B = _inputs(call)
-            arrays[f"{case.name}.ids.{index}"] = ids_BS
-            arrays[f"{case.name}.new.{index}"] = new_B
+        arrays |= call_arrays(case)
     told = tuple(
         {"name": case.name, "batch": case.batch, "graphs": [_graph(call) for call in case.calls]}
         for case in cases
@@ -113,32 +110,20 @@ def _from_graphs(case: Case, sessions: StandInSessions, contract: Contract) -> A
     runner = OnnxRunner(sessions, batch=case.batch, capacity=contract.capacity)
     logits = []
     for call in case.calls:
-        ids_BS, new_B = _inputs(call)
+        ids_BS, new_B = padded(call)
         found = runner.step(ids_BS, new_B, _graph(call))
         logits.append(found[np.arange(case.batch), new_B - 1] if contract.all_logits else found)
-    arrays: Arrays = {f"{case.name}.logits": np.stack(logits)}
-    for layer in runner.cache_layers:
-        for row in range(case.batch):
-            arrays[f"{case.name}.cache.{layer}.{row}"] = runner.cached_rows(layer, row)
-    return arrays
+    cached = {
+        layer: [runner.cached_rows(layer, row) for row in range(case.batch)]
+        for layer in runner.cache_layers
+    }
+    return output_arrays(case.name, np.stack(logits, axis=1), cached)
 
 
 def _from_source(case: Case, reference: Reference) -> Arrays:
     traces = [reference.row(segments) for segments in case.rows()]
-    arrays: Arrays = {f"{case.name}.logits": np.stack([t.logits for t in traces], axis=1)}
-    for row, trace in enumerate(traces):
-        for layer, cached in trace.cached.items():
-            arrays[f"{case.name}.cache.{layer}.{row}"] = cached
-    return arrays
-
-
-def _inputs(call: Call) -> tuple[Any, Any]:
-    """ids_BS right padded with token 0, and how many of each row are valid."""
-    new_B = np.array([len(row) for row in call.rows], np.int64)
-    ids_BS = np.zeros((len(call.rows), int(new_B.max())), np.int64)
-    for index, row in enumerate(call.rows):
-        ids_BS[index, : len(row)] = row
-    return ids_BS, new_B
+    cached = {layer: [trace.cached[layer] for trace in traces] for layer in traces[0].cached}
+    return output_arrays(case.name, np.stack([trace.logits for trace in traces]), cached)
 
 
 def _graph(call: Call) -> Graph:

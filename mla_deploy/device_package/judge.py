@@ -22,6 +22,7 @@ from mla_deploy.door import open_folder
 from mla_deploy.engine.estimate import activation_bytes
 from mla_deploy.engine.profiles import bundle_profiles
 from mla_deploy.errors import GateError, IncompatibleError, InputError, IntegrityError, quoted
+from mla_deploy.runtime.cache_spec import spec_from_manifest
 from mla_deploy.strict_json import parse_json
 from mla_deploy.targets import find_target
 from mla_deploy.validate.gates import gate_for
@@ -147,7 +148,7 @@ def _numbers(bundle: Bundle, row: _Row) -> list[str]:
     if found["positions"] < 1:
         told.append("no position was compared")
     cache, batch = bundle.manifest["cache"], int(row.figures["batch"])
-    wanted = batch * int(cache["capacity"]) * int(cache["bytes_per_token"])
+    wanted = spec_from_manifest(bundle.manifest).bytes(batch, int(cache["capacity"]))
     if row.figures["cache_bytes"] != wanted:
         told.append(f"the caches took {row.figures['cache_bytes']} bytes, wanted {wanted}")
     return told

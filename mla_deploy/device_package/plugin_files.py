@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ import onnx_ir as ir
 
 from mla_deploy.bundle import Bundle
 from mla_deploy.device_package.stage import PackageStage
+from mla_deploy.engine.plugin_graph import without_body
 from mla_deploy.errors import EnvironmentFailure, quoted
+from mla_deploy.rewrite.release import Release
 
 OPERATOR = "MlaDecode"
 # Inside the package where it is installed, beside it in a checkout.
@@ -27,6 +29,7 @@ _PLUGINS = next(
 _COMPILER = "plugins.mla_decode.aot"
 _DTYPES = {ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 _SECONDS = 1200
+_BARE = "plugin/decode.onnx"
 _SKIPPED = ("__pycache__", ".pyc", ".so", ".o")
 
 
@@ -34,26 +37,42 @@ _SKIPPED = ("__pycache__", ".pyc", ".so", ".o")
 class PluginFiles:
     """What was put in. `called`: whether the graphs call the operator.
 
-    `told` says in a sentence what is there and what is not.
+    `told` says in a sentence what is there and what is not. `graphs` are those without the
+    operator's function, for releases that cannot put a plugin in its place, and `weights` what they
+    need beside them.
     """
 
     called: bool
     source: bool
     kernels: tuple[str, ...]
     told: str
+    graphs: Mapping[str, str] = field(default_factory=dict)
+    weights: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """For package.json."""
         return {"called": self.called, "source": self.source, "kernels": list(self.kernels),
-                "told": self.told}  # fmt: skip
+                "told": self.told, "graphs": dict(self.graphs),
+                "weights": list(self.weights)}  # fmt: skip
 
 
-def add_plugin(stage: PackageStage, bundle: Bundle, sm: str) -> PluginFiles:
-    """Copy the source into `plugin/`; compile the kernels where the graphs call the operator.
+def add_plugin(stage: PackageStage, bundle: Bundle, sm: str, release: Release) -> PluginFiles:
+    """Copy the source into `plugin/`; compile the kernels where the graphs call the operator, and
+    write the decode graph that only the plugin runs where the release needs one.
 
     Raises: EnvironmentFailure PKG-KERNELS (the compiler is there and failed).
     """
     variant = called_variant(bundle)
+    called = variant is not None
+    if called and not release.has_plugin_override:
+        stage.write(_BARE, without_body(bundle.graph("decode")))
+        found = _files(stage, variant, sm)
+        return replace(found, graphs={"decode": _BARE}, weights=bundle.weight_files)
+    return _files(stage, variant, sm)
+
+
+def _files(stage: PackageStage, variant: Mapping[str, Any] | None, sm: str) -> PluginFiles:
+    """Source and kernels."""
     called = variant is not None
     source = _PLUGINS / "mla_decode"
     if not source.is_dir():

@@ -132,7 +132,7 @@ def _shapes(planned: BuildPlan) -> dict[str, list[dict[str, Any]]]:
 def _plugin(stage: PackageStage, planned: BuildPlan, mode: str) -> PluginFiles:
     if mode == "off":
         return PluginFiles(False, False, (), "left out, as asked")
-    found = add_plugin(stage, planned.bundle, planned.sms[0])
+    found = add_plugin(stage, planned.bundle, planned.sms[0], find_release(planned.release))
     if mode == "on" and not (found.called and found.source):
         raise InputError("BLD-PLUGIN", f"--plugin on: {found.told}", hint="leave --plugin out")
     return found
@@ -169,7 +169,10 @@ def _write_scripts(
         graph: [profile.shapes(bundle.inputs(graph)) for profile in planned.profiles[graph]]
         for graph in GRAPHS
     }
-    conf = build_conf(release, shapes, weight_streaming=weight_streaming, has_plugin=plugin.called)
+    conf = build_conf(
+        release, shapes, weight_streaming=weight_streaming, has_plugin=plugin.called,
+        weights=bundle.weight_files,
+    )  # fmt: skip
     stage.write("build.conf", conf)
     stage.write("README.txt", _readme(planned, plugin).encode("ascii"))
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mla_deploy.bundle import Bundle
 from mla_deploy.engine.messages import log_errors, node_errors
+from mla_deploy.engine.plugin_graph import plugin_graph
 from mla_deploy.engine.profiles import BuildProfile
 from mla_deploy.engine.report import GraphReport, Kernel, NodeError, ProfileReport
 from mla_deploy.engine.request import BuildRequest
@@ -20,6 +21,7 @@ from mla_deploy.errors import (
     MlaDeployError,
     quoted,
 )
+from mla_deploy.rewrite.releases import find_release
 
 _SHOWN = 3
 
@@ -56,6 +58,8 @@ def build_graph(
     graph = profiles[0].graph
     for name in bundle.weight_files:
         bundle.file(name)
+    overrides = find_release(recipe.release).has_plugin_override
+    bare = graph == "decode" and recipe.plugin_library is not None and not overrides
     request = BuildRequest(
         package=recipe.package,
         release=recipe.release,
@@ -72,7 +76,11 @@ def build_graph(
             progress(f"building {graph}", done, total)
 
     names = [str(profile) for profile in profiles]
-    return build_engine(request, names, timeout=recipe.timeout, progress=report)
+    if not bare:
+        return build_engine(request, names, timeout=recipe.timeout, progress=report)
+    with plugin_graph(bundle) as path:
+        request = replace(request, onnx=str(path))
+        return build_engine(request, names, timeout=recipe.timeout, progress=report)
 
 
 def build_engine(

@@ -53,44 +53,80 @@ def host_limit(weights_bytes: int, profiles: int) -> int:
     return (1 + 2 * profiles) * weights_bytes + _BASE_BYTES
 
 
-def activation_bytes(bundle: Bundle, profile: BuildProfile) -> int:
-    """Bytes that a profile's largest call needs beside weights and caches.
+@dataclass(frozen=True)
+class Call:
+    """The largest call of a profile: `batch` rows of `tokens` new tokens, `capacity` cached ones.
 
-    Attention and the rest of a block do not stand at the same time, so the larger counts. Checked
-    against TensorRT-RTX 1.7 with one stream (`tests/engine/test_estimate.py`).
+    `row_width` values of `itemsize` bytes are cached for a token.
     """
-    config, item = bundle.config, int(bundle.manifest["cache"]["itemsize"])
-    batch = profile.axes["batch"].max if "batch" in profile.axes else 1
-    tokens = profile.axes["new_tokens"].max if "new_tokens" in profile.axes else 1
-    attend = _absorbed_bytes if profile.graph == "decode" else _expanded_bytes
-    judged = batch * tokens if bundle.manifest["all_logits"] else batch
-    logits = judged * config.vocab_size * (_FP32 + item)
-    block = _block_bytes(config, profile.graph, batch * tokens, item)
-    return _SCRATCH_BYTES + max(attend(bundle, batch, tokens), block) + logits
+
+    graph: Graph
+    batch: int
+    tokens: int
+    capacity: int
+    row_width: int
+    itemsize: int
+    release: str
+    all_logits: bool = False
 
 
-def _absorbed_bytes(bundle: Bundle, batch: int, tokens: int) -> int:
+def activation_bytes(bundle: Bundle, profile: BuildProfile) -> int:
+    """Bytes that a profile's largest call needs beside weights and caches."""
+    cache = bundle.manifest["cache"]
+    call = Call(
+        profile.graph,
+        batch=profile.axes["batch"].max if "batch" in profile.axes else 1,
+        tokens=profile.axes["new_tokens"].max if "new_tokens" in profile.axes else 1,
+        capacity=int(cache["capacity"]),
+        row_width=int(cache["row_width"]),
+        itemsize=int(cache["itemsize"]),
+        release=str(bundle.manifest["engine"]["release"]),
+        all_logits=bool(bundle.manifest["all_logits"]),
+    )
+    return call_bytes(bundle.config, call)
+
+
+def call_bytes(config: MlaConfig, call: Call) -> int:
+    """Bytes that `call` needs beside weights and caches.
+
+    Attention, an indexer and the rest of a block do not stand at the same time, so the largest
+    counts. All but indexers was checked against TensorRT-RTX 1.7 with one stream
+    (`tests/engine/test_estimate.py`).
+    """
+    attend = _absorbed_bytes if call.graph == "decode" else _expanded_bytes
+    judged = call.batch * call.tokens if call.all_logits else call.batch
+    logits = judged * config.vocab_size * (_FP32 + call.itemsize)
+    block = _block_bytes(config, call.graph, call.batch * call.tokens, call.itemsize)
+    largest = max(attend(config, call), block, _indexer_bytes(config, call))
+    return _SCRATCH_BYTES + largest + logits
+
+
+def _absorbed_bytes(config: MlaConfig, call: Call) -> int:
     """The cache once more, transposed, and the scores in both types."""
-    config, cache = bundle.config, bundle.manifest["cache"]
-    item, rows = int(cache["itemsize"]), int(cache["capacity"])
-    scores = batch * config.num_heads * tokens * rows * (_FP32 + item)
-    return batch * rows * int(cache["row_width"]) * item + scores
+    cached = call.batch * call.capacity
+    scores = cached * config.num_heads * call.tokens * (_FP32 + call.itemsize)
+    return cached * call.row_width * call.itemsize + scores
 
 
-def _expanded_bytes(bundle: Bundle, batch: int, tokens: int) -> int:
+def _expanded_bytes(config: MlaConfig, call: Call) -> int:
     """Keys and values of the whole capacity, the values padded to the keys' width, and the product
     they are cut from; the mask, the queries and the result. The scores stand only where the release
     has no fused operator."""
-    config, cache = bundle.config, bundle.manifest["cache"]
-    item, rows = int(cache["itemsize"]), int(cache["capacity"])
+    item, rows = call.itemsize, call.capacity
     head = config.qk_nope_head_dim + config.qk_rope_head_dim
     product = config.qk_nope_head_dim + config.v_head_dim
-    cached = batch * rows * config.num_heads * (2 * head + product) * item
-    release = find_release(bundle.manifest["engine"]["release"])
+    cached = call.batch * rows * config.num_heads * (2 * head + product) * item
+    release = find_release(call.release)
     fused = any(name.endswith("Attention") for name in release.operators)
-    scores = 0 if fused else batch * config.num_heads * tokens * rows * (_FP32 + item)
-    mask = batch * tokens * rows * item
-    return cached + scores + mask + 2 * batch * tokens * config.num_heads * head * item
+    scores = 0 if fused else call.batch * config.num_heads * call.tokens * rows * (_FP32 + item)
+    mask = call.batch * call.tokens * rows * item
+    return cached + scores + mask + 2 * call.batch * call.tokens * config.num_heads * head * item
+
+
+def _indexer_bytes(config: MlaConfig, call: Call) -> int:
+    """The scores that a sparse layer chooses by, of each of its heads, in both types."""
+    heads = int(config.raw.get("index_n_heads") or 0)
+    return call.batch * heads * call.tokens * call.capacity * (_FP32 + call.itemsize)
 
 
 def _block_bytes(config: MlaConfig, graph: Graph, tokens: int, item: int) -> int:

@@ -19,6 +19,7 @@ from mla_deploy.engine.built_on import built_on
 from mla_deploy.engine.estimate import Estimate, estimate, require_disk, require_room
 from mla_deploy.engine.lint import lint_graph, require_clean
 from mla_deploy.engine.lint_finding import LintFinding
+from mla_deploy.engine.plugin_graph import calls_plugin
 from mla_deploy.engine.profiles import GRAPHS, BuildProfile, Graph, bundle_profiles
 from mla_deploy.engine.report import BuildReport
 from mla_deploy.errors import EnvironmentFailure, GateError, InputError, quoted
@@ -283,16 +284,16 @@ def _plugin(
 ) -> str | None:
     """The plugin library to build with, None to build the function of plain operators.
 
-    Raises: InputError BLD-PLUGIN (it is not there; or asked for, and the release has no place).
+    Raises: InputError BLD-PLUGIN (it is not there; or asked for, and the graph has no place).
     """
     reason = "no library is given" if library is None and mode == "on" else ""
     if library is not None and mode != "off":
         if not os.path.isfile(library):
             reason = f"there is no library {quoted(os.fspath(library))}"
-        elif not (find_release(planned.release).has_plugin_override or _has_plugin_node(planned)):
+        elif not calls_plugin(planned.bundle.graph("decode")):
             if mode == "auto":
                 return None
-            reason = f"TensorRT {planned.release} cannot put a plugin in a function's place"
+            reason = "the decode graph calls no MlaDecode"
     if reason:
         raise InputError(
             "BLD-PLUGIN",
@@ -300,11 +301,6 @@ def _plugin(
             hint="build plugins/mla_decode and pass --plugin-library, or --plugin off",
         )
     return None if library is None or mode == "off" else os.path.realpath(library)
-
-
-def _has_plugin_node(planned: BuildPlan) -> bool:
-    """Whether a graph holds the plugin's node without a function of its name."""
-    return any(_is_plugin_node(finding) for found in planned.findings.values() for finding in found)
 
 
 def _is_plugin_node(finding: LintFinding) -> bool:

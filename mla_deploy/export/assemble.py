@@ -272,6 +272,16 @@ class Builder:
             )
         return graph.initializers[name]
 
+    def type_module_caches(self, caches: Mapping[str, CacheBuffer]) -> None:
+        """Before rules run on a graph without layers: its caches as they are stored."""
+        for value in self.model.graph.inputs:
+            buffer = caches.get(str(value.name))
+            if buffer is not None:
+                value.type = ir.TensorType(self.cache_dtype(buffer))
+
+    def bind_step_inputs(self) -> None:
+        """In a graph without layers: what rules ask for beside the traced plan."""
+
     def type_trunk(self) -> None:
         """After the trunk's weights are known, and before any layer is called."""
 

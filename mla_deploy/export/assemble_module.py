@@ -20,23 +20,21 @@ def assemble_module(
     """Rewrite the module's graph with `rules`; `layout` learns the weights."""
     model = trace.trunk.clone()
     caches = {buffer.name(): buffer for buffer in trace.trunk_buffers}
-    builder = Builder(model, form, layout, trace)
-    for value in model.graph.inputs:
-        if value.name in caches:
-            value.type = ir.TensorType(builder.cache_dtype(caches[value.name]))
+    builder = form.builder(model, form, layout, trace)
+    builder.type_module_caches(caches)
     # All of it is trunk; the rules of layers do what the trunk's do, and more.
     counts = order.apply_rules(model, (*rules.head, *rules.layers))
-    given = {*INPUTS, *caches}
-    uses = collect_weights(model, given)
+    builder.bind_step_inputs()
+    uses = collect_weights(model, {*INPUTS, *caches})
     order.require_lowered(model)
     builder.trunk_weights({name: renamed_use(use, f"{SOURCE}.") for name, use in uses.items()})
-    _name(model, form, trace, rules.verified)
+    _name(model, builder, rules.verified)
     return Assembled(builder.finished(), counts)
 
 
-def _name(model: ir.Model, form: GraphForm, trace: Trace, verified: bool) -> None:
+def _name(model: ir.Model, builder: Builder, verified: bool) -> None:
     """The graph's contract: tokens, lengths, caches; logits, then the caches."""
-    graph = model.graph
+    graph, form, trace = model.graph, builder.form, builder.trace
     batch, new = shapes.BATCH, shapes.NEW_TOKENS
     inputs = {str(value.name): value for value in graph.inputs}
     inputs["input_ids"].shape = ir.Shape([batch, new])
@@ -46,9 +44,7 @@ def _name(model: ir.Model, form: GraphForm, trace: Trace, verified: bool) -> Non
     behind = name_logits(graph, vocab, every=every, verified=verified)
     for buffer, value in zip(trace.trunk_buffers, graph.outputs[1:], strict=True):
         held = inputs[buffer.name()]
-        rows: tuple[str, str] = (shapes.CAPACITY, shapes.CAPACITY)
-        if trace.form.growing:
-            rows = (shapes.PAST_TOKENS, f"{shapes.PAST_TOKENS} + {shapes.NEW_TOKENS}")
+        rows = (builder.rows(out=False), builder.rows(out=True))
         value.name = buffer.name(out=True)
         held.shape, value.shape = (ir.Shape([batch, 1, r, *buffer.shape]) for r in rows)
         value.type = held.type

@@ -74,6 +74,21 @@ class TypedBuilder(Builder):
         node.name = name
         return made
 
+    def type_module_caches(self, caches: Mapping[str, CacheBuffer]) -> None:
+        """Nothing yet: rules work on the fp32 of the trace."""
+
+    def bind_step_inputs(self) -> None:
+        """The graph is typed as one, caches too; what rules ask for is made at its top."""
+        graph = self.model.graph
+        inputs = {str(value.name): value for value in graph.inputs}
+        for buffer in self.trace.trunk_buffers:
+            inputs[buffer.name()].type = ir.TensorType(self.cache_dtype(buffer))
+        for name in lift_step_inputs(graph):
+            asked = graph.inputs.pop()
+            if name != "write_index_B":
+                raise MlaDeployError("EXP-SHAPE", f"a graph without layers asks for {name}")
+            asked.replace_all_uses_with(self._module_write_index())
+
     def read_weight(self, stored: ir.Value, like: ir.Value) -> ir.Value:
         return stored
 
@@ -127,6 +142,18 @@ class TypedBuilder(Builder):
         capacity = self._added("Shape", self._input("rows_held"), start=2, end=3)
         room = self._added("Sub", capacity, self._new_tokens())
         return self._added("Min", self._input("cache_lengths"), room)
+
+    def _module_write_index(self) -> ir.Value:
+        """The same, of a capacity that is known and new tokens that the ids tell."""
+        capacity = ir.node("Constant", [], attributes={"value_ints": [self.capacity]})
+        tokens = ir.node("Shape", [self._input("input_ids")], attributes={"start": 1, "end": 2})
+        room = ir.node("Sub", [capacity.outputs[0], tokens.outputs[0]])
+        least = ir.node("Min", [self._input("cache_lengths"), room.outputs[0]])
+        graph, made = self.model.graph, (capacity, tokens, room, least)
+        graph.insert_before(graph[0], made)
+        for node in made:
+            node.outputs[0].type = ir.TensorType(ir.DataType.INT64)
+        return least.outputs[0]
 
     def _attended(self) -> ir.Value:
         """visible, or slot 0."""

@@ -5,19 +5,17 @@ The absorbed halves of kv_b_proj are cut there already; a graph that wants the w
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from mla_deploy.bundle import Bundle
-from mla_deploy.checkpoint.header import TensorInfo, read_header
-from mla_deploy.checkpoint.shards import Shards
-from mla_deploy.checkpoint.values import read_values
+from mla_deploy.checkpoint.header import TensorInfo
+from mla_deploy.checkpoint.names import STACKS, virtual_name
 from mla_deploy.config import MlaConfig
-from mla_deploy.door import open_folder
 from mla_deploy.errors import InputError, quoted
+from mla_deploy.export.weight_file import WeightFile
 from mla_deploy.rewrite.weights import HALVES
 
 
@@ -43,32 +41,44 @@ class BundleSource:
         self.total_bytes = int(made_of["total_bytes"])
         self.notes = (*made_of["notes"], f"weights read from bundle {bundle.digest}")
         self.skipped: Mapping[str, int] = dict(made_of["skipped"])
-        file = bundle.file(str(manifest["weights"]["file"])).name
-        self._opened = open_folder(bundle.path)
-        self._shards = Shards(self._opened)
-        descriptor = self._shards.duplicate(file)
-        try:
-            self._tensors = {info.name: info for info in read_header(descriptor, file)}
-        finally:
-            os.close(descriptor)
+        self._file = WeightFile(bundle)
+        self._tensors = self._file.tensors
         self.slices: Mapping[str, TensorInfo | Joined] = {**self._tensors, **self._joined()}
 
     def read(self, name: str) -> torch.Tensor:
         """A weight, halves joined. Raises: as `Checkpoint.read`."""
         if name in self._tensors:
-            return read_values(self._shards, self._tensors[name], None, None)
-        uk, uv = (self._tensors.get(half) for half in _halves(name))
-        if uk is None or uv is None:
+            return self._file.read(name)
+        uk, uv = _halves(name)
+        if uk not in self._tensors or uv not in self._tensors:
             raise InputError("CKPT-MISSING", f"there is no weight {quoted(name)}", tensor=name)
-        w_uk_HNL = read_values(self._shards, uk, None, None)
-        w_uv_HLV = read_values(self._shards, uv, None, None)
+        w_uk_HNL, w_uv_HLV = self._file.read(uk), self._file.read(uv)
         return torch.cat([w_uk_HNL, w_uv_HLV.transpose(1, 2)], dim=1).flatten(0, 1)
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows of a weight. Raises: as `Checkpoint.read`."""
         if name in self._tensors:
-            return read_values(self._shards, self._tensors[name], slice(start, stop), None)
+            return self._file.read(name, slice(start, stop))
         return self.read(name)[start:stop]
+
+    def read_parameter(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """A whole parameter of the module, experts stacked; zeros for what no graph reads.
+
+        Raises: as `Checkpoint.read`.
+        """
+        if name in self.slices:
+            return self.read(name)
+        found = torch.zeros(shape)
+        for ending, parts in STACKS:
+            if not name.endswith(ending):
+                continue
+            height = shape[1] // len(parts)
+            for expert in range(shape[0]):
+                for place, part in enumerate(parts):
+                    own = virtual_name(name.removesuffix(ending), expert, part)
+                    if own in self._tensors:
+                        found[expert, place * height : (place + 1) * height] = self.read(own)
+        return found
 
     def stacked_parts(self, name: str) -> tuple[str, ...]:
         """None: stacks lie whole in the file."""
@@ -85,8 +95,7 @@ class BundleSource:
         return found
 
     def close(self) -> None:
-        self._shards.close()
-        self._opened.close()
+        self._file.close()
 
 
 def _halves(whole: str) -> tuple[str, str]:

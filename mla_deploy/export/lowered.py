@@ -16,13 +16,18 @@ from mla_deploy.export.assemble_typed import typed_builder
 from mla_deploy.export.trace import Trace
 from mla_deploy.export.weights import WeightLayout
 from mla_deploy.rewrite import mla_decode, mla_decode_body, order, quantize_cpu, quantize_heads
-from mla_deploy.rewrite.release import composites_of, require_composites, require_operators
+from mla_deploy.rewrite.release import (
+    Release,
+    composites_of,
+    require_composites,
+    require_operators,
+)
 from mla_deploy.rewrite.releases import find_release
 from mla_deploy.targets import find_target
 from mla_deploy.weight_forms.form import WeightPlan
 
 if TYPE_CHECKING:
-    from mla_deploy.export.pipeline import ExportOptions
+    from mla_deploy.export.options import ExportOptions
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,8 @@ def lowered(
             graphs_of = _quantized(graphs_of, options.plan, config, is_tied=bool(trace.tied))
         lowering = Lowering(graphs_of, Builder)
     else:
-        lowering = _for_tensorrt(trace, options, release)
+        found = composites_of(layer.model for layer in trace.layers)
+        lowering = tensorrt_lowering(options, release, found)
     form = GraphForm(
         config=config,
         cache=trace.form,
@@ -84,9 +90,7 @@ def lowered(
     )
     graphs = {name: assemble(trace, form, rules, layout) for name, rules in lowering.graphs.items()}
     if release is not None:
-        _as_operator(graphs["decode"])
-        for graph in graphs.values():
-            require_operators(find_release(release), graph.model)
+        finish_tensorrt(graphs, release)
     return graphs
 
 
@@ -134,17 +138,15 @@ def _quantized(
     }
 
 
-def _for_tensorrt(trace: Trace, options: ExportOptions, name: str) -> Lowering:
+def tensorrt_lowering(options: ExportOptions, name: str, composites: set[str]) -> Lowering:
+    """The rules of release `name`, for a model that holds `composites`. Raises: REW-TARGET."""
     release = find_release(name)
-    require_composites(release, composites_of(layer.model for layer in trace.layers))
+    require_composites(release, composites)
     builder = typed_builder(options.capacity, release.opset, release.ir_version)
-    decode = release.decode
-    if release.has_plugin_override:
-        blocks = mla_decode.MULTIPROCESSORS[str(find_target(options.target).sm)]
-        names = [rule.name for rule in decode]
-        place = names.index("lower_latent_attention")
-        decode = (*decode[:place], *mla_decode.rules(blocks), *decode[place:])
-    trunk = release.trunk
+    decode, trunk = release.decode, release.trunk
+    blocks = mla_decode.MULTIPROCESSORS[str(find_target(options.target).sm)]
+    place = [rule.name for rule in decode].index("lower_latent_attention")
+    decode = (*decode[:place], *mla_decode.rules(blocks), *decode[place:])
     graphs = {
         "prefill": order.GraphRules(trunk, release.prefill),
         "decode": order.GraphRules(trunk, decode),
@@ -152,14 +154,26 @@ def _for_tensorrt(trace: Trace, options: ExportOptions, name: str) -> Lowering:
     return Lowering(graphs, builder)
 
 
-def _as_operator(decode: Assembled) -> None:
-    """The function of MlaDecode, at the top of the graph, where a plugin can take its place."""
+def finish_tensorrt(graphs: dict[str, Assembled], name: str) -> None:
+    """Give decode its function of MlaDecode. Raises: REW-OPERATOR."""
+    release = find_release(name)
+    _as_operator(graphs["decode"], release)
+    for graph in graphs.values():
+        require_operators(release, graph.model)
+
+
+def _as_operator(decode: Assembled, release: Release) -> None:
+    """The function of MlaDecode; where the release has the override, at the top of the graph, where
+    a plugin can take its place. Before that a plugin is found in layers, in a graph without it."""
     fired = decode.counts.get("to_mla_decode", 0)
     if fired:
         decode.counts["lower_latent_attention"] += fired
         decode.counts["lower_cache_update"] += fired
-        mla_decode_body.add_tensorrt_body(decode.model, _stored(decode.model))
-        mla_decode_body.expose(decode.model)
+        mla_decode_body.add_tensorrt_body(
+            decode.model, _stored(decode.model), in_place=release.has_tensor_scatter
+        )
+        if release.has_plugin_override:
+            mla_decode_body.expose(decode.model)
 
 
 def _stored(model: ir.Model) -> ir.DataType:

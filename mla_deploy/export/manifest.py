@@ -21,7 +21,7 @@ from mla_deploy.source.cache_parts import CacheBuffer
 from mla_deploy.targets import find_target
 
 if TYPE_CHECKING:
-    from mla_deploy.export.pipeline import ExportOptions
+    from mla_deploy.export.options import ExportOptions
 
 _LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "safetensors", "numpy")
 
@@ -127,6 +127,7 @@ def _quantized(options: ExportOptions, layout: WeightLayout) -> dict[str, Any]:
             **options.plan.to_dict(),
             "tensors": len(values),
             "bytes": sum(weight.nbytes for weight in parts),
+            **({} if layout.calibration is None else {"calibration": layout.calibration}),
         }
     }
 

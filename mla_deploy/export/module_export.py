@@ -17,11 +17,17 @@ from mla_deploy.errors import InputError, quoted
 from mla_deploy.export.assemble import Assembled, Builder, GraphForm
 from mla_deploy.export.assemble_module import assemble_module
 from mla_deploy.export.bind import bind_weights
-from mla_deploy.export.lowered import cpu_rules
+from mla_deploy.export.lowered import (
+    Lowering,
+    any_capacity,
+    cpu_rules,
+    finish_tensorrt,
+    tensorrt_lowering,
+)
 from mla_deploy.export.manifest import manifest_of
+from mla_deploy.export.options import ExportOptions
 from mla_deploy.export.pipeline import (
     TOKENIZER_TEXTS,
-    ExportOptions,
     Progress,
     copy_texts,
     widest_row,
@@ -33,6 +39,7 @@ from mla_deploy.export.trace_module import EXPANSION, trace_raised
 from mla_deploy.export.weights import DTYPES, WeightLayout
 from mla_deploy.rewrite import order
 from mla_deploy.rewrite.ensures import require_latent_only
+from mla_deploy.rewrite.release import composites_of
 from mla_deploy.source.user.module_source import ModuleSource, open_module_source
 from mla_deploy.source.user.raised import RaisedModule
 from mla_deploy.targets import find_target
@@ -109,21 +116,13 @@ def _require_form(options: ExportOptions) -> None:
             f"the cache of a module is stored as {options.cache_dtype}; wanted fp32, fp16 or bf16",
             hint="leave --cache-dtype out, or store the cache as fp16",
         )
-    target = find_target(options.target)
-    if target.release is not None:
-        raise InputError(
-            "TARGET-FORM",
-            f"target {target.name} takes no --module: only checkpoints are lowered for "
-            f"{target.runtime}",
-            hint="export the module with `--target cpu`",
-            target=target.name,
-        )
 
 
 def _build(source: ModuleSource, stage: Stage, options: ExportOptions, report: Progress) -> Bundle:
     cache = CacheForm(options.cache_layout == "fused", options.cache == "growing")
     trace = trace_raised(source.raised, cache, options.all_logits)
     report("trace", 2, 2)
+    lowering = _lowering(trace, options)
     form = GraphForm(
         config=source.config,
         cache=cache,
@@ -131,13 +130,15 @@ def _build(source: ModuleSource, stage: Stage, options: ExportOptions, report: P
         cache_dtype=options.rows_dtype,
         all_logits=options.all_logits,
         layers_prefix="",
-        builder=Builder,
+        builder=lowering.builder,
     )
     layout = WeightLayout()
     graphs = {
-        name: assemble_module(trace, form, rules, layout)
-        for name, rules in cpu_rules(cache.growing, options.all_logits).items()
+        name: assemble_module(trace, form, rules, layout) for name, rules in lowering.graphs.items()
     }
+    release = find_target(options.target).release
+    if release is not None:
+        finish_tensorrt(graphs, release)
     _require_fired(graphs, trace, len(source.raised.latents))
     report("rewrite", 1, 1)
     weights = ModuleWeights(source.raised, {})
@@ -146,7 +147,8 @@ def _build(source: ModuleSource, stage: Stage, options: ExportOptions, report: P
         bind_weights(graph.model, layout, stage.path, stage.named("weights"))
         proto = ir.to_proto(graph.model)
         if name == "decode":
-            require_latent_only(proto, source.config.num_heads, widest_row(trace))
+            checked = any_capacity(proto, options.capacity)
+            require_latent_only(checked, source.config.num_heads, widest_row(trace))
         stage.write_bytes(stage.named(f"{name}.onnx"), proto.SerializeToString(deterministic=True))
     report("publish", 0, 1)
     manifest = manifest_of(
@@ -155,6 +157,16 @@ def _build(source: ModuleSource, stage: Stage, options: ExportOptions, report: P
     bundle = stage.publish(manifest)
     report("publish", 1, 1)
     return bundle
+
+
+def _lowering(trace: Trace, options: ExportOptions) -> Lowering:
+    """Raises: REW-TARGET."""
+    release = find_target(options.target).release
+    if release is None:
+        return Lowering(cpu_rules(trace.form.growing, options.all_logits), Builder)
+    # Rules of the head lower the tokens that it sees, for every runtime.
+    found = composites_of(iter([trace.trunk])) - {"HeadTokens"}
+    return tensorrt_lowering(options, release, found)
 
 
 def _require_fired(graphs: dict[str, Assembled], trace: Trace, attentions: int) -> None:

@@ -6,7 +6,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -23,27 +22,25 @@ from mla_deploy.errors import InputError
 from mla_deploy.export.assemble import Assembled
 from mla_deploy.export.bind import bind_weights
 from mla_deploy.export.bundle_source import BundleSource
+from mla_deploy.export.calibration.calibrate import calibrate
+from mla_deploy.export.calibration.text import CalibrationText, calibration_text
 from mla_deploy.export.copied import copy_kept
 from mla_deploy.export.in_place import Kept, files_section, keep, own_dtype, require_plain_files
 from mla_deploy.export.keep import WAYS, kept_dtype, require_keepable
-from mla_deploy.export.lowered import any_capacity, lowered, require_form
+from mla_deploy.export.lowered import any_capacity, lowered
 from mla_deploy.export.manifest import Source, manifest_of
+from mla_deploy.export.options import ExportOptions, options_for
 from mla_deploy.export.trace import Trace, trace_model
 from mla_deploy.export.trace_layer import CacheForm
 from mla_deploy.export.weights import DTYPES, WeightLayout, WeightSource
 from mla_deploy.export.widen import point_in_place
-from mla_deploy.latent_store import STORES, LatentStore, rows_dtype
 from mla_deploy.rewrite import order
 from mla_deploy.rewrite.ensures import require_latent_only
 from mla_deploy.source.model import source_weights
-from mla_deploy.targets import DEFAULT_TARGET, buildable_target, check_dtype, find_target
-from mla_deploy.weight_forms.fit import check_forms, fitted
-from mla_deploy.weight_forms.form import KINDS, WeightPlan, is_plan, parse_plan
+from mla_deploy.targets import find_target
+from mla_deploy.weight_forms.form import KINDS, is_plan
+from mla_deploy.weight_forms.rounded import PlanRounding
 
-DEFAULT_CAPACITY = 4096
-CACHE_KINDS = ("in-place", "growing")
-CACHE_LAYOUTS = ("fused", "split")
-CACHE_DTYPES = (*DTYPES, *STORES)
 TOKENIZER_TEXTS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -55,38 +52,6 @@ _TEXTS = ("config.json", *TOKENIZER_TEXTS)
 _COPY_LIMIT = 64 * 1024 * 1024
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """What a user may choose; every None is the library's default."""
-
-    target: str
-    dtype: str
-    cache: str
-    cache_layout: str
-    cache_dtype: str
-    capacity: int
-    all_logits: bool
-    in_place: bool
-    weights: str | None  # None, "keep", or a plan of `weight_forms.form`
-
-    @property
-    def plan(self) -> WeightPlan | None:
-        """How weights are quantised."""
-        if self.weights is None or not is_plan(self.weights):
-            return None
-        return fitted(find_target(self.target), parse_plan(self.weights))
-
-    @property
-    def store(self) -> LatentStore | None:
-        """How latents are stored, when not as numbers of `cache_dtype`."""
-        return STORES.get(self.cache_dtype)
-
-    @property
-    def rows_dtype(self) -> str:
-        """The dtype of cached rows that are no codes."""
-        return rows_dtype(self.cache_dtype, self.dtype)
 
 
 def export(
@@ -103,6 +68,7 @@ def export(
     cache_dtype: str | None = None,
     capacity: int | None = None,
     all_logits: bool = False,
+    calibrate: str | os.PathLike[str] | None = None,
     replace: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -113,7 +79,8 @@ def export(
     a latent as codes with scales (`latent_store.py`) and what lies beside it in 16 bits.
     `weights` "keep": they are stored as in the checkpoint instead, FP8 and int8 with their scales,
     and the cache in the dtype of most of them; what must be made (halves of kv_b_proj) in float.
-    "int4", "int8", "fp8" or a refined one (`weight_forms/form.py`): quantised, rounded to nearest.
+    "int4", "int8", "fp8" or a refined one (`weight_forms/form.py`): quantised, rounded to nearest,
+    or fitted to what weights meet in the text file `calibrate`, if that serves its end better.
     `capacity` is the tokens a runner reserves per row unless told otherwise.
     Nothing is left under `out` unless everything succeeded; `replace` swaps whole bundles.
     `module`, `package.file:factory`, in place of a checkpoint: the user's own torch.nn.Module, with
@@ -126,7 +93,7 @@ def export(
     report = progress or (lambda *_: None)
     _require_one_source(checkpoint, module, weights, out, in_place)
     options_of = partial(
-        _options,
+        options_for,
         target=target,
         cache=cache,
         cache_layout=cache_layout,
@@ -134,6 +101,7 @@ def export(
         capacity=capacity,
         all_logits=all_logits,
         in_place=in_place,
+        calibrate=None if calibrate is None else os.fspath(calibrate),
     )
     if module is not None and out is not None:
         from mla_deploy.export.module_export import export_module
@@ -142,9 +110,8 @@ def export(
         return export_module((module, weights), out, chosen, replace=replace, report=report)
     with open_checkpoint(Path(checkpoint or "")) as source:
         found = _dtype(source, dtype, in_place, weights)
-        options = options_of(
-            source.config, dtype=found, weights=None if weights is None else str(weights)
-        )
+        told = None if weights is None else str(weights)
+        options = options_of(source.config, dtype=found, weights=told)
         with _staged(source, out, options, replace) as stage:
             return build_bundle(source, source_weights(source), stage, options, report)
 
@@ -175,70 +142,6 @@ def _dtype(source: Checkpoint, asked: str | None, in_place: bool, weights: objec
 
 def _is_way(weights: str) -> bool:
     return weights in WAYS or is_plan(weights)
-
-
-def _options(
-    config: MlaConfig,
-    *,
-    target: str | None,
-    dtype: str | None,
-    weights: str | None,
-    cache: str | None,
-    cache_layout: str | None,
-    cache_dtype: str | None,
-    capacity: int | None,
-    all_logits: bool,
-    in_place: bool,
-) -> ExportOptions:
-    default = min(config.max_position_embeddings, DEFAULT_CAPACITY)
-    row = buildable_target(target or DEFAULT_TARGET)
-    stored = dtype or row.default_dtype
-    chosen = ExportOptions(
-        target=row.name,
-        dtype=stored,
-        cache=cache or "in-place",
-        cache_layout=cache_layout or ("split" if cache_dtype in STORES else "fused"),
-        cache_dtype=cache_dtype or stored,
-        capacity=default if capacity is None else capacity,
-        all_logits=all_logits,
-        in_place=in_place,
-        weights=weights,
-    )
-    check_options(chosen)
-    return chosen
-
-
-def check_options(chosen: ExportOptions) -> None:
-    """Raises: InputError EXP-OPTION, EXP-CACHE, EXP-WEIGHT-FORM, TARGET-*."""
-    row = find_target(chosen.target)
-    check_dtype(row, chosen.dtype)
-    if chosen.weights is not None and is_plan(chosen.weights):
-        check_forms(row, parse_plan(chosen.weights))
-    for name, found, known in (
-        ("dtype", chosen.dtype, tuple(DTYPES)),
-        ("cache", chosen.cache, CACHE_KINDS),
-        ("cache_layout", chosen.cache_layout, CACHE_LAYOUTS),
-        ("cache_dtype", chosen.cache_dtype, CACHE_DTYPES),
-    ):
-        if found not in known:
-            raise InputError("EXP-OPTION", f"{name} is {found!r}; wanted one of {', '.join(known)}")
-    if type(chosen.capacity) is not int or not 1 <= chosen.capacity <= 2**31:
-        raise InputError("EXP-OPTION", f"capacity is {chosen.capacity!r}; wanted 1 to 2^31 tokens")
-    _require_storable(chosen)
-    require_form(chosen)
-
-
-def _require_storable(options: ExportOptions) -> None:
-    """Codes and scales are scattered in place, apart from the rope key."""
-    wanted = {"cache": "in-place", "cache_layout": "split"}
-    for name, value in wanted.items():
-        if options.store is not None and getattr(options, name) != value:
-            raise InputError(
-                "EXP-CACHE",
-                f"{name} is {getattr(options, name)}; a cache stored as {options.cache_dtype} is "
-                f"{value}",
-                hint="leave the option out, or store the cache as fp16",
-            )
 
 
 def _staged(
@@ -288,6 +191,7 @@ def build_bundle(
             require_keepable(checkpoint, find_target(options.target))
     if not options.in_place:
         copy_texts(source.folder, stage, _TEXTS)
+    text = _text(source, options)
     report("trace", 0, 1)
     trace = trace_model(config, cache, options.all_logits)
     report("trace", 1, 1)
@@ -302,6 +206,7 @@ def build_bundle(
         if not options.in_place:
             kept = copy_kept(layout, kept, checkpoint.checkpoint, stage.named("weights"))
         stage.require_space(layout.total_bytes)
+    _calibrate(config, weights, options, layout, text=text, report=report)
     write_weights(weights, layout, stage, report)
     for name, graph in graphs.items():
         bind_weights(graph.model, layout, stage.path, stage.named("weights"))
@@ -320,6 +225,31 @@ def build_bundle(
     bundle = stage.publish(manifest)
     report("publish", 1, 1)
     return bundle
+
+
+def _text(source: Described, options: ExportOptions) -> CalibrationText | None:
+    """That of `options.calibrate`, refused before the work begins."""
+    if options.calibrate is None:
+        return None
+    return calibration_text(options.calibrate, source.folder, source.config)
+
+
+def _calibrate(
+    config: MlaConfig,
+    weights: WeightMap | BundleSource,
+    options: ExportOptions,
+    layout: WeightLayout,
+    *,
+    text: CalibrationText | None,
+    report: Progress,
+) -> None:
+    """Fit the rounding of the layout's weights to `text`, where there is one."""
+    if options.plan is None or text is None:
+        return
+    is_for_device = find_target(options.target).release is not None
+    rounding = PlanRounding.of(config, options.plan, options.dtype, for_device=is_for_device)
+    found = calibrate(config, weights.read_parameter, layout, rounding, text=text, report=report)
+    layout.calibration = found.to_dict()
 
 
 def _require_fired(graphs: dict[str, Assembled], trace: Trace) -> None:

@@ -10,7 +10,8 @@ from math import prod
 from mla_deploy.bundle import Bundle, open_bundle, refuse_overlap, stage_bundle
 from mla_deploy.errors import InputError, quoted
 from mla_deploy.export.bundle_source import BundleSource
-from mla_deploy.export.pipeline import ExportOptions, Progress, build_bundle, check_options
+from mla_deploy.export.options import ExportOptions, check_options
+from mla_deploy.export.pipeline import Progress, build_bundle
 from mla_deploy.export.weights import DTYPES
 from mla_deploy.latent_store import STORES
 from mla_deploy.weight_forms.form import is_plan
@@ -22,15 +23,17 @@ def quantize(
     *,
     weights: str | None = None,
     cache_dtype: str | None = None,
+    calibrate: str | os.PathLike[str] | None = None,
     replace: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
     """Publish `out`, which is `bundle` but for its weights or the form of its cache.
 
     `weights`: a plan such as "int4" (`weight_forms/form.py`); `cache_dtype`: as `export` takes it.
+    `calibrate`: a file of text to whose inputs the rounding of weights is fitted.
     None leaves them as they are, and one of the two is needed. Target and capacity stay.
-    Raises: InputError QNT-AGAIN, QNT-SOURCE, QNT-OPTION, EXP-WEIGHT-FORM, EXP-CACHE, TARGET-*;
-    BUN-*; as `export`.
+    Raises: InputError QNT-AGAIN, QNT-SOURCE, QNT-OPTION, QNT-TEXT, EXP-WEIGHT-FORM, EXP-CACHE,
+    TARGET-*; BUN-*; as `export`.
     """
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     if weights is None and cache_dtype is None:
@@ -48,7 +51,11 @@ def quantize(
         )
     refuse_overlap(out, opened.path)
     with closing(BundleSource(opened)) as source:
-        options = changed(options_of(opened), weights=weights)
+        options = changed(
+            options_of(opened),
+            weights=weights,
+            calibrate=None if calibrate is None else os.fspath(calibrate),
+        )
         if cache_dtype is not None:
             layout = "split" if cache_dtype in STORES else options.cache_layout
             options = changed(options, cache_dtype=cache_dtype, cache_layout=layout)

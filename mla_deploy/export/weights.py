@@ -8,13 +8,12 @@ are quantised.
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -23,6 +22,7 @@ from mla_deploy.errors import InputError, MlaDeployError
 from mla_deploy.export.copied import CopiedTensor
 from mla_deploy.export.gather import CHUNK_BYTES, Gather, Writable
 from mla_deploy.rewrite.weights import WeightUse
+from mla_deploy.weight_forms.one_thread import one_thread
 from mla_deploy.weight_forms.parts import Part, part_bytes
 
 WEIGHT_FILE = "weights.safetensors"
@@ -92,10 +92,16 @@ class StoredWeight:
 
 @dataclass
 class WeightLayout:
-    """Every stored tensor and where its bytes will lie; `copied` are taken over bit by bit."""
+    """Every stored tensor and where its bytes will lie; `copied` are taken over bit by bit.
+
+    `rounded`: parts of weights that are quantised already, by the weight's name; `calibration`:
+    what the manifest tells of how.
+    """
 
     weights: dict[str, StoredWeight] = field(default_factory=dict)
     copied: dict[str, CopiedTensor] = field(default_factory=dict)
+    rounded: dict[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
 
     def add(self, weight: StoredWeight) -> None:
         """Both graphs name the weights they read; one that both read is stored once."""
@@ -151,11 +157,17 @@ class WeightLayout:
         Raises: CKPT-NONFINITE, CKPT-RANGE (a value does not fit fp16).
         """
         stream.write(self.header())
-        last = _LastRead(source)
-        with _one_thread(), Gather(stream) as gather:
+        last = _LastRead(source, self.rounded)
+        # What torch does here is bound by memory; the processors hash meanwhile.
+        with one_thread(), Gather(stream) as gather:
             for weight in self._ordered():
+                left = weight.nbytes
                 for count in _gathered(weight, source, last, gather):
+                    left -= count
                     done(count)
+                if left:
+                    told = f"{weight.name} took {-left:+,} bytes beside its {weight.nbytes:,}"
+                    raise MlaDeployError("EXP-WEIGHT", told)
             gather.finish()
 
 
@@ -217,24 +229,14 @@ def _converted_rooms(
         start += size
 
 
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Torch on one thread: what it does here is bound by memory, and its idle helpers would spin
-    on the processors that hash.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 class _LastRead:
     """Both halves of a weight are cut from one reading of it, all parts from one rounding."""
 
-    def __init__(self, source: WeightSource) -> None:
+    def __init__(
+        self, source: WeightSource, rounded: Mapping[str, Mapping[str, torch.Tensor]]
+    ) -> None:
         self._source = source
+        self.rounded = rounded
         self._name = ""
         self._value = torch.empty(0)
         self._use: WeightUse | None = None  # whose parts are held, whatever their names
@@ -267,6 +269,10 @@ class _LastRead:
 
 def _blocks(weight: StoredWeight, source: WeightSource, last: _LastRead) -> Iterator[torch.Tensor]:
     part = weight.use.part
+    if part is not None:
+        known = last.rounded.get(stored_name(replace(weight.use, part=None)))
+        if known is not None:
+            return iter((known[part.name],))
     blocks = _float_blocks(weight, source, last)
     return blocks if part is None else last.parts(weight.use, part, blocks)
 
@@ -282,7 +288,7 @@ def _float_blocks(
         parts = source.stacked_parts(use.parameter)
         if not parts:
             raise MlaDeployError("EXP-WEIGHT", f"no weight {use.parameter} to fill {weight.name}")
-        yield from map(source.read, parts)
+        yield from _stack(parts, weight, source)
         return
     part = source.slices[use.parameter]
     rows = part.shape[0] if part.shape else 1
@@ -292,6 +298,19 @@ def _float_blocks(
         return
     for start in range(0, rows, step):
         yield source.read_rows(use.parameter, start, min(rows, start + step))
+
+
+def _stack(
+    parts: Sequence[str], weight: StoredWeight, source: WeightSource
+) -> Iterator[torch.Tensor]:
+    """Of a stack of experts what the graph reads: a class may keep rows behind, and save them."""
+    left = prod(weight.shape) if weight.use.part is None else -1
+    for name in parts:
+        if left == 0:
+            return
+        block = source.read(name)
+        left -= block.numel()
+        yield block
 
 
 def _half(w_kv_b: torch.Tensor, use: WeightUse) -> torch.Tensor:

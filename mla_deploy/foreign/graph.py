@@ -295,7 +295,9 @@ def _reached(model: ir.Model, starts: Sequence[ir.Value]) -> frozenset[ir.Value]
     for node in model.graph:
         if node.op_type in ("Shape", "Size") and node.domain == "":
             continue
-        if any(value in found for value in node.inputs if value is not None) or (
+        # CastLike takes a dtype from its second operand, and no value.
+        inputs = node.inputs[:1] if node.op_type == "CastLike" else node.inputs
+        if any(value in found for value in inputs if value is not None) or (
             found and _reads_inside(node, found)
         ):
             found.update(node.outputs)

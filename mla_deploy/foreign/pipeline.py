@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from mla_deploy.bundle import Bundle, Stage, stage_bundle
+from mla_deploy.bundle.output import check_output, output_path
 from mla_deploy.config import MlaConfig
 from mla_deploy.errors import InputError, quoted
 from mla_deploy.export.assemble import Assembled, Builder, GraphForm
@@ -21,12 +22,10 @@ from mla_deploy.export.assemble_module import assemble_module
 from mla_deploy.export.bind import bind_weights
 from mla_deploy.export.lowered import cpu_rules
 from mla_deploy.export.manifest import manifest_of
+from mla_deploy.export.options import DEFAULT_CAPACITY, ExportOptions, check_options
 from mla_deploy.export.pipeline import (
-    DEFAULT_CAPACITY,
     TOKENIZER_TEXTS,
-    ExportOptions,
     Progress,
-    check_options,
     copy_texts,
     widest_row,
     write_weights,
@@ -100,6 +99,7 @@ def rewrite_model(
     """
     report = progress or (lambda *_: None)
     _refuse_over_source(path, out)
+    check_output(output_path(out), replace=replace)  # before the graph is read
     with open_foreign(path) as file:
         report("recognise", 0, 1)
         recognition = recognise(file.model)

@@ -112,6 +112,11 @@ class Places:
             return self._shape(node)
         if graph.depends(value):
             raise _refused(node, "positions follow from it")
+        if node.op_type == "CastLike":
+            kind = ir.DataType(self._known.dtypes.get(value, int(ir.DataType.FLOAT)))
+            kind = ir.DataType.FLOAT if kind.is_floating_point() else kind
+            made: ir.Value = nodes.Cast(self._value(required(node.inputs[0])), to=kind)
+            return made
         if node.op_type == "Slice":
             cut = self._cut(node)
             if cut is not None:
@@ -122,8 +127,8 @@ class Places:
                 return rows
         inputs = [None if each is None else self._value(each) for each in node.inputs]
         attributes = dict(node.attributes)
-        made = nodes.node(node.domain, node.op_type, inputs, attributes, len(node.outputs))
-        self._made.update(zip(node.outputs, made, strict=True))
+        results = nodes.node(node.domain, node.op_type, inputs, attributes, len(node.outputs))
+        self._made.update(zip(node.outputs, results, strict=True))
         return self._made[value]
 
     def _range(self, node: ir.Node) -> ir.Value:

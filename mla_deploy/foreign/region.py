@@ -138,6 +138,11 @@ class _Part:
             else:
                 self._nodes.add(node)
                 waiting.extend(v for v in node.inputs if v is not None)
+                like = node.inputs[1] if node.op_type == "CastLike" else None
+                if like is not None and self.graph.depends(like) and like not in self.given:
+                    waiting.remove(like)
+                    dtype = ir.DataType(self.graph.known.dtypes.get(like, 1))
+                    self.constants[like] = _wide(np.zeros((), dtype.numpy()))
 
     def _small(self, value: ir.Value) -> np.ndarray | None:
         return None if self.graph.depends(value) else self.known.value(value)

@@ -76,7 +76,7 @@ class AbsorbProjections(Rule):
         heads, nope, value, rank = expansion_sizes(key, latent, w_kv_b)
         w_uk_HNL, w_uv_HLV = split_heads(op, w_kv_b, heads, nope, value)
         q_nope_BHSN, q_rope_BHSR = split_query(op, query, nope, static(rope_key, -1))
-        q_latent_BHSL = heads_product(op, q_nope_BHSN, w_uk_HNL, rank)
+        q_latent_BHSL = heads_product(op, q_nope_BHSN, w_uk_HNL, (nope, rank))
         attend = op.LatentSinkAttention if self.sinks else op.LatentAttention
         out_BHSL = attend(
             q_latent_BHSL,
@@ -90,7 +90,7 @@ class AbsorbProjections(Rule):
             _domain=DOMAIN,
             _version=1,
         )
-        return heads_product(op, out_BHSL, w_uv_HLV, value)
+        return heads_product(op, out_BHSL, w_uv_HLV, (rank, value))
 
     def _of(self, sinks: Any) -> tuple[Any, ...]:
         return (sinks,) if self.sinks else ()
@@ -150,13 +150,14 @@ def split_query(op: Any, query: ir.Value, nope: int, rope: int) -> tuple[ir.Valu
     return q_nope, q_rope
 
 
-def heads_product(op: Any, x_BHSI: ir.Value, w_HIO: ir.Value, width: int) -> ir.Value:
-    """x_BHSI times w_HIO per head -> [B, H, S, O]."""
+def heads_product(op: Any, x_BHSI: ir.Value, w_HIO: ir.Value, widths: tuple[int, int]) -> ir.Value:
+    """x_BHSI times w_HIO per head -> [B, H, S, O]; `widths`: I, O."""
+    inner, outer = widths
     x_HBSI = op.Transpose(x_BHSI, perm=[1, 0, 2, 3])
     # 0 copies H; B and S fold into rows.
-    x_HXI = op.Reshape(x_HBSI, op.Concat(ints(op, [0, -1]), op.Shape(x_HBSI, start=3), axis=0))
+    x_HXI = op.Reshape(x_HBSI, ints(op, [0, -1, inner]))
     y_HXO = op.MatMul(x_HXI, w_HIO)
-    shape = op.Concat(op.Shape(x_HBSI, start=0, end=3), ints(op, [width]), axis=0)
+    shape = op.Concat(op.Shape(x_HBSI, start=0, end=3), ints(op, [outer]), axis=0)
     return op.Transpose(op.Reshape(y_HXO, shape), perm=[1, 0, 2, 3])
 
 

@@ -95,11 +95,15 @@ class LowerLatentAttention(Rule):
         node = required_node(out)
         sources = _row_sources(latent, rope_key)
         parts = [q_latent] if static(rope_key, -1) == 0 else [q_latent, q_rope]
-        if len(parts) > len(sources):
-            parts = [op.Concat(*parts, axis=-1)]
-        scale = op.Constant(value_float=float(attribute(node, "scale")))
-        queries = [folded(op, op.Mul(part, scale)) for part in parts]
         heads, rank = int(attribute(node, "heads")), static(latent, -1)
+        widths = [rank, static(rope_key, -1)]
+        if len(parts) > len(sources):
+            parts, widths = [op.Concat(*parts, axis=-1)], [sum(widths)]
+        scale = op.Constant(value_float=float(attribute(node, "scale")))
+        queries = [
+            folded(op, op.Mul(part, scale), width)
+            for part, width in zip(parts, widths, strict=False)
+        ]
         rows = [Rows.of(op, source) for source in sources]
         choice = producer(visible, "SelectVisible", DOMAIN)
         # Its shape is that of the mask behind it, which is there anyway.
@@ -351,9 +355,9 @@ def _slice_start(value: ir.Value) -> int:
     return int(start.item())
 
 
-def folded(op: Any, x_BHSI: ir.Value) -> ir.Value:
-    """[B, H, S, I] -> [B, 1, H*S, I]: the heads become rows of one product."""
-    return op.Reshape(x_BHSI, op.Concat(ints(op, [0, 1, -1]), op.Shape(x_BHSI, start=3), axis=0))
+def folded(op: Any, x_BHSI: ir.Value, width: int) -> ir.Value:
+    """[B, H, S, I] -> [B, 1, H*S, I], I the `width`: the heads become rows of one product."""
+    return required(op.Reshape(x_BHSI, ints(op, [0, 1, -1, width])))
 
 
 RULES = tuple(LowerLatentAttention.rule("lower_latent_attention", s) for s in (False, True))

@@ -8,6 +8,10 @@ A fused kernel wants one width for query, key and value, so the narrower ones ar
 a zero in query and key adds nothing to a score, and a zero of the value is cut off. Releases
 without the operator, and attention with sinks, which no fused kernel has, get the primitives with
 an fp32 softmax.
+
+One product gives the keys and values of all heads. Groups of heads one after the other, or values
+from the whole row, were tried for less memory and took more: the builder joins the products of
+groups (127 and 134 against 114 MB for 1024 new tokens over 4096, one layer of DeepSeek-V2-Lite).
 """
 
 from __future__ import annotations
@@ -64,9 +68,7 @@ class ExpandAndFuse(LowerExpanded):
             padded(op, value_BHMV, width - value),
         )
         scale = float(attribute(required_node(out), "scale"))
-        if visible.is_graph_input():  # the plan's own mask; a layer's own never is empty
-            visible = step_input("attended_B1SM")
-        out_BHSE = self._attend(op, operands, visible, scale)
+        out_BHSE = self._attend(op, operands, attended(op, visible), scale)
         if width == value:
             return out_BHSE
         return op.Slice(out_BHSE, ints(op, [0]), ints(op, [value]), ints(op, [3]))
@@ -108,6 +110,20 @@ class Expansion:
         out_BMHI = op.Reshape(op.MatMul(self.latent_BML, flat), ints(op, [0, 0, self.heads, width]))
         out: ir.Value = op.Transpose(out_BMHI, perm=[0, 2, 1, 3])
         return out
+
+
+def attended(op: Any, visible_B1ST: ir.Value) -> ir.Value:
+    """A mask that leaves no query without a slot: softmax over nothing is NaN in a fused kernel."""
+    if visible_B1ST.is_graph_input() and visible_B1ST.name == "visible_B1ST":
+        return step_input("attended_B1SM")
+    # A ring's, or what a layer chose: where that is nothing, slot 0.
+    zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
+    slots_T = op.Range(zero, op.Squeeze(op.Shape(visible_B1ST, start=3)), one)
+    marks_B1ST = op.Cast(visible_B1ST, to=ir.DataType.FLOAT)
+    none = op.Cast(op.Constant(value_float=0.5), to=ir.DataType.FLOAT)
+    sees_nothing_B1S1 = op.Less(op.ReduceMax(marks_B1ST, ints(op, [-1])), none)
+    out: ir.Value = op.Or(visible_B1ST, op.And(op.Less(slots_T, one), sees_nothing_B1S1))
+    return out
 
 
 def _joined(op: Any, key_BHMN: ir.Value, rope_key_B1MR: ir.Value) -> ir.Value:

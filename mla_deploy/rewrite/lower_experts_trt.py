@@ -7,6 +7,10 @@
 
 With many tokens nearly every expert is hit, and gathering would copy weights for each token. A
 block of experts holds [G, X, I] numbers at a time, so that memory follows G and not E.
+
+In decode the gathered weights are copies, K experts of them. One choice after the other was tried
+and took more (34.6 against 29.0 MB for 8 of 32 experts of 512 by 512): the builder runs the choices
+side by side.
 """
 
 from __future__ import annotations
@@ -117,13 +121,10 @@ def gate_of(out: ir.Value) -> Gate:
 
 
 def stacked(gate_up: ir.Value, experts: int) -> ir.Value:
-    """The stack of the experts that have weights; a class may keep rows that nothing reads."""
-    if static(gate_up, 0) == experts:
-        return gate_up
-    shape = (experts, static(gate_up, 1), static(gate_up, 2))
-    return ir.Value(
-        name=str(gate_up.name), shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT)
-    )
+    """The stack of the experts that have weights; a class may keep rows that nothing reads, and
+    no checkpoint has: the layer's input is the shorter for it."""
+    gate_up.shape = ir.Shape((experts, static(gate_up, 1), static(gate_up, 2)))
+    return gate_up
 
 
 def passed_on(

@@ -73,10 +73,10 @@ MlaDecode <scale, latent, storage, tile, rope_tile, multiprocessors, plugin_name
     nothing_BS1 = Sub (slot_BS1, slot_BS1)
     row_BS1 = Add (row_B11, nothing_BS1)
     place_BS3 = Concat <axis: int = 2> (row_BS1, nothing_BS1, slot_BS1)
-    new_row_wide = Cast <to: int = 1> (new_row_BSE)
 """
 
 _PLAIN = """
+    new_row_wide = Cast <to: int = 1> (new_row_BSE)
     held = GatherND (cache_B1ME, place_BS3)
     held_BSE = Cast <to: int = 1> (held)
     source_row_BSE = GatherND <batch_dims: int = 1> (new_row_wide, source_BS1)
@@ -89,6 +89,7 @@ _PLAIN = """
 # A scale for each `tile` latent columns and each `rope_tile` columns of the rope key: its largest
 # magnitude over the largest code.
 _CODED = """
+    new_row_wide = Cast <to: int = 1> (new_row_BSE)
     largest = Constant <value_float: float = LARGEST> ()
     whole = Constant <value_float: float = 1.0> ()
     tile_0 = Constant <value_int: int = @tile> ()
@@ -199,35 +200,10 @@ _ATTEND = """
 }"""
 
 
-# The same as TensorRT runs it best without the plugin: TensorScatter becomes its in-place cache
-# update, products are of the cache's dtype, scores and softmax fp32. It writes padding too, behind
-# the row's length, and reads stale slots, of weight zero: a cache begins as zeros. The rows are the
+# The same as TensorRT runs it best without the plugin: products are of the cache's dtype, scores
+# and softmax fp32. It reads stale slots, of weight zero: a cache begins as zeros. The rows are the
 # first operand of the scores: as the second the builder copies them once more, transposed.
-_TENSOR_SCATTER = """
-MlaDecode <scale, latent, storage, tile, rope_tile, multiprocessors, plugin_namespace,
-           plugin_version>
-    (query_BSHE, new_row_BSE, cache_B1ME, cache_lengths_B, new_lengths_B)
-    => (out_BSHL, cache_out_B1ME) {
-    zero = Constant <value_int: int = 0> ()
-    one = Constant <value_int: int = 1> ()
-    axis0 = Constant <value_ints: ints = [0]> ()
-    axis1 = Constant <value_ints: ints = [1]> ()
-    axis2 = Constant <value_ints: ints = [2]> ()
-    last = Constant <value_ints: ints = [-1]> ()
-    latent_0 = Constant <value_int: int = @latent> ()
-    latent = Reshape (latent_0, last)
-    capacity = Shape <start: int = 2, end: int = 3> (cache_B1ME)
-    capacity_0 = Squeeze (capacity)
-    new = Shape <start: int = 1, end: int = 2> (query_BSHE)
-    new_0 = Squeeze (new)
-    slot_M = Range (zero, capacity_0, one)
-    step_S = Range (zero, new_0, one)
-    new_row_B1SE = Unsqueeze (new_row_BSE, axis1)
-    room = Sub (capacity, new)
-    index_B = Min (cache_lengths_B, room)
-    cache_out_B1ME = TensorScatter <axis: int = -2> (cache_B1ME, new_row_B1SE, index_B)
-    cached_B1 = Unsqueeze (cache_lengths_B, axis1)
-    fresh_B1 = Unsqueeze (new_lengths_B, axis1)
+_ATTEND_TYPED = """
     position_BS = Add (cached_B1, step_S)
     position_BS1 = Unsqueeze (position_BS, last)
     seen_BSM = LessOrEqual (slot_M, position_BS1)
@@ -256,14 +232,51 @@ MlaDecode <scale, latent, storage, tile, rope_tile, multiprocessors, plugin_name
     shape_B1XM = Concat <axis: int = 0> (fold, capacity)
     weights_B1XM = Reshape (weights_BSHM, shape_B1XM)
     gathered_B1XE = MatMul (weights_B1XM, cache_out_B1ME)
-    axis3 = Constant <value_ints: ints = [3]> ()
     gathered_B1XL = Slice (gathered_B1XE, axis0, latent, axis3)
     shape_BSHL = Concat <axis: int = 0> (shape_BSH, latent)
     gathered_BSHL = Reshape (gathered_B1XL, shape_BSHL)
-    none = Constant <value_float: float = 0.0> ()
     none_like = Cast <to: int = STORED> (none)
     out_BSHL = Where (valid_BS11, gathered_BSHL, none_like)
 }"""
+
+# TensorScatter becomes TensorRT's in-place cache update. It writes padding too, behind the row's
+# length.
+_TENSOR_SCATTER = """
+MlaDecode <scale, latent, storage, tile, rope_tile, multiprocessors, plugin_namespace,
+           plugin_version>
+    (query_BSHE, new_row_BSE, cache_B1ME, cache_lengths_B, new_lengths_B)
+    => (out_BSHL, cache_out_B1ME) {
+    zero = Constant <value_int: int = 0> ()
+    one = Constant <value_int: int = 1> ()
+    axis0 = Constant <value_ints: ints = [0]> ()
+    axis1 = Constant <value_ints: ints = [1]> ()
+    axis2 = Constant <value_ints: ints = [2]> ()
+    axis3 = Constant <value_ints: ints = [3]> ()
+    none = Constant <value_float: float = 0.0> ()
+    last = Constant <value_ints: ints = [-1]> ()
+    latent_0 = Constant <value_int: int = @latent> ()
+    latent = Reshape (latent_0, last)
+    capacity = Shape <start: int = 2, end: int = 3> (cache_B1ME)
+    capacity_0 = Squeeze (capacity)
+    new = Shape <start: int = 1, end: int = 2> (query_BSHE)
+    new_0 = Squeeze (new)
+    slot_M = Range (zero, capacity_0, one)
+    step_S = Range (zero, new_0, one)
+    new_row_B1SE = Unsqueeze (new_row_BSE, axis1)
+    room = Sub (capacity, new)
+    index_B = Min (cache_lengths_B, room)
+    cache_out_B1ME = TensorScatter <axis: int = -2> (cache_B1ME, new_row_B1SE, index_B)
+    cached_B1 = Unsqueeze (cache_lengths_B, axis1)
+    fresh_B1 = Unsqueeze (new_lengths_B, axis1)
+"""
+
+# Releases without it copy the cache, and write no padding.
+_SCATTER_ND = """
+    source_row_BSE = GatherND <batch_dims: int = 1> (new_row_BSE, source_BS1)
+    held_BSE = GatherND (cache_B1ME, place_BS3)
+    written_BSE = Where (active_B11, source_row_BSE, held_BSE)
+    cache_out_B1ME = ScatterND (cache_B1ME, place_BS3, written_BSE)
+"""
 
 
 def add_body(model: ir.Model, storage: str = "plain") -> None:
@@ -290,17 +303,19 @@ def add_body(model: ir.Model, storage: str = "plain") -> None:
     _put(model, _function(storage, opset))
 
 
-def add_tensorrt_body(model: ir.Model, dtype: ir.DataType) -> None:
-    """The function for releases that have TensorScatter (opset 24), of rows stored as `dtype`.
+def add_tensorrt_body(model: ir.Model, dtype: ir.DataType, *, in_place: bool = True) -> None:
+    """The function as TensorRT runs it, of rows stored as `dtype`.
 
-    Raises: REW-OPSET below it.
+    `in_place`: the cache is updated by TensorScatter, else by ScatterND. Raises: REW-OPSET below
+    opset 24, or 20 without TensorScatter.
     """
     opset = int(model.graph.opset_imports.get("", 0))
-    if opset < _SCATTER_OPSET:
-        raise MlaDeployError(
-            "REW-OPSET", f"the graph is of opset {opset}; TensorScatter is of {_SCATTER_OPSET}"
-        )
-    _put(model, _parsed(_TENSOR_SCATTER.replace("STORED", str(dtype.value)), opset))
+    least = _SCATTER_OPSET if in_place else _LEAST_OPSET
+    if opset < least:
+        what = "TensorScatter is of" if in_place else f"{OPERATOR} needs"
+        raise MlaDeployError("REW-OPSET", f"the graph is of opset {opset}; {what} {least}")
+    head = _TENSOR_SCATTER if in_place else _headed(scales=False) + _SCATTER_ND
+    _put(model, _parsed((head + _ATTEND_TYPED).replace("STORED", str(dtype.value)), opset))
 
 
 def expose(model: ir.Model) -> None:
@@ -322,14 +337,17 @@ def drop_body(model: ir.Model) -> None:
 
 @functools.lru_cache(maxsize=8)
 def _function(storage: str, opset: int) -> onnx.FunctionProto:
-    scales_in, scales_out = (
-        ("", "") if storage == "plain" else (", scales_B1MG", ", scales_out_B1MG")
-    )
-    head = _HEAD.replace("SCALES_IN", scales_in).replace("SCALES_OUT", scales_out)
+    head = _headed(scales=storage != "plain")
     middle = _PLAIN
     if storage != "plain":
         middle = _CODED.replace("ENCODE", _ENCODE[storage]).replace("LARGEST", _LARGEST[storage])
     return _parsed(head + middle + _ATTEND, opset)
+
+
+def _headed(*, scales: bool) -> str:
+    """What comes before the rows are stored; with the further input and output of a coded cache."""
+    given, made = (", scales_B1MG", ", scales_out_B1MG") if scales else ("", "")
+    return _HEAD.replace("SCALES_IN", given).replace("SCALES_OUT", made)
 
 
 def _parsed(text: str, opset: int) -> onnx.FunctionProto:

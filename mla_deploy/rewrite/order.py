@@ -28,7 +28,7 @@ from mla_deploy.rewrite import (
     raise_norm,
 )
 from mla_deploy.rewrite.mla_decode_body import OPERATOR
-from mla_deploy.rewrite.rule import DOMAIN
+from mla_deploy.rewrite.rule import DOMAIN, MICROSOFT
 
 Rules = tuple[Any, ...]
 
@@ -99,9 +99,28 @@ def apply_rules(model: ir.Model, rules: Sequence[Any]) -> dict[str, int]:
         fired = pattern.RewriteRuleSet([rule]).apply_to_model(model)
         counts[rule.name] = counts.get(rule.name, 0) + fired
         if fired:
+            # A branch that a rule wrote may be the first to hold such an operator.
+            if any(node.domain == MICROSOFT for node in model.graph.all_nodes()):
+                model.graph.opset_imports.setdefault(MICROSOFT, 1)
             # A later pattern must not see nodes that an earlier rewrite left unread.
             common_passes.RemoveUnusedNodesPass()(model)
+    _name_apart(model.graph)
     return counts
+
+
+def _name_apart(graph: ir.Graph) -> None:
+    """ONNX Runtime takes a name once in a graph and all its branches; a rule that fires in a branch
+    looks for names that are free in the branch.
+    """
+    taken = {value.name for value in (*graph.inputs, *graph.initializers.values())}
+    taken.update(value.name for node in graph for value in node.outputs)
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        for value in node.outputs if node.graph is not graph else ():
+            name, number = value.name, 0
+            while value.name in taken:
+                number += 1
+                value.name = f"{name}_{number}"
+            taken.add(value.name)
 
 
 def require_counts(counts: dict[str, int], wanted: dict[str, int]) -> None:

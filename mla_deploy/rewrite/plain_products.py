@@ -12,7 +12,8 @@ _FLOAT = onnx.TensorProto.FLOAT
 
 
 def plain_products(graph: onnx.GraphProto) -> None:
-    """MatMulNBits -> MatMul, GatherBlockQuantized -> Gather, in `graph` and its branches."""
+    """MatMulNBits and MatMulIntegerToFloat -> MatMul, GatherBlockQuantized -> Gather, in `graph`
+    and its branches."""
     sizes = {value.name: _dims(value) for value in graph.input}
     _rename(graph, graph, sizes)
 
@@ -26,6 +27,8 @@ def _rename(graph: onnx.GraphProto, top: onnx.GraphProto, sizes: dict[str, list[
         if node.op_type == "MatMulNBits":
             operands = [node.input[0], _weight(top, node, [numbers["K"], numbers["N"]])]
             _replace(node, "MatMul", operands)
+        elif node.op_type == "MatMulIntegerToFloat":
+            _replace(node, "MatMul", list(node.input[:2]))
         elif node.op_type == "GatherBlockQuantized":
             rows, packed = sizes[node.input[0]]
             columns = packed * 8 // numbers["bits"]

@@ -13,6 +13,9 @@ away.
 Accuracy level 4: activations are rounded to eight bits, by row and block. Its kernels are exact in
 every pair of extremes, also on AVX2 without VNNI, where the int8 MatMulInteger of ONNX Runtime
 saturates (`tests/rewrite/test_quantize_exact.py`); so it is what int8 weights use as well.
+
+Products of one input (gate and up, q_a and kv_a) stay apart: joined in one node they took 0.98 of
+a step's time, within what two runs of one graph differ, and 6 percent more memory.
 """
 
 from __future__ import annotations
@@ -22,13 +25,12 @@ from typing import Any
 import onnx_ir as ir
 
 from mla_deploy.rewrite.quantized_weight import parts_of
-from mla_deploy.rewrite.rule import Mismatch, Rule, constant, rank, static
+from mla_deploy.rewrite.rule import MICROSOFT, Mismatch, Rule, constant, rank, static
 from mla_deploy.weight_forms.form import PER_CHANNEL, WeightForm, WeightPlan
 from mla_deploy.weight_forms.parts import NBITS, ROWS
 from mla_deploy.weight_forms.roles import role_of
 from mla_deploy.weight_forms.rounded import LEAST_COLUMNS, trunk_form
 
-MICROSOFT = "com.microsoft"
 _INTEGER_PRODUCTS = 4
 
 

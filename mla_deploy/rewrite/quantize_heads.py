@@ -11,7 +11,9 @@
 
 There is no batched product over blocks. One node a head was measured at 2.1 times the speed of the
 fp32 product (16 heads, 128 x 512, one token), MatMulInteger with a scale for each column at 1.5,
-fp16 weights that are cast at 1.05, ConvInteger in groups at 1.2.
+fp16 weights that are cast at 1.05, ConvInteger in groups at 1.2. One product of every head's query
+with every head's weight, of which the diagonal is taken, at half the speed of one node a head; two
+heads a node at the same speed.
 """
 
 from __future__ import annotations

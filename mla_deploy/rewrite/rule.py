@@ -11,6 +11,7 @@ from onnxscript.rewriter import pattern
 from onnxscript.rewriter._basics import MatchFailureError
 
 DOMAIN = "mla_deploy"
+MICROSOFT = "com.microsoft"  # of ONNX Runtime's own operators
 # The masked score: finite, so that a fully masked row is uniform and not NaN.
 MASKED = float(np.finfo(np.float32).min)
 
@@ -134,8 +135,9 @@ class Body:
         if op_type.startswith("_"):
             raise AttributeError(op_type)
 
-        def add(*inputs: ir.Value, _outputs: int = 1, **attributes: Any) -> Any:
-            node = ir.node(op_type, inputs, attributes=attributes or None, num_outputs=_outputs)
+        def add(*inputs: ir.Value, _outputs: int = 1, _domain: str = "", **attributes: Any) -> Any:
+            given = attributes or None
+            node = ir.node(op_type, inputs, attributes=given, domain=_domain, num_outputs=_outputs)
             for place, output in enumerate(node.outputs):
                 output.name = f"{self._name}_{len(self._nodes)}_{place}"
             self._nodes.append(node)

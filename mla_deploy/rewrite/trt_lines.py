@@ -6,19 +6,30 @@ from mla_deploy.rewrite import (
     absorb,
     lower_absorbed_trt,
     lower_cache_trt,
+    lower_choice_trt,
     lower_expanded_trt,
     lower_experts_trt,
     lower_linear,
     lower_norm_trt,
+    lower_ring_trt,
     raise_norm,
 )
 from mla_deploy.rewrite.release import PRIMITIVES, Release, Rules
 
 # Composites of our domain that the rules below take away.
 COMPOSITES = frozenset(
-    {"Attention", "CacheRead", "CacheUpdate", "ExpandLatent", "MoE", "RmsNorm", "SinkAttention"}
-)
+    {
+        "Attention", "CacheRead", "CacheUpdate", "ChooseTokens", "ExpandLatent", "MoE",
+        "RingUpdate", "RmsNorm", "SelectVisible", "SinkAttention",
+    }
+)  # fmt: skip
 _OPSET_20 = 20
+_CACHES: Rules = (
+    lower_cache_trt.READ,
+    lower_ring_trt.RULE,
+    lower_choice_trt.CHOOSE,
+    lower_choice_trt.SELECT,
+)
 
 
 def primitives_line(name: str) -> Release:
@@ -62,7 +73,7 @@ def prefill(expanded: Rules, cache: object, norm: object) -> Rules:
         # Before the cache update goes: the pattern ends at its rows.
         *expanded,
         cache,
-        lower_cache_trt.READ,
+        *_CACHES,
         lower_experts_trt.EVERY,
         norm,
     )
@@ -76,7 +87,7 @@ def decode(cache: object, norm: object) -> Rules:
         # It reads the cache composite behind the latent, so it comes before that is lowered.
         *lower_absorbed_trt.RULES,
         cache,
-        lower_cache_trt.READ,
+        *_CACHES,
         lower_experts_trt.CHOSEN,
         norm,
     )

@@ -135,7 +135,8 @@ def engine_contract(bundle: Bundle, record: EngineRecord) -> Contract:
     except (KeyError, TypeError, ValueError):
         raise _foreign("its profiles are not in form") from None
     try:
-        return Contract(bundle.manifest, profiles)
+        with_plugin = bool(record.facts.get("options", {}).get("plugin"))
+        return Contract(bundle.manifest, profiles, ("decode",) if with_plugin else ())
     except DeviceFailure as failure:
         raise coded(failure, "ENG-CACHE") from None
 

@@ -46,7 +46,7 @@ class GraphSessions:
             raise InputError("RUN-THREADS", f"threads is {threads}, wanted at least 1")
         self.bundle = bundle
         self.private_bytes = 0  # anonymous memory that opening the sessions took
-        self._threads = threads
+        self.threads = threads
         self._sessions: dict[Graph, ort.InferenceSession] = {}
         self._lock = threading.Lock()
 
@@ -65,6 +65,10 @@ class GraphSessions:
     def opened(self) -> tuple[Graph, ...]:
         """The graphs that have a session by now."""
         return tuple(self._sessions)
+
+    def runtime(self, graph: Graph) -> str:
+        """ONNX Runtime's version and the provider that it chose for `graph`."""
+        return f"ONNX Runtime {ort.__version__} {self.session(graph).get_providers()[0]}"
 
     def _opened(self, graph: Graph) -> ort.InferenceSession:
         path = self.bundle.graph(graph)
@@ -100,8 +104,8 @@ class GraphSessions:
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(self.bundle.path))
         if "quantized" not in self.bundle.manifest["weights"]:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        if self._threads is not None:
-            options.intra_op_num_threads = self._threads
+        if self.threads is not None:
+            options.intra_op_num_threads = self.threads
         return options
 
     def _unwanted(self, graph: Graph) -> list[str]:

@@ -20,7 +20,7 @@ from mla_deploy.device.failure import DeviceFailure
 from mla_deploy.device.model import DeviceModel
 from mla_deploy.device.numbers import as_float32
 from mla_deploy.door import open_folder
-from mla_deploy.errors import GateError, InputError, IntegrityError
+from mla_deploy.errors import EnvironmentFailure, GateError, InputError, IntegrityError
 from mla_deploy.runtime.chunks import padded_chunks
 from mla_deploy.runtime.engine_guard import Admitted, admit, coded
 from mla_deploy.runtime.guards import (
@@ -121,6 +121,7 @@ class TensorRtRunner:
         self._model, self._chunk, self._check_finite = model, chunk, check_finite
         self._contract = model.contract
         self._lengths_B = np.zeros(model.batch, np.int64)
+        self._is_torn = self._has_stepped = False
         model.reset()
 
     @property
@@ -158,6 +159,7 @@ class TensorRtRunner:
         self._lengths_B[checked_places(rows, self.batch)] = 0
         if rows is None:
             self._asked(self._model.reset)
+            self._is_torn = False
 
     def close(self) -> None:
         """Let the memory of the GPU go; the runner is of no use afterwards."""
@@ -173,12 +175,20 @@ class TensorRtRunner:
             if of == layer:
                 held = self._asked(self._model.cache, name)
                 dtype, _ = self._contract.cache_type(name)
-                parts.append(as_float32(held[row, 0, :length], dtype))
+                kept = self._contract.kept(name, held[row, 0], length)
+                parts.append(as_float32(kept, dtype))
         return np.concatenate(parts, axis=-1)
 
     def _append(self, rows: Rows) -> NDArray[np.float32]:
-        """Last logits of each row. When a chunk fails, `lengths` is what it was before."""
-        before = self._lengths_B.copy()
+        """Last logits of each row. When a chunk fails, `lengths` is what it was before; rings may
+        hold later tokens by then, so that nothing goes on before a reset."""
+        if self._is_torn:
+            raise EnvironmentFailure(
+                "ENG-STEP",
+                "a call failed halfway, and sliding layers no longer hold the tokens before it",
+                hint="reset the runner, and give it the whole text again",
+            )
+        before, self._has_stepped = self._lengths_B.copy(), False
         last_BV = np.zeros((self.batch, self.vocab_size), np.float32)
         try:
             for ids_BS, new_B, ends_B in padded_chunks(rows, self._chunk):
@@ -191,6 +201,7 @@ class TensorRtRunner:
                     )
                 last_BV[ends_B] = logits[ends_B]
         except BaseException:
+            self._is_torn = bool(self._contract.rings) and self._has_stepped
             self._lengths_B = before
             raise
         return last_BV
@@ -201,6 +212,7 @@ class TensorRtRunner:
         if self._contract.writes_padding:
             checked_padding(self._lengths_B, new_tokens, self.capacity)
         graph = "decode" if new_tokens == 1 else "prefill"
+        self._has_stepped = True
         logits = self._asked(self._model.run, graph, ids_BS, self._lengths_B, new_B)
         self._lengths_B = self._lengths_B + new_B
         if self._contract.all_logits:

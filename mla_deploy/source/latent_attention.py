@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from mla_deploy.callable_package import make_callable
+
 
 @torch.library.custom_op("mla_deploy::latent_attention", mutates_args=())
 def _operator(
@@ -111,3 +113,6 @@ _operator.register_autograd(_gradients, setup_context=_kept)
 
 
 OPERATOR = torch.ops.mla_deploy.latent_attention.default  # the seam's node in a trace
+
+# The package's attribute of this name is the function or, when this file is imported, this module.
+make_callable(__name__, latent_attention)

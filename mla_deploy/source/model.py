@@ -176,11 +176,7 @@ def module_from_checkpoint(checkpoint: Checkpoint) -> PreTrainedModel:
 
     Raises: CKPT-* for tensors that are missing, left over, misshapen or not finite.
     """
-    config = hf_config(checkpoint.config)
-    config._attn_implementation = "eager"
-    config._experts_implementation = "eager"
-    with no_init_weights(), _default_dtype(torch.float32):
-        model = _build(checkpoint.config, config)
+    model = hollow_model(checkpoint.config)
     weights = _mapped(checkpoint, model)
     persistent = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad():
@@ -189,6 +185,15 @@ def module_from_checkpoint(checkpoint: Checkpoint) -> PreTrainedModel:
                 persistent[name].copy_(weights.read_parameter(name))
     model.tie_weights()
     return model.eval().requires_grad_(False)
+
+
+def hollow_model(config: MlaConfig) -> PreTrainedModel:
+    """The same without its weights: memory is set aside for them and not touched."""
+    hf = hf_config(config)
+    hf._attn_implementation = "eager"
+    hf._experts_implementation = "eager"
+    with no_init_weights(), _default_dtype(torch.float32):
+        return _build(config, hf)
 
 
 def _mapped(checkpoint: Checkpoint, model: PreTrainedModel) -> WeightMap:

@@ -27,7 +27,7 @@ def round_weights(module: nn.Module, stored_dtype: StoredDtype, done: Collection
         for name, weight in module.named_parameters():
             if name in done:
                 continue
-            dtype = stored_dtype(_stored_shape(name, tuple(weight.shape)))
+            dtype = stored_dtype(stored_shape(name, tuple(weight.shape)))
             if dtype in HALVES:
                 weight.copy_(weight.to(HALVES[dtype]).to(weight.dtype))
 
@@ -47,7 +47,7 @@ def transform_weights(module: nn.Module, rounded: Rounded) -> frozenset[str]:
     return frozenset(changed)
 
 
-def _stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of the tensor in the weight file: one expert, gate and up apart."""
     if len(shape) != 3:
         return shape

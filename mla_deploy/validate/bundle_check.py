@@ -1,4 +1,4 @@
-"""`validate`: a bundle held against the checkpoint that it was made from."""
+"""`validate`: a bundle held against its source, stored goldens, or another bundle."""
 
 from __future__ import annotations
 
@@ -6,231 +6,232 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator, Sequence
-from importlib import metadata
-from pathlib import Path
-from typing import Literal
+from dataclasses import replace
+from typing import Literal, TypeAlias
 
 from mla_deploy.bundle import Bundle, open_bundle
-from mla_deploy.checkpoint import Checkpoint, open_checkpoint
-from mla_deploy.config import MlaConfig
-from mla_deploy.errors import InputError, IntegrityError
-from mla_deploy.runtime.sessions import GraphSessions
-from mla_deploy.runtime.verified import is_verifying
-from mla_deploy.validate.cases import Case, default_cases, verify_case
-from mla_deploy.validate.gates import LOSS_GATES, Gate, gate_for
-from mla_deploy.validate.loss import loss_over, text_rows
+from mla_deploy.checkpoint import Checkpoint
+from mla_deploy.errors import InputError
+from mla_deploy.validate.bisected import Bisected
+from mla_deploy.validate.cases import Case
+from mla_deploy.validate.held import Asked, Held, Progress
+from mla_deploy.validate.held_bundle import held_bundle
+from mla_deploy.validate.held_goldens import held_goldens
+from mla_deploy.validate.held_goldens import save_goldens as write_goldens
+from mla_deploy.validate.held_source import SourceNamed, held_source
 from mla_deploy.validate.memory import measure_memory
-from mla_deploy.validate.opening import open_sessions, plan_of, rounding_of
-from mla_deploy.validate.parity import CaseResult, run_case
-from mla_deploy.validate.reference import Progress, Reference, Source
-from mla_deploy.validate.report import ValidationReport, rounding_loss, top_one
-from mla_deploy.validate.stand_in import NOTE
-from mla_deploy.validate.text import text_case
+from mla_deploy.validate.named import Named
+from mla_deploy.validate.opening import open_sessions, plan_of
+from mla_deploy.validate.parity import CaseResult, Ran, judge_case, ran_case
+from mla_deploy.validate.record import save_results as write_results
+from mla_deploy.validate.recorded_file import open_recorded
+from mla_deploy.validate.report import ValidationReport, report_of
+from mla_deploy.validate.surroundings import surroundings_of
+from mla_deploy.validate.text_result import TextResult, text_gate
+from mla_deploy.validate.uncached import cached_against_uncached
+from mla_deploy.validate.versions import library_versions
 
-_LIBRARIES = ("mla-deploy", "torch", "transformers", "onnxruntime-gpu", "onnxruntime", "numpy")
+_Path: TypeAlias = "str | os.PathLike[str]"
+
+
+_MOST_BISECTED = 3
+_NOT_IN_THE_GRAPH = (
+    "bisected in vain: the right graph gives the same numbers in every call, so the fault is in "
+    "the export or in how its calls are put together, not in this bundle's graph"
+)
 
 
 def validate(
-    bundle: Bundle | str | os.PathLike[str],
+    bundle: Bundle | _Path,
     *,
-    source: Checkpoint | str | os.PathLike[str] | None = None,
+    source: Checkpoint | _Path | None = None,
     module: str | None = None,
-    weights: str | os.PathLike[str] | None = None,
+    weights: _Path | None = None,
+    goldens: _Path | None = None,
+    against: Bundle | _Path | None = None,
+    gate: str | None = None,
+    text: tuple[str, str] | None = None,
+    bisect: bool = False,
     cases: Sequence[Case] | None = None,
+    save_goldens: _Path | None = None,
+    save_results: _Path | None = None,
     threads: int | None = None,
     verify: Literal["full", "sizes"] = "full",
+    timed: bool = False,
     progress: Progress | None = None,
 ) -> ValidationReport:
-    """Run `bundle` and its PyTorch source over `cases` and compare; None takes `default_cases`.
+    """Run `bundle` and what it is held against over `cases` (None: `default_cases`), and compare.
 
-    The source is a checkpoint, the ONNX file that the bundle was rewritten from, or the user's own
-    `module` (`package.file:factory`, whose code runs) with its `weights`, as they were exported. A
-    bundle for TensorRT is checked on ONNX Runtime's CPU provider (`stand_in.py`), and a note of the
-    report says so.
-    `threads` is for both sides; None leaves each its own default.
+    It is held against one of: `source`, its checkpoint or the ONNX file that it was rewritten from;
+    the user's own `module` (`package.file:factory`, whose code runs) with its `weights`; `goldens`,
+    what such a run saved, for a machine with no torch; or `against`, another bundle of the same
+    model, judged by the looser dtype of the two or by `gate`, a dtype of the table of gates.
+    `text`: (a name, words): perplexity on them, too. `bisect`: where a case fails, the first place
+    in the graph that leaves the gate, against the source exported again or the other bundle.
+    A bundle for TensorRT is checked on ONNX Runtime's CPU (`stand_in.py`), which a note says.
+    `save_goldens` writes what the source says, `save_results` what the bundle does.
+    `threads` is for both sides; None leaves each its own default. `timed` also times decode
+    steps at a few contexts, some seconds more; not where a stand-in runs.
     The answer no is a report whose `passed` is false, not an exception.
     Raises: BUN-* and CKPT-* (as `open_bundle`, `open_checkpoint`), IntegrityError VAL-SOURCE (the
-    bundle was made from another checkpoint), InputError VAL-CASE (no cases), IncompatibleError
-    VAL-DTYPE, RUN-SESSION.
+    bundle was made from another checkpoint), VAL-GOLDENS (as `open_recorded`, or of another
+    source), InputError VAL-OPTION, VAL-CASE (no cases), VAL-TEXT, VAL-AGAINST (another model),
+    IncompatibleError VAL-DTYPE, RUN-SESSION.
     """
-    started = time.perf_counter()
+    named = Named(source, module, weights, goldens, against, gate, threads)
+    _require_fit(
+        named,
+        text=text is not None,
+        cases=cases is not None,
+        bisects=bisect,
+        saves=save_goldens,
+    )
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle, verify=verify)
-    dtype, cache_dtype = str(opened.manifest["dtype"]), str(opened.manifest["cache"]["dtype"])
-    plan = plan_of(opened.manifest)
-    gate = gate_for(dtype, cache_dtype, quantized=plan is not None)
-    with _opened(source, module, weights) as found:
-        _require_source(opened, found)
-        sessions = open_sessions(opened, threads)
-        with _torch_threads(threads):
-            reference = _reference(found)
-            chosen = _chosen(opened, found, cases, reference)
-            loss = None  # measured before the source is rounded
-            if plan is not None:
-                loss = loss_over(*text_rows(opened), reference.every_logit, sessions, progress)
-            stored = _rounded_alike(opened, found.config, reference, chosen)
-            results = _run(chosen, sessions, (stored, reference), gate, progress)
-        memory = measure_memory(opened, found.config, sessions)
-        digest, told = found.digest, (*_stood_in(opened), *found.notes)
-    return ValidationReport(
-        bundle_digest=opened.digest,
-        source_digest=digest,
-        verified=opened.verified,
-        target=str(opened.manifest["target"]),
-        dtype=dtype,
-        gate=gate,
-        cases=results,
-        top1=top_one(results, gate),
-        rounding=rounding_loss(results, gate),
-        loss=loss,
-        loss_gate=None if plan is None else LOSS_GATES[plan.kind],
+    asked = Asked(opened, open_sessions(opened, threads), cases, text, progress)
+    return replace(
+        _checked(asked, named, save_goldens, save_results, bisects=bisect),
+        about=surroundings_of(opened, asked.sessions, of_source=_is_source(named), timed=timed),
+    )
+
+
+def _checked(
+    asked: Asked, named: Named, goldens: _Path | None, results: _Path | None, *, bisects: bool
+) -> ValidationReport:
+    """Run and judge; `goldens` and `results` are where to write them."""
+    started, opened = time.perf_counter(), asked.bundle
+    with _held(asked, named) as held:
+        ran, judged = _run(asked, held)
+        if goldens is not None:
+            write_goldens(goldens, opened, held)
+        place, told = _bisected(asked, named, held, judged) if bisects else (None, ())
+    uncached = cached_against_uncached(opened, asked.sessions, held.overall)
+    memory = measure_memory(opened, held.config, asked.sessions)
+    if results is not None:
+        pairs = list(zip(held.cases, ran, strict=True))
+        write_results(results, opened, pairs, (memory, uncached))
+    return report_of(
+        held,
+        judged,
+        subject={
+            "bundle_digest": opened.digest,
+            "verified": opened.verified,
+            "target": str(opened.manifest["target"]),
+            "dtype": str(opened.manifest["dtype"]),
+            "versions": library_versions(),
+        },
         memory=memory,
-        versions=_versions(),
-        notes=(*told, *_scaled_gates(results, gate)),
+        uncached=uncached,
+        text=_text(asked, held),
+        bisect=place,
+        notes=(*_stood_in(opened), *held.notes, *told),
         seconds=time.perf_counter() - started,
     )
 
 
-def _rounded_alike(
-    bundle: Bundle, config: MlaConfig, reference: Reference, cases: Sequence[Case]
-) -> Reference:
-    """The source as the bundle stores it: dtype, cache, quantised weights."""
-    manifest, plan = bundle.manifest, plan_of(bundle.manifest)
-    return reference.stored_as(
-        str(manifest["dtype"]),
-        cases,
-        cache_dtype=str(manifest["cache"]["dtype"]),
-        weights=not _is_own(bundle),
-        quantized=None if plan is None else rounding_of(plan, config, manifest),
-    )
+def _is_source(named: Named) -> bool:
+    return named.source is not None or named.module is not None
 
 
-def _is_own(bundle: Bundle) -> bool:
-    """Beside a checkpoint, or kept as there, the weights are the checkpoint's own."""
-    return "in_place" in bundle.manifest or "kept" in bundle.manifest["weights"]
+@contextlib.contextmanager
+def _held(asked: Asked, named: Named) -> Iterator[Held]:
+    if named.goldens is not None:
+        with open_recorded(named.goldens, "goldens") as goldens:
+            yield held_goldens(asked, goldens)
+    elif named.against is not None:
+        against = named.against
+        other = against if isinstance(against, Bundle) else open_bundle(against)
+        yield held_bundle(asked, other, named.gate, named.threads)
+    else:
+        source = SourceNamed(named.source, named.module, named.weights, named.threads)
+        with held_source(asked, source) as held:
+            yield held
+
+
+def _run(asked: Asked, held: Held) -> tuple[list[Ran], tuple[CaseResult, ...]]:
+    ran, results, progress = [], [], asked.progress
+    for index, case in enumerate(held.cases):
+        if progress is not None:
+            progress("cases", index, len(held.cases))
+        ran.append(ran_case(case, asked.sessions))
+        judged = judge_case(
+            case, ran[-1], held.stored, held.gate, held.original, noise=held.overall.rel_l2
+        )
+        results.append(judged)
+    if progress is not None:
+        progress("cases", len(held.cases), len(held.cases))
+    return ran, tuple(results)
+
+
+def _bisected(
+    asked: Asked, named: Named, held: Held, judged: Sequence[CaseResult]
+) -> tuple[Bisected | None, tuple[str, ...]]:
+    """The place in a failing case, the shortest first; a note where there is none."""
+    failing = {case.name for case in judged if not case.passed}
+    cases = sorted((c for c in held.cases if c.name in failing), key=_tokens)
+    if not cases:
+        return None, ("nothing to bisect: every case passed",)
+    from mla_deploy.validate.bisect import bisect
+    from mla_deploy.validate.right_graph import right_sessions
+
+    with right_sessions(asked.bundle, named) as right:
+        for index, case in enumerate(cases[:_MOST_BISECTED]):
+            if asked.progress is not None:
+                asked.progress("bisect", index, min(len(cases), _MOST_BISECTED))
+            found = bisect(case, asked.sessions, right, held.overall)
+            if found is not None:
+                return found, ()
+    layers = [r.cache.first_bad_layer for r in judged if r.cache and not r.passed]
+    bad = [layer for layer in layers if layer is not None]
+    where = f"; the cached rows of layer {min(bad)} are the first that are off" if bad else ""
+    return None, (f"{_NOT_IN_THE_GRAPH}{where}",)
+
+
+def _tokens(case: Case) -> int:
+    return sum(len(row) for call in case.calls for row in call.rows)
+
+
+def _text(asked: Asked, held: Held) -> TextResult | None:
+    if asked.text is None or held.text is None:
+        return None
+    manifest, plan = asked.bundle.manifest, plan_of(asked.bundle.manifest)
+    gate = text_gate(str(manifest["dtype"]), str(manifest["cache"]["dtype"]), plan)
+    return TextResult(asked.text[0], held.text, held.loss_gate or gate)
+
+
+def _require_fit(
+    named: Named, *, text: bool, cases: bool, bisects: bool, saves: _Path | None
+) -> None:
+    """Raises: InputError VAL-OPTION."""
+    ways = {
+        "a checkpoint": named.source,
+        "a module": named.module,
+        "goldens": named.goldens,
+        "another bundle": named.against,
+    }
+    given = [way for way, value in ways.items() if value is not None]
+    if len(given) != 1:
+        raise InputError(
+            "VAL-OPTION",
+            f"a bundle is held against one of {', '.join(ways)}; found {', '.join(given) or None}",
+            hint="name one of source, module, goldens and against",
+        )
+    odd = {
+        "a bisection needs a right graph: goldens hold none": bisects and named.goldens is not None,
+        "gate goes with another bundle only": named.gate is not None and named.against is None,
+        "goldens hold no text": text and named.goldens is not None,
+        "goldens bring their own cases": cases and named.goldens is not None,
+        "goldens are saved of a source": saves is not None
+        and (named.goldens is not None or named.against is not None),
+    }
+    for reason, is_so in odd.items():
+        if is_so:
+            raise InputError("VAL-OPTION", reason, hint="leave out one of the two options")
 
 
 def _stood_in(bundle: Bundle) -> tuple[str, ...]:
     """Says so when the device that the bundle is for was not asked."""
     if "engine" not in bundle.manifest:
         return ()
+    from mla_deploy.validate.stand_in import NOTE
+
     return (NOTE.format(target=bundle.manifest["target"]),)
-
-
-def _run(
-    cases: Sequence[Case],
-    sessions: GraphSessions,
-    references: tuple[Reference, Reference],
-    gate: Gate,
-    progress: Progress | None,
-) -> tuple[CaseResult, ...]:
-    stored, source = references
-    original = None if stored is source else source
-    results = []
-    for index, case in enumerate(cases):
-        if progress is not None:
-            progress("cases", index, len(cases))
-        results.append(run_case(case, sessions, stored, gate, original))
-    if progress is not None:
-        progress("cases", len(cases), len(cases))
-    return tuple(results)
-
-
-def _chosen(
-    bundle: Bundle, source: Source, cases: Sequence[Case] | None, reference: Reference
-) -> tuple[Case, ...]:
-    if cases is None:
-        text = text_case(bundle, source.config, reference)
-        checked = verify_case(source.config) if _verifies(bundle) else ()
-        return (*default_cases(source.config), *checked, *(() if text is None else (text,)))
-    if not cases:
-        raise InputError("VAL-CASE", "found no cases, wanted at least one")
-    return tuple(cases)
-
-
-def _verifies(bundle: Bundle) -> bool:
-    return "engine" not in bundle.manifest and is_verifying(bundle)
-
-
-@contextlib.contextmanager
-def _opened(
-    source: Checkpoint | str | os.PathLike[str] | None,
-    module: str | None,
-    weights: str | os.PathLike[str] | None,
-) -> Iterator[Source]:
-    """The caller's open checkpoint stays open; one that we open is closed."""
-    if (source is None) == (module is None):
-        raise InputError(
-            "VAL-OPTION", "a bundle is held against a checkpoint or a module; wanted one of the two"
-        )
-    if source is None:
-        from mla_deploy.source.user.module_source import open_module_source
-
-        yield open_module_source(str(module), weights)
-    elif isinstance(source, Checkpoint):
-        yield source
-    elif os.path.isfile(source):
-        from mla_deploy.foreign.runner import open_reference
-
-        with open_reference(Path(source)) as foreign:
-            yield foreign
-    else:
-        with open_checkpoint(os.fspath(source)) as checkpoint:
-            yield checkpoint
-
-
-def _reference(source: Source) -> Reference:
-    if isinstance(source, Checkpoint):
-        return Reference.of_checkpoint(source)
-    from mla_deploy.foreign.runner import ForeignReference
-    from mla_deploy.source.user.module_source import ModuleSource
-
-    if isinstance(source, ForeignReference):
-        return Reference(source)
-    if isinstance(source, ModuleSource):
-        return Reference.of_module(source)
-    raise InputError("VAL-OPTION", f"{type(source).__name__} is no source of a bundle")
-
-
-@contextlib.contextmanager
-def _torch_threads(threads: int | None) -> Iterator[None]:
-    """The source runs on as many threads as the bundle; None leaves torch's own number."""
-    import torch
-
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _require_source(bundle: Bundle, source: Source) -> None:
-    wanted = bundle.manifest["source"]["checkpoint_digest"]
-    if source.digest != wanted:
-        raise IntegrityError(
-            "VAL-SOURCE",
-            f"the bundle was made from source {wanted}, this one is {source.digest}",
-            hint="name the checkpoint that the bundle was exported from, or export this one",
-            found=source.digest,
-            wanted=wanted,
-        )
-
-
-def _scaled_gates(results: tuple[CaseResult, ...], gate: Gate) -> tuple[str, ...]:
-    """Says so when the absolute gate was widened because the logits are large."""
-    bounds = [case.max_abs_bound for case in results if case.max_abs_bound is not None]
-    if gate.max_abs is None or not bounds or max(bounds) <= gate.max_abs:
-        return ()
-    return (
-        f"logits are so large that {gate.max_abs_share:g} of the largest one, {max(bounds):.3g}, "
-        f"stood in for the absolute gate of {gate.max_abs:g}",
-    )
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for library in _LIBRARIES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[library] = metadata.version(library)
-    return found

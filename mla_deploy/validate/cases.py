@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeGuard
+from typing import Literal, Protocol, TypeGuard
 
 import numpy as np
 
-from mla_deploy.config import MlaConfig
 from mla_deploy.errors import InputError
 from mla_deploy.shapes import MOST_VERIFIED
 
@@ -28,6 +27,17 @@ _LONGEST_ORIGINAL = 4096
 _PAST_ORIGINAL = 13
 _LONG = 300
 _SMALL_CHUNK = 5
+
+
+class ModelFacts(Protocol):
+    """What the cases go by; a config, or what a manifest says of one."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def max_position_embeddings(self) -> int: ...
+    @property
+    def rope_original_length(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,7 @@ class Case:
         return tuple(zip(*(call.rows for call in self.calls), strict=True))
 
 
-def default_cases(config: MlaConfig) -> tuple[Case, ...]:
+def default_cases(config: ModelFacts) -> tuple[Case, ...]:
     """The cases that every bundle must pass, cut to the positions that the model has."""
     longest = config.max_position_embeddings
     tokens = _Tokens(config.vocab_size)
@@ -89,7 +99,7 @@ def default_cases(config: MlaConfig) -> tuple[Case, ...]:
     return tuple(case for case in cases if case.longest <= longest)
 
 
-def verify_case(config: MlaConfig) -> tuple[Case, ...]:
+def verify_case(config: ModelFacts) -> tuple[Case, ...]:
     """Several new tokens a row in one pass, of ragged rows; none where the model has no room."""
     tokens = _Tokens(config.vocab_size)
     prompts = [tokens.row(index, length) for index, length in enumerate((_SHORT, 5, 1))]
@@ -171,7 +181,7 @@ def _is_crossed(original: int | None) -> TypeGuard[int]:
     return original is not None and _PAST_ORIGINAL < original <= _LONGEST_ORIGINAL
 
 
-def _long_length(config: MlaConfig) -> int:
+def _long_length(config: ModelFacts) -> int:
     original = config.rope_original_length
     wanted = original + _PAST_ORIGINAL if _is_crossed(original) else _LONG
     return min(wanted, config.max_position_embeddings)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +23,22 @@ class LogitDifference:
     largest_logit: float
     rel_l2: float
     mean_kl: float  # nats, of the found distribution against the reference's
+    p999_kl: float  # of a thousand positions, the one that is second worst
     flips: int
     near_ties: int
+    size: float = field(repr=False)  # |reference|, to weigh cases by
+    kl_X: tuple[float, ...] = field(repr=False)  # of each position
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without what is there for each position."""
+        told = asdict(self)
+        del told["size"], told["kl_X"]
+        return told
+
+
+def p999(kl_X: Sequence[float]) -> float:
+    """The 99.9th percentile, a value that was seen: of fewer than a thousand the largest."""
+    return float(np.quantile(np.asarray(kl_X), 0.999, method="higher"))
 
 
 def logit_difference(reference: Floats, found: Floats, noise_rel_l2: float) -> LogitDifference:
@@ -34,21 +50,28 @@ def logit_difference(reference: Floats, found: Floats, noise_rel_l2: float) -> L
     """
     positions, largest = len(reference), float(np.abs(reference).max())
     if not np.isfinite(found).all():
-        return LogitDifference(positions, math.inf, largest, math.inf, math.inf, positions, 0)
+        far = (math.inf,) * positions
+        return LogitDifference(
+            positions, math.inf, largest, math.inf, math.inf, math.inf, positions, 0, math.inf, far
+        )
     # Position by position: a vocabulary in fp64 is a megabyte, and there are many positions.
     pairs = [
         (wanted_V.astype(np.float64), found_V.astype(np.float64))
         for wanted_V, found_V in zip(reference, found, strict=True)
     ]
+    kl_X = tuple(max(0.0, _kl(*pair)) for pair in pairs)
     kinds = [_choice(wanted_V, found_V, noise_rel_l2) for wanted_V, found_V in pairs]
     return LogitDifference(
         positions=positions,
         max_abs=max(float(np.abs(found_V - wanted_V).max()) for wanted_V, found_V in pairs),
         largest_logit=largest,
         rel_l2=relative_l2(reference, found),
-        mean_kl=max(0.0, sum(_kl(*pair) for pair in pairs) / positions),
+        mean_kl=sum(kl_X) / positions,
+        p999_kl=p999(kl_X),
         flips=kinds.count("flip"),
         near_ties=kinds.count("near tie"),
+        size=float(np.linalg.norm(reference.astype(np.float64))),
+        kl_X=kl_X,
     )
 
 
@@ -61,6 +84,15 @@ def relative_l2(reference: Floats, found: Floats) -> float:
     if size == 0.0:
         return 0.0 if error == 0.0 else math.inf
     return error / size
+
+
+def row_errors(reference_XW: Floats, found_XW: Floats) -> Floats:
+    """|found - reference| / |reference| of each row [X]; a row of zeros counts by the largest."""
+    sizes_X = np.linalg.norm(reference_XW, axis=-1)
+    errors_X = np.linalg.norm(found_XW - reference_XW, axis=-1)
+    least = max(float(sizes_X.max(initial=0.0)) * 1e-6, 1e-30)
+    found: Floats = errors_X / np.maximum(sizes_X, least)
+    return found
 
 
 def _kl(wanted_V: Doubles, found_V: Doubles) -> float:

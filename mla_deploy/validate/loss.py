@@ -21,6 +21,7 @@ from mla_deploy.door import open_folder
 from mla_deploy.errors import InputError
 from mla_deploy.runtime import OnnxRunner
 from mla_deploy.runtime.sessions import GraphSessions
+from mla_deploy.validate.difference import p999
 from mla_deploy.validate.gates import LossGate
 
 Floats = NDArray[np.float32]
@@ -43,6 +44,7 @@ class Loss:
     on: str
     positions: int
     mean_kl: float
+    p999_kl: float
     top1: float
     perplexity: float | None
     perplexity_ratio: float | None
@@ -121,7 +123,8 @@ def loss_over(
     longest = max(map(len, rows))
     padding = longest if sessions.writes_padding else 0
     runner = OnnxRunner(sessions, capacity=longest + padding)
-    kl, same, wanted_nll, found_nll, positions = 0.0, 0, 0.0, 0.0, 0
+    kl_X: list[float] = []
+    same, wanted_nll, found_nll = 0, 0.0, 0.0
     for index, row in enumerate(rows):
         if progress is not None:
             progress("loss", index, len(rows))
@@ -131,18 +134,18 @@ def loss_over(
             wanted_XV, _decoded(runner, row, half), row[half:], strict=True
         ):
             found_V = log_softmax(logits_V)
-            kl += float((np.exp(wanted_V) * (wanted_V - found_V)).sum())
+            kl_X.append(max(0.0, float((np.exp(wanted_V) * (wanted_V - found_V)).sum())))
             same += int(wanted_V.argmax()) == int(found_V.argmax())
             wanted_nll -= float(wanted_V[token])
             found_nll -= float(found_V[token])
-            positions += 1
     if progress is not None:
         progress("loss", len(rows), len(rows))
-    on_text = on == "text"
+    on_text, positions = on == "text", len(kl_X)
     return Loss(
         on=on,
         positions=positions,
-        mean_kl=max(0.0, kl / positions),
+        mean_kl=sum(kl_X) / positions,
+        p999_kl=p999(kl_X),
         top1=same / positions,
         perplexity=math.exp(wanted_nll / positions) if on_text else None,
         perplexity_ratio=math.exp((found_nll - wanted_nll) / positions) if on_text else None,

@@ -9,7 +9,7 @@ from mla_deploy.bundle import Bundle
 from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.machine import available_bytes
 from mla_deploy.runtime.sessions import GraphSessions
-from mla_deploy.validate.gates import CACHE_LOSS, LOSS_GATES
+from mla_deploy.validate.gates import loss_gate_for
 from mla_deploy.validate.loss import Progress, Scorer, bundle_scorer, loss_over, text_rows, told_of
 from mla_deploy.validate.opening import open_sessions, plan_of
 
@@ -45,6 +45,5 @@ def measure_loss(
 
         scorer = TorchRunner(source).every_logit
     found = loss_over(on, rows, scorer, open_sessions(bundle, threads), progress)
-    # Of both together the weights' gate is the one that was promised, and the cache's is tighter.
     cache_dtype = str(bundle.manifest["cache"]["dtype"])
-    return told_of(found, CACHE_LOSS.get(cache_dtype) if plan is None else LOSS_GATES[plan.kind])
+    return told_of(found, loss_gate_for(None if plan is None else plan.kind, cache_dtype))

@@ -38,10 +38,13 @@ class MemoryReport:
         return {**asdict(self), "passed": self.passed}
 
 
-def measure_memory(bundle: Bundle, config: MlaConfig, sessions: GraphSessions) -> MemoryReport:
+def measure_memory(
+    bundle: Bundle, config: MlaConfig | None, sessions: GraphSessions
+) -> MemoryReport:
     """Reserve a cache of the bundle's own capacity and measure it.
 
     A growing cache has no capacity to reserve: it is measured after a short prompt instead.
+    Without a config the bytes are predicted from the manifest.
     """
     cache = bundle.manifest["cache"]
     itemsize, store = int(cache["itemsize"]), STORES.get(str(cache["dtype"]))
@@ -51,16 +54,21 @@ def measure_memory(bundle: Bundle, config: MlaConfig, sessions: GraphSessions) -
         tokens = min(8, tokens)
         runner.prefill([[0] * tokens])
     memory = runner.memory()
+    per_token = int(cache["bytes_per_token"])
+    planned = per_token * tokens
+    expanded = 0
+    if config is not None:
+        per_token = planned_bytes_per_token(config, itemsize, store)
+        planned = planned_bytes(config, batch=1, capacity=tokens, itemsize=itemsize, store=store)
+        expanded = tokens * config.expanded_bytes_per_token(itemsize)
     return MemoryReport(
         capacity_tokens=tokens,
         batch=1,
-        predicted_bytes_per_token=planned_bytes_per_token(config, itemsize, store),
+        predicted_bytes_per_token=per_token,
         manifest_bytes_per_token=int(cache["bytes_per_token"]),
-        predicted_cache_bytes=planned_bytes(
-            config, batch=1, capacity=tokens, itemsize=itemsize, store=store
-        ),
+        predicted_cache_bytes=planned,
         cache_bytes=memory.cache_bytes,
-        expanded_cache_bytes=tokens * config.expanded_bytes_per_token(itemsize),
+        expanded_cache_bytes=expanded,
         weight_file_bytes=memory.weight_file_bytes,
         session_private_bytes=memory.session_private_bytes,
     )

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mla_deploy.errors import GateError, MlaDeployError
+from mla_deploy.errors import GateError
 from mla_deploy.runtime import OnnxRunner
 from mla_deploy.runtime.sessions import Graph, GraphSessions
-from mla_deploy.validate.cases import Call, Case, Form
-from mla_deploy.validate.difference import LogitDifference, logit_difference, relative_l2
+from mla_deploy.validate.cases import Call, Case, Form, Tokens
+from mla_deploy.validate.difference import (
+    LogitDifference,
+    logit_difference,
+    relative_l2,
+    row_errors,
+)
 from mla_deploy.validate.gates import Gate
-from mla_deploy.validate.reference import Reference, RowTrace
+from mla_deploy.validate.reference import RowTrace
 
 Floats = NDArray[np.float32]
-_GRAPHS: dict[Form, Graph | None] = {"auto": None, "absorbed": "decode", "expanded": "prefill"}
+_MANY_ROWS = 16  # fewer cached rows have no middle to speak of
+GRAPHS: dict[Form, Graph | None] = {"auto": None, "absorbed": "decode", "expanded": "prefill"}
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,8 @@ class LayerDifference:
     worst_layer: int
     worst_rel_l2: float
     first_bad_layer: int | None
+    # Of each row by itself the median, in the layer where that is largest; None of few rows.
+    worst_row_median: float | None = None
 
 
 @dataclass(frozen=True)
@@ -56,23 +64,51 @@ class CaseResult:
         return not self.failures
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "passed": self.passed}
+        """A distance is None where the case could not be run."""
+        told = {each.name: getattr(self, each.name) for each in fields(self)}
+        for name in ("logits", "rounding"):
+            told[name] = None if told[name] is None else told[name].to_dict()
+        told["cache"] = None if self.cache is None else asdict(self.cache)
+        return {**told, "passed": self.passed}
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a bundle gave for a case: logits [batch, calls, vocab] and cached rows by layer and row;
+    `refusal` instead where it could not run it."""
+
+    logits_BXV: Floats | None
+    cached: Mapping[int, Sequence[Floats]]
+    refusal: str | None
+    seconds: float
+
+
+class Rows(Protocol):
+    """A side that is asked row by row."""
+
+    def row(self, segments: tuple[Tokens, ...]) -> RowTrace: ...
 
 
 def run_case(
     case: Case,
     sessions: GraphSessions,
-    reference: Reference,
+    reference: Rows,
     gate: Gate,
-    original: Reference | None = None,
+    original: Rows | None = None,
 ) -> CaseResult:
     """Run `case` on a fresh runner and compare every logit returned and every row cached.
 
-    Every cache slot holds NaN before it is written, so a graph that reads a stale one fails.
     `original` is the fp32 source where `reference` is that source rounded.
     """
+    return judge_case(case, ran_case(case, sessions), reference, gate, original)
+
+
+def ran_case(case: Case, sessions: GraphSessions) -> Ran:
+    """Run `case` on a fresh runner.
+
+    Every cache slot holds NaN before it is written, so a graph that reads a stale one fails.
+    """
     started = time.perf_counter()
-    traces = [reference.row(segments) for segments in case.rows()]
     try:
         runner = OnnxRunner(
             sessions,
@@ -80,22 +116,47 @@ def run_case(
             capacity=case.longest + (_widest(case) if sessions.writes_padding else 0),
             chunk=case.chunk,
             check_finite=True,
-            graph=_GRAPHS[case.form],
+            graph=GRAPHS[case.form],
         )
         runner.poison()
         logits = [each for calls in _together(case) for each in _logits(runner, calls)]
     except GateError as refusal:
-        return _result(case, started, (_told(refusal),))
+        return Ran(None, {}, f"{refusal.code}: {refusal.message}", _since(started))
+    cached = {
+        layer: [runner.cached_rows(layer, row) for row in range(case.batch)]
+        for layer in runner.cache_layers
+    }
+    return Ran(np.stack(logits, axis=1), cached, None, _since(started))
+
+
+def judge_case(
+    case: Case,
+    ran: Ran,
+    reference: Rows,
+    gate: Gate,
+    original: Rows | None = None,
+    *,
+    noise: float | None = None,
+) -> CaseResult:
+    """Hold what was run against `reference`, by `gate`; see `run_case`.
+
+    `noise`: the relative L2 that near ties go by, where it is not the gate's.
+    """
+    noise = gate.rel_l2 if noise is None else noise
+    started = time.perf_counter() - ran.seconds
+    if ran.logits_BXV is None:
+        return _result(case, started, (ran.refusal or "it was not run",))
+    traces = [reference.row(segments) for segments in case.rows()]
     wanted_XV = np.concatenate([trace.logits for trace in traces])
-    found_XV = np.concatenate([np.stack(row) for row in zip(*logits, strict=True)])
-    difference = logit_difference(wanted_XV, found_XV, gate.rel_l2)
-    layers = _layer_difference(runner, traces, gate.cache_rel_l2)
+    found_XV = ran.logits_BXV.reshape(-1, ran.logits_BXV.shape[-1])
+    difference = logit_difference(wanted_XV, found_XV, noise)
+    layers = _layer_difference(ran.cached, traces, gate.cache_rel_l2)
     bound = gate.max_abs_bound(difference.largest_logit)
     failures = _failures(difference, layers, gate, bound)
     rounding = None
     if original is not None:
         unrounded = [original.row(segments).logits for segments in case.rows()]
-        rounding = logit_difference(np.concatenate(unrounded), found_XV, gate.rel_l2)
+        rounding = logit_difference(np.concatenate(unrounded), found_XV, noise)
     found = _result(case, started, failures)
     return replace(found, logits=difference, rounding=rounding, max_abs_bound=bound, cache=layers)
 
@@ -133,22 +194,33 @@ def _verified(runner: OnnxRunner, rows: list[list[int]]) -> list[Floats]:
     return [*tried[:, :half].swapaxes(0, 1), *rest.swapaxes(0, 1)]
 
 
-def _layer_difference(runner: OnnxRunner, traces: list[RowTrace], bound: float) -> LayerDifference:
+def _layer_difference(
+    cached: Mapping[int, Sequence[Floats]], traces: list[RowTrace], bound: float
+) -> LayerDifference:
     """Cache by cache; a cache that only one side has is off without bound."""
-    layers = sorted({*runner.cache_layers, *traces[0].cached})
-    errors = [
-        max(_cache_difference(trace, runner, layer, row) for row, trace in enumerate(traces))
-        for layer in layers
-    ]
+    layers = sorted({*cached, *traces[0].cached})
+    errors, medians = [], []
+    for layer in layers:
+        pairs = _cached_pairs(traces, cached, layer)
+        errors.append(max((relative_l2(*pair) for pair in pairs), default=math.inf))
+        if errors[-1] < math.inf and sum(len(wanted) for wanted, _ in pairs) >= _MANY_ROWS:
+            medians.append(float(np.median(np.concatenate([row_errors(*p) for p in pairs]))))
     worst = int(np.argmax(errors))
-    bad = [layer for layer, error in zip(layers, errors, strict=True) if error > bound]
-    return LayerDifference(layers[worst], errors[worst], bad[0] if bad else None)
+    bad = [layer for layer, error in zip(layers, errors, strict=True) if not error <= bound]
+    return LayerDifference(
+        layers[worst], errors[worst], bad[0] if bad else None, max(medians, default=None)
+    )
 
 
-def _cache_difference(trace: RowTrace, runner: OnnxRunner, layer: int, row: int) -> float:
-    if layer not in trace.cached or layer not in runner.cache_layers:
-        return math.inf
-    return relative_l2(trace.cached[layer], runner.cached_rows(layer, row))
+def _cached_pairs(
+    traces: list[RowTrace], cached: Mapping[int, Sequence[Floats]], layer: int
+) -> list[tuple[Floats, Floats]]:
+    """(wanted, found) rows of each row of the batch; none where the two sides differ in shape."""
+    if layer not in cached or any(layer not in trace.cached for trace in traces):
+        return []
+    pairs = [(trace.cached[layer], cached[layer][row]) for row, trace in enumerate(traces)]
+    alike = all(wanted.shape == found.shape for wanted, found in pairs)
+    return pairs if alike else []
 
 
 def _failures(
@@ -169,6 +241,11 @@ def _failures(
             f"cached rows of layer {layers.worst_layer} are off by {layers.worst_rel_l2:.3g}, "
             f"wanted at most {gate.cache_rel_l2:.3g}; layer {layers.first_bad_layer} is the first"
         )
+    elif not _holds(layers.worst_row_median, gate.cache_row_median):
+        found.append(
+            f"cached rows are off by {layers.worst_row_median:.3g} in the middle, wanted at most "
+            f"{gate.cache_row_median:.3g}"
+        )
     elif found:
         found.append(
             f"every cached row agrees (worst layer {layers.worst_layer}, "
@@ -177,8 +254,8 @@ def _failures(
     return tuple(found)
 
 
-def _told(refusal: MlaDeployError) -> str:
-    return f"{refusal.code}: {refusal.message}"
+def _holds(value: float | None, limit: float | None) -> bool:
+    return value is None or limit is None or value <= limit
 
 
 def _result(
@@ -191,10 +268,14 @@ def _result(
         name=case.name,
         batch=case.batch,
         tokens=tokens,
-        seconds=round(time.perf_counter() - started, 4),
+        seconds=_since(started),
         failures=failures,
         logits=None,
         rounding=None,
         max_abs_bound=None,
         cache=None,
     )
+
+
+def _since(started: float) -> float:
+    return round(time.perf_counter() - started, 4)

@@ -122,14 +122,5 @@ class Reference:
             self._traces[segments] = RowTrace(np.stack(logits), cached)
         return self._traces[segments]
 
-    def continued(self, prompt: Sequence[int], count: int) -> list[int]:
-        """The `count` tokens that the source itself would write after `prompt`."""
-        self._source.reset()
-        logits_BV = self._source.prefill([prompt])
-        found = [int(logits_BV[0].argmax())]
-        while len(found) < count:
-            found.append(int(self._source.decode([found[-1]])[0].argmax()))
-        return found
-
 
 Progress = Callable[[str, int, int], None]

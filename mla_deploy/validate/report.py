@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import secrets
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
-from mla_deploy.door import create_file
+from mla_deploy.validate.bisected import Bisected
 from mla_deploy.validate.gates import Gate, LossGate
+from mla_deploy.validate.held import Held
 from mla_deploy.validate.loss import Loss, told_of
 from mla_deploy.validate.memory import MemoryReport
+from mla_deploy.validate.metrics import Metrics, metrics_over
+from mla_deploy.validate.outputs.schema import SCHEMA_VERSION
 from mla_deploy.validate.parity import CaseResult
+from mla_deploy.validate.surroundings import Surroundings
+from mla_deploy.validate.text_result import TextResult
+from mla_deploy.validate.uncached import Uncached
 
 
 @dataclass(frozen=True)
@@ -55,18 +57,29 @@ class ValidationReport:
     rounding: RoundingLoss | None  # None for fp32
     loss: Loss | None  # of quantised weights, else None
     loss_gate: LossGate | None
-    memory: MemoryReport
+    memory: MemoryReport | None  # None where results from elsewhere do not tell it
     versions: dict[str, str]
     notes: tuple[str, ...]
     seconds: float
+    reference: ReferenceName
+    text: TextResult | None = None
+    uncached: Uncached | None = None
+    bisect: Bisected | None = None
+    about: Surroundings | None = None
 
     @property
     def passed(self) -> bool:
-        """Every case, the agreement and the rounding loss over all, and the memory."""
+        """Every case, the agreement and the rounding loss over all, the losses on text, cached
+        against uncached, and the memory."""
         every_case = bool(self.cases) and all(case.passed for case in self.cases)
-        rounding = self.rounding is None or self.rounding.passed
-        loss = not self.loss_failures
-        return every_case and self.top1.passed and rounding and loss and self.memory.passed
+        parts = (self.top1, self.rounding, self.text, self.uncached, self.memory)
+        told = all(part is None or part.passed for part in parts)
+        return every_case and told and not self.loss_failures
+
+    @property
+    def metrics(self) -> Metrics | None:
+        """Over all cases; None when none could be run."""
+        return metrics_over(self.cases)
 
     @property
     def loss_failures(self) -> tuple[str, ...]:
@@ -79,23 +92,81 @@ class ValidationReport:
         """Plain JSON values; a distance that is not finite is null."""
         return _finite(
             {
+                "schema_version": SCHEMA_VERSION,
                 "passed": self.passed,
                 "bundle_digest": self.bundle_digest,
                 "source_digest": self.source_digest,
+                "reference": self.reference.to_dict(),
                 "verified": self.verified,
                 "target": self.target,
                 "dtype": self.dtype,
                 "gates": self.gate.to_dict(),
                 "cases": [case.to_dict() for case in self.cases],
+                "metrics": _told(self.metrics),
                 "top1": self.top1.to_dict(),
-                "rounding": None if self.rounding is None else self.rounding.to_dict(),
+                "rounding": _told(self.rounding),
                 "loss": None if self.loss is None else told_of(self.loss, self.loss_gate),
-                "memory": self.memory.to_dict(),
+                "text": _told(self.text),
+                "uncached": _told(self.uncached),
+                "bisect": _told(self.bisect),
+                "memory": _told(self.memory),
                 "versions": dict(self.versions),
                 "notes": list(self.notes),
                 "seconds": round(self.seconds, 3),
+                **({} if self.about is None else self.about.to_dict()),
             }
         )
+
+
+def _told(part: Any) -> Any:
+    return None if part is None else part.to_dict()
+
+
+@dataclass(frozen=True)
+class ReferenceName:
+    """What the bundle was held against. `kind`: "source", "goldens", "bundle" or "onnx"."""
+
+    kind: str
+    digest: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def report_of(
+    held: Held,
+    cases: tuple[CaseResult, ...],
+    *,
+    subject: Mapping[str, Any],
+    notes: tuple[str, ...],
+    **parts: Any,
+) -> ValidationReport:
+    """The report on a bundle, `subject`, that was held against `held`; `parts` go into it as they
+    are."""
+    return ValidationReport(
+        **subject,
+        source_digest=held.source_digest,
+        reference=ReferenceName(held.kind, held.digest),
+        gate=held.gate,
+        cases=cases,
+        top1=top_one(cases, held.overall),
+        rounding=rounding_loss(cases, held.overall),
+        loss=held.loss,
+        loss_gate=held.loss_gate,
+        notes=(*notes, *_scaled_gates(cases, held.gate)),
+        **parts,
+    )
+
+
+def _scaled_gates(results: tuple[CaseResult, ...], gate: Gate) -> tuple[str, ...]:
+    """Says so when the absolute gate was widened because the logits are large."""
+    bounds = [case.max_abs_bound for case in results if case.max_abs_bound is not None]
+    if gate.max_abs is None or not bounds or max(bounds) <= gate.max_abs:
+        return ()
+    return (
+        f"logits are so large that {gate.max_abs_share:g} of the largest one, {max(bounds):.3g}, "
+        f"stood in for the absolute gate of {gate.max_abs:g}",
+    )
 
 
 @dataclass(frozen=True)
@@ -139,75 +210,6 @@ def top_one(cases: tuple[CaseResult, ...], gate: Gate) -> TopOne:
         near_ties=sum(logits.near_ties for logits in found),
         wanted=gate.top1,
     )
-
-
-def write_json(report: ValidationReport, path: str | os.PathLike[str]) -> None:
-    """Write `report.to_dict()` as JSON. Replaces and raises as `write_junit`."""
-    text = json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n"
-    _replace(Path(path), text.encode("utf-8"))
-
-
-def write_junit(report: ValidationReport, path: str | os.PathLike[str]) -> None:
-    """Write the report as JUnit XML: one test case per case, one for top-1, one for the memory.
-
-    What stands at `path` is replaced at once, or not at all. Raises: EnvironmentFailure FILE-*.
-    """
-    suite = ElementTree.Element("testsuite", name="mla-deploy validate")
-    for case in report.cases:
-        _append(suite, case.name, case.seconds, case.failures)
-    shown = f"top-1 agreement is {report.top1.share:.4f}, wanted {report.top1.wanted}"
-    _append(suite, "top-1", 0.0, () if report.top1.passed else (shown,))
-    if report.rounding is not None:
-        shown = f"mean KL is {report.rounding.mean_kl:.3g}, wanted {report.rounding.wanted_mean_kl}"
-        _append(suite, "rounding", 0.0, () if report.rounding.passed else (shown,))
-    if report.loss is not None:
-        _append(suite, "loss", 0.0, report.loss_failures)
-    memory = report.memory
-    shown = f"the cache takes {memory.cache_bytes} bytes, predicted {memory.predicted_cache_bytes}"
-    _append(suite, "memory", 0.0, () if memory.passed else (shown,))
-    failed = len(suite.findall("testcase/failure"))
-    suite.set("tests", str(len(suite)))
-    suite.set("failures", str(failed))
-    suite.set("errors", "0")
-    suite.set("time", f"{report.seconds:.3f}")
-    _append_properties(suite, report)
-    ElementTree.indent(suite)
-    _replace(Path(path), ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True))
-
-
-def _append(
-    suite: ElementTree.Element, name: str, seconds: float, failures: tuple[str, ...]
-) -> None:
-    test = ElementTree.SubElement(
-        suite, "testcase", classname="mla_deploy.validate", name=name, time=f"{seconds:.3f}"
-    )
-    if failures:
-        failure = ElementTree.SubElement(test, "failure", message=failures[0], type="gate")
-        failure.text = "\n".join(failures)
-
-
-def _append_properties(suite: ElementTree.Element, report: ValidationReport) -> None:
-    properties = ElementTree.Element("properties")
-    facts = {
-        "bundle_digest": report.bundle_digest,
-        "source_digest": report.source_digest,
-        "dtype": report.dtype,
-        **report.versions,
-    }
-    for name, value in facts.items():
-        ElementTree.SubElement(properties, "property", name=name, value=value)
-    suite.insert(0, properties)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
-    try:
-        with create_file(partial) as stream:
-            stream.write(data)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _finite(value: Any) -> Any:

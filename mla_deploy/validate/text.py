@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mla_deploy.config import MlaConfig
-from mla_deploy.validate.cases import Case, continued_case
+from mla_deploy.validate.cases import Case, ModelFacts, continued_case
+from mla_deploy.validate.loss import sample_text
 
 if TYPE_CHECKING:
     from mla_deploy.bundle import Bundle
-    from mla_deploy.validate.reference import Reference
-
 _PROMPT = (
     "In the beginning there was one word, and from it came all the others; and the people said"
 )
-_STEPS = 64
+_STEPS, _SAMPLE_CHARACTERS = 64, 2000
 
 
-def text_case(bundle: Bundle, config: MlaConfig, reference: Reference) -> Case | None:
-    """A sentence, continued by what the source itself would write; None without a tokenizer."""
+def text_case(bundle: Bundle, config: ModelFacts) -> Case | None:
+    """A sentence, then text of another hand token by token; None without a tokenizer.
+
+    The bundle alone decides on the tokens, so that goldens and results are of the same case.
+    """
     if "tokenizer.json" not in bundle.files:
         return None
     from tokenizers import Tokenizer
@@ -27,9 +28,12 @@ def text_case(bundle: Bundle, config: MlaConfig, reference: Reference) -> Case |
         tokenizer = Tokenizer.from_buffer(bundle.read_bytes("tokenizer.json"))
     except Exception:  # the library raises plain Exception; `run` refuses it with a code
         return None
-    known = [token for token in tokenizer.encode(_PROMPT).ids if token < config.vocab_size]
-    prompt = known[: config.max_position_embeddings // 2]
+    first, then = (
+        [token for token in tokenizer.encode(text).ids if token < config.vocab_size]
+        for text in (_PROMPT, sample_text()[:_SAMPLE_CHARACTERS])
+    )
+    prompt = first[: config.max_position_embeddings // 2]
     steps = min(_STEPS, config.max_position_embeddings - len(prompt))
-    if not prompt or steps < 1:
+    if not prompt or steps < 1 or not then[:steps]:
         return None
-    return continued_case("text", prompt, reference.continued(prompt, steps))
+    return continued_case("text", prompt, then[:steps])

@@ -13,6 +13,7 @@ sign, symmetric ones around 2^(bits-1), the low half of a byte first. qdq is for
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -117,6 +118,42 @@ def packed(found: Quantized, part: Part) -> dict[str, torch.Tensor]:
     return flat
 
 
+def unpacked(parts: Mapping[str, torch.Tensor], part: Part, weight: Shape) -> Quantized:
+    """What `packed` made `parts` of; of a half (layouts heads and qdq_heads) as [H, O, I].
+
+    `weight`: its shape in the graph. The blocks are those of `part.form`.
+    """
+    form, values = part.form, parts["values"]
+    if part.layout in (QDQ, QDQ_HEADS):
+        if form.kind == "int4":
+            values = ((_halves(values.flatten()) ^ 8).to(torch.int16) - 8).to(torch.int8)
+        values = values.view(weight)
+        scales = parts["scales"].float()
+        if part.layout == QDQ_HEADS:
+            scales = scales.view(weight[0], -1, weight[2]).transpose(1, 2)
+            return Quantized(values.transpose(1, 2), scales, None)
+        return Quantized(values, scales.view(*weight[:-1], -1), None)
+    rows, columns = summed_last(part.layout, weight)
+    codes = parts["values"].reshape(rows, -1)
+    codes = (_halves(codes) if form.bits == 4 else codes)[:, :columns]
+    if form.symmetric:
+        codes = (codes.to(torch.int16) - 2 ** (form.bits - 1)).to(torch.int8)
+    zeros = parts.get("zero_points")
+    if zeros is not None and form.bits == 4:
+        zeros = _halves(zeros)[:, : form.blocks(columns)]
+    scales = parts["scales"].float()
+    if part.layout == HEADS:
+        split = weight[0], -1
+        codes, scales = codes.unflatten(0, split), scales.unflatten(0, split)
+        zeros = None if zeros is None else zeros.unflatten(0, split)
+    return Quantized(codes, scales, zeros)
+
+
 def _nibbles(values: torch.Tensor) -> torch.Tensor:
     """Two four-bit numbers a byte along the last axis, the first in the low half."""
     return values[..., 0::2] | (values[..., 1::2] << 4)
+
+
+def _halves(packed: torch.Tensor) -> torch.Tensor:
+    """The four-bit numbers of each byte along the last axis."""
+    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)

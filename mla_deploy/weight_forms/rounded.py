@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from mla_deploy.config import MlaConfig
 from mla_deploy.weight_forms.form import PER_CHANNEL, WeightForm, WeightPlan
 from mla_deploy.weight_forms.roles import role_of
 from mla_deploy.weight_forms.rounding import dequantized, quantized
@@ -26,9 +27,24 @@ class PlanRounding:
     scale_dtype: str = "fp32"
     for_device: bool = False  # as `export/dequantized.py`: w_uv along V, and whole blocks only
 
+    @classmethod
+    def of(
+        cls, config: MlaConfig, plan: WeightPlan, dtype: str, *, for_device: bool
+    ) -> PlanRounding:
+        """For a model of `config`; `dtype` is that of the graphs."""
+        return cls(
+            plan,
+            heads=config.num_heads,
+            nope=config.qk_nope_head_dim,
+            router_rows=config.router_rows,
+            tied=config.tie_word_embeddings,
+            scale_dtype=dtype if for_device else "fp32",
+            for_device=for_device,
+        )
+
     def __call__(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """`weight`, a parameter of the module, as the bundle's graphs compute with it."""
-        form = self._form(name, weight)
+        form = self.form(name, tuple(weight.shape))
         if form is None:
             return weight
         if role_of(name) != "kv_b":
@@ -50,15 +66,16 @@ class PlanRounding:
             return weight
         return dequantized(quantized(weight, form, self.scale_dtype), form)
 
-    def _form(self, name: str, weight: torch.Tensor) -> WeightForm | None:
-        if weight.dim() < 2 or "norm" in name.rpartition(".")[0].rpartition(".")[2]:
+    def form(self, name: str, shape: tuple[int, ...]) -> WeightForm | None:
+        """Of a parameter of that shape; None where it stays in float."""
+        if len(shape) < 2 or "norm" in name.rpartition(".")[0].rpartition(".")[2]:
             return None
         is_embedding, is_head = "embed" in name, name.startswith("lm_head")
         if is_embedding or is_head:
-            return trunk_form(self.plan, "head" if is_head else "embedding", weight.shape[-1],
+            return trunk_form(self.plan, "head" if is_head else "embedding", shape[-1],
                               tied=self.tied)  # fmt: skip
-        is_router = weight.dim() == 2 and weight.shape[0] == self.router_rows
-        if is_router or weight.shape[-1] < LEAST_COLUMNS:
+        is_router = len(shape) == 2 and shape[0] == self.router_rows
+        if is_router or shape[-1] < LEAST_COLUMNS:
             return None
         return self.plan.form(role_of(name))
 

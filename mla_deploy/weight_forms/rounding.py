@@ -40,24 +40,59 @@ def quantized(weight: torch.Tensor, form: WeightForm, scale_dtype: str = "fp32")
 
     Scales are fp32 numbers that `scale_dtype` (fp32, fp16, bf16) holds exactly.
     """
-    held, columns = SCALE_DTYPES[scale_dtype], weight.shape[-1]
-    blocked = _blocked(weight.float(), form)
+    blocked = blocked_weight(weight.float(), form)
+    grid = fitted_grid(blocked, form, scale_dtype)
+    return grid.stored(grid.codes(blocked).flatten(-2)[..., : weight.shape[-1]])
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What the blocks of a weight may be rounded to: `scales` [..., blocks] fp32, and zero points
+    like them, as floats; None when symmetric."""
+
+    form: WeightForm
+    scales: torch.Tensor
+    zero_points: torch.Tensor | None
+
+    def codes(self, blocked: torch.Tensor) -> torch.Tensor:
+        """[..., blocks, width] -> the numbers that are stored, as fp32; of fp8 as float8."""
+        scaled = blocked / self.scales[..., None]
+        if self.form.is_float:
+            return scaled.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        if self.zero_points is None:
+            half = 2 ** (self.form.bits - 1)
+            return scaled.round_().clamp_(-half, half - 1)
+        scaled.round_().add_(self.zero_points[..., None])
+        return scaled.clamp_(0, 2**self.form.bits - 1)
+
+    def values(self, codes: torch.Tensor) -> torch.Tensor:
+        """What a graph computes with for `codes` [..., blocks, width], fp32."""
+        wide = codes.float()
+        if self.zero_points is not None:
+            wide = wide - self.zero_points[..., None]
+        return wide * self.scales[..., None]
+
+    def stored(self, codes: torch.Tensor) -> Quantized:
+        """With codes [..., K] of a whole weight."""
+        zeros = self.zero_points
+        if zeros is not None:
+            return Quantized(codes.to(torch.uint8), self.scales, zeros.to(torch.uint8))
+        kept = codes.dtype if self.form.is_float else torch.int8
+        return Quantized(codes.to(kept), self.scales, None)
+
+
+def fitted_grid(blocked: torch.Tensor, form: WeightForm, scale_dtype: str = "fp32") -> Grid:
+    """The grid for `blocked` [..., blocks, width], fp32."""
+    held = SCALE_DTYPES[scale_dtype]
     if form.is_float:
-        scales = _held(_positive(blocked.abs().amax(-1) / FP8_MAX), held)
-        values = (blocked / scales[..., None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-        return Quantized(_flat(values, columns), scales, None)
+        return Grid(form, _held(_positive(blocked.abs().amax(-1) / FP8_MAX), held), None)
     if form.symmetric:
-        scales = _held(_symmetric_scales(blocked, form.bits), held)
-        values = _rounded(blocked, scales, form.bits).to(torch.int8)
-        return Quantized(_flat(values, columns), scales, None)
+        return Grid(form, _held(_symmetric_scales(blocked, form.bits), held), None)
     most = 2**form.bits - 1
     # Zero is a value of its own: an exact zero stays one.
     low, high = blocked.amin(-1).clamp(max=0.0), blocked.amax(-1).clamp(min=0.0)
     scales = _held(_positive((high - low) / most), held)
-    zero = (-low / scales).round().clamp(0, most)
-    shifted = (blocked / scales[..., None]).round() + zero[..., None]
-    values = shifted.clamp(0, most).to(torch.uint8)
-    return Quantized(_flat(values, columns), scales, zero.to(torch.uint8))
+    return Grid(form, scales, (-low / scales).round().clamp(0, most))
 
 
 def dequantized(quantized: Quantized, form: WeightForm) -> torch.Tensor:
@@ -71,17 +106,13 @@ def dequantized(quantized: Quantized, form: WeightForm) -> torch.Tensor:
     return values * spread
 
 
-def _blocked(weight: torch.Tensor, form: WeightForm) -> torch.Tensor:
+def blocked_weight(weight: torch.Tensor, form: WeightForm) -> torch.Tensor:
     """[..., K] -> [..., blocks, width]; a short last block is filled with zeros."""
     columns = weight.shape[-1]
     width, blocks = form.width(columns), form.blocks(columns)
     if blocks * width != columns:
         weight = torch.nn.functional.pad(weight, (0, blocks * width - columns))
     return weight.reshape(*weight.shape[:-1], blocks, width)
-
-
-def _flat(values: torch.Tensor, columns: int) -> torch.Tensor:
-    return values.flatten(-2)[..., :columns]
 
 
 def _symmetric_scales(blocked: torch.Tensor, bits: int) -> torch.Tensor:
@@ -100,13 +131,9 @@ def _symmetric_scales(blocked: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _error(blocked: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
-    found = _rounded(blocked, scales, bits).mul_(scales[..., None])
-    return found.sub_(blocked).square_().sum(-1)
-
-
-def _rounded(blocked: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
     half = 2 ** (bits - 1)
-    return (blocked / scales[..., None]).round_().clamp_(-half, half - 1)
+    found = (blocked / scales[..., None]).round_().clamp_(-half, half - 1)
+    return found.mul_(scales[..., None]).sub_(blocked).square_().sum(-1)
 
 
 def _held(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -37,6 +37,7 @@ FUNCTIONS: dict[str, tuple[str, list[str], dict[str, Any], list[str]]] = {
         {"source": "missing"},
         ["BUN-NOT-BUNDLE", "bundle", "source"],
     ),
+    "plan": ("report", ["missing"], {}, ["PLAN-MODEL", "model", "device"]),
 }
 
 # Forks once per order from a process that holds every library we load, and nothing of ours.

@@ -13,10 +13,8 @@ from .conftest import Command
 
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "transformers", "tensorrt",
          "tensorrt_rtx", "numpy", "safetensors", "tokenizers", "rich")  # fmt: skip
-VERBS = [
-    "inspect", "compress", "export", "rewrite", "quantize", "build", "validate", "run", "bench",
-    "doctor",
-]  # fmt: skip
+VERBS = ["inspect", "plan", "compress", "export", "rewrite", "quantize", "build", "validate",
+         "report", "run", "bench", "doctor"]  # fmt: skip
 
 
 def test_help_imports_nothing_heavy(child: Command) -> None:

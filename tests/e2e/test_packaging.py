@@ -31,6 +31,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "mla_deploy", tree / "mla_deploy", ignore=ignored)
     shutil.copytree(ROOT / "plugins", tree / "plugins", ignore=ignored)
+    shutil.copytree(ROOT / "models", tree / "models", ignore=ignored)
     shutil.copytree(ROOT / "tests", tree / "tests", ignore=ignored)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "out", "."]
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
@@ -44,12 +45,12 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     wanted = {
         path.relative_to(ROOT).as_posix()
-        for pattern in ("*.py", "py.typed", "*.json", "*.sh", "*.txt")
+        for pattern in ("*.py", "py.typed", "*.json", "*.sh", "*.txt", "*.jinja", "*.css")
         for path in (ROOT / "mla_deploy").rglob(pattern)
     }
     wanted |= {
         f"mla_deploy/{path.relative_to(ROOT).as_posix()}"
-        for path in (ROOT / "plugins").rglob("*")
+        for path in (*(ROOT / "plugins").rglob("*"), *(ROOT / "models/configs").glob("*.json"))
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert names == wanted

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 from dataclasses import replace as changed
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from mla_deploy.engine.pipeline import RTX_SMS, plan_build
 from mla_deploy.errors import MlaDeployError
 from tests.engine.engine_bundle import manifest, write_engine_bundle
 from tests.engine.small_graphs import CAPACITY, ROW, chain, decode_layer, node, weight
+from tests.exported import TINY, exported_checkpoint
 from tests.small_bundle import names_in, write_bundle
 
 STAND_IN = Path(__file__).with_name("stand_in")
@@ -158,9 +160,9 @@ def test_tensorrt_builds_through_the_stand_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole way with `tensorrt`, whose stand-in records the calls and builds nothing."""
+    plugin_bundle(tmp_path / "b", "jetson-orin-jp7")
     monkeypatch.setenv("PYTHONPATH", str(STAND_IN))
     monkeypatch.setattr(pipeline.importlib.util, "find_spec", lambda name: object())
-    write_engine_bundle(tmp_path / "b", target="jetson-orin-jp7", release="10.16")
     library = tmp_path / "libmla.so"
     library.write_bytes(b"a plugin")
     made = mla_deploy.build(tmp_path / "b", plugin_library=library)
@@ -211,13 +213,53 @@ def test_a_plugin_that_is_not_there(
     assert told in refused(tmp_path / "b", "BLD-PLUGIN", 4, **options).message
 
 
-def test_a_release_without_plugin_override(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def plugin_bundle(out: Path, target: str) -> Bundle:
+    """The tiny model, whose decode graph calls MlaDecode."""
+    made = exported_checkpoint(TINY, target=target, dtype="fp16", capacity=64)
+    shutil.copytree(made.bundle.path, out)
+    return open_bundle(out)
+
+
+@pytest.mark.parametrize(
+    ("target", "version", "bare"),
+    [("jetson-orin-jp6", "10.3.0.26", True), ("jetson-thor-jp71", "10.13.3.9", True),
+     ("jetson-orin-jp7", "10.16.2.1", False)],
+)  # fmt: skip
+def test_a_plugin_before_the_override_gets_a_graph_without_the_function(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, version: str, bare: bool
+) -> None:
+    bundle = plugin_bundle(tmp_path / "b", target)
+    for name, value in (("PYTHONPATH", STAND_IN), ("STAND_IN_VERSION", version),
+                        ("STAND_IN_KEEP", tmp_path / "kept"),
+                        ("STAND_IN_RECORD", tmp_path / "record")):  # fmt: skip
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(pipeline.importlib.util, "find_spec", lambda name: object())
+    (tmp_path / "lib.so").write_bytes(b"a plugin")
+    for mode in ("off", "on"):
+        mla_deploy.build(
+            bundle.path, plugin=mode, plugin_library=tmp_path / "lib.so", replace=True,
+            audit_mode="off",
+        )  # fmt: skip
+        parsed = onnx.load(tmp_path / "kept", load_external_data=False)  # decode is the last
+        names = {function.name for function in parsed.functions}
+        assert ("MlaDecode" not in names) == (bare and mode == "on")
+        nodes = [*parsed.graph.node, *(n for f in parsed.functions for n in f.node)]
+        assert "MlaDecode" in {node.op_type for node in nodes}
+        calls = [json.loads(line) for line in (tmp_path / "record").read_text().splitlines()]
+        beside = [call for call in calls if call[0] == "beside"][-1]
+        weights = {entry.value for t in parsed.graph.initializer for entry in t.external_data
+                   if entry.key == "location"}  # fmt: skip
+        assert weights and weights <= set(beside)
+    assert open_bundle(bundle.path, verify="full").engine is not None
+
+
+def test_a_graph_that_calls_no_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "_missing", lambda *_: "")
     monkeypatch.setattr(pipeline, "require_clean", lambda *_: None)
     write_engine_bundle(tmp_path / "b", target="jetson-orin-jp6", release="10.3")
     (tmp_path / "lib.so").write_bytes(b"")
     options = {"plugin": "on", "plugin_library": tmp_path / "lib.so"}
-    assert "in a function's place" in refused(tmp_path / "b", "BLD-PLUGIN", 4, **options).message
+    assert "calls no MlaDecode" in refused(tmp_path / "b", "BLD-PLUGIN", 4, **options).message
     planned = plan_build(tmp_path / "b")
     assert pipeline._plugin(planned, "auto", tmp_path / "lib.so") is None  # plain operators then
 

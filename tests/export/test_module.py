@@ -14,7 +14,9 @@ from torch import nn
 
 from mla_deploy import export, open_runner, validate
 from mla_deploy.bundle import Bundle
+from mla_deploy.engine.lint import lint_graph
 from mla_deploy.errors import MlaDeployError
+from mla_deploy.rewrite.releases import find_release
 
 MODELS = Path(__file__).parents[1] / "source" / "user"
 DOCS = ("docs.examples.plain_mla:model", "docs.examples.seam_mla:model")
@@ -70,6 +72,21 @@ def test_equal_to_the_module(name: str, tmp_path: Path) -> None:
 def test_every_form_of_bundle(options: dict[str, object], tmp_path: Path) -> None:
     bundle, weights = made("models:tied", tmp_path, **options)
     assert validate(bundle, module="models:tied", weights=weights).passed
+
+
+@pytest.mark.parametrize("target", ["rtx-40", "jetson-orin-jp6"])
+def test_for_tensorrt(target: str, tmp_path: Path) -> None:
+    """One graph without layers, of fixed capacity, typed: equal, and clean in half precision."""
+    bundle, weights = made("models:lm", tmp_path, target=target, dtype="fp32", capacity=320)
+    report = validate(bundle, module="models:lm", weights=weights)
+    assert report.passed and "not on the device" in report.notes[0]
+    half = export(module="models:lm", weights=weights, out=tmp_path / "half", target=target,
+                  capacity=320)  # fmt: skip
+    for graph in ("prefill", "decode"):
+        found = lint_graph(half.graph(graph), find_release(half.manifest["engine"]["release"]))
+        assert [f for f in found if f.check != "profile-missing"] == []
+        (cache, *_) = [v for v in half.inputs(graph) if v.name.startswith("latent_cache")]
+        assert (cache.dtype, cache.shape[2]) == ("fp16", 320)
 
 
 def test_runs_without_the_module(tmp_path: Path) -> None:
@@ -154,9 +171,6 @@ def test_options_that_exclude_each_other(tmp_path: Path) -> None:
         with pytest.raises(MlaDeployError) as refusal:
             export(**given)
         assert refusal.value.code == "EXP-OPTION"
-    with pytest.raises(MlaDeployError, match="--module") as refusal:
-        export(module="models:lm", target="rtx-40", out=tmp_path / "out")
-    assert refusal.value.code == "TARGET-FORM"
     bundle, _ = made("models:lm", tmp_path)
     for given in ({}, {"source": tmp_path, "module": "models:lm"}):
         with pytest.raises(MlaDeployError) as refusal:

@@ -10,7 +10,7 @@ import pytest
 
 from mla_deploy import open_runner, rewrite_model
 from mla_deploy.bundle import Bundle
-from mla_deploy.errors import GateError, InputError
+from mla_deploy.errors import BusyError, GateError, IncompatibleError, InputError
 from tests.foreign.graph import ForeignGraph, run_steps, token_ids
 from tests.foreign.sources import source_logits
 from tests.foreign.stored import stored_graph, stored_names
@@ -135,6 +135,33 @@ def test_a_graph_that_counts_tokens_elsewhere_does_not_pass_the_proof(tmp_path: 
     assert sorted(each.name for each in tmp_path.iterdir()) == ["model.onnx"]
 
 
+def test_positions_that_are_read_in_another_way_are_named(tmp_path: Path) -> None:
+    path = _changed(tmp_path, "torch-18-eager", _sloped)
+    with pytest.raises(InputError) as refusal:
+        rewrite_model(path, tmp_path / "bundle")
+    assert refusal.value.code == "REW-POSITION"
+    assert "PRelu" in refusal.value.message
+
+
+def test_a_graph_that_does_not_run_is_not_rewritten(tmp_path: Path) -> None:
+    def unknown(graph: onnx.GraphProto) -> None:
+        graph.node.add(
+            op_type="NoKernel", domain="com.microsoft", input=["input_ids"], output=["nothing"]
+        )
+
+    with pytest.raises(IncompatibleError) as refusal:
+        rewrite_model(_changed(tmp_path, "torch-18-eager", unknown), tmp_path / "bundle")
+    assert refusal.value.code == "REW-SESSION"
+
+
+def test_an_output_that_is_there_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "mine").touch()
+    with pytest.raises(BusyError) as refusal:
+        rewrite_model(tmp_path / "none.onnx", tmp_path / "bundle")
+    assert refusal.value.code == "BUN-EXISTS"
+
+
 def _changed(folder: Path, name: str, change: object) -> Path:
     model = onnx.load(str(stored_graph(name).path))
     change(model.graph)  # type: ignore[operator]
@@ -170,5 +197,29 @@ def _shifted(graph: onnx.GraphProto) -> None:
         onnx.NodeProto(op_type="Pad", input=["t_cut", "t_pads"], output=["t_before"]),
         onnx.NodeProto(op_type="Add", input=[found, "t_before"], output=["mixed"]),
     ]  # fmt: skip
+    for node in reversed(nodes):
+        graph.node.insert(place + 1, node)
+
+
+def _sloped(graph: onnx.GraphProto) -> None:
+    """PRelu of the embedding, its slope the place of the token."""
+    gather = next(node for node in graph.node if node.op_type == "Gather" and
+                  "input_ids" in node.input)  # fmt: skip
+    place, found = list(graph.node).index(gather), gather.output[0]
+    for node in graph.node:
+        node.input[:] = ["sloped" if name == found else name for name in node.input]
+    for name, values in (("zero", 0), ("one", 1), ("last", [1])):
+        graph.initializer.append(
+            onnx.numpy_helper.from_array(np.array(values, dtype=np.int64), f"s_{name}")
+        )
+    shape = onnx.NodeProto(op_type="Shape", input=["input_ids"], output=["s_shape"])
+    nodes = [
+        shape,
+        onnx.NodeProto(op_type="Gather", input=["s_shape", "s_one"], output=["s_new"]),
+        onnx.NodeProto(op_type="Range", input=["s_zero", "s_new", "s_one"], output=["s_places"]),
+        onnx.NodeProto(op_type="CastLike", input=["s_places", found], output=["s_floats"]),
+        onnx.NodeProto(op_type="Unsqueeze", input=["s_floats", "s_last"], output=["s_slope"]),
+        onnx.NodeProto(op_type="PRelu", input=[found, "s_slope"], output=["sloped"]),
+    ]
     for node in reversed(nodes):
         graph.node.insert(place + 1, node)

@@ -27,7 +27,7 @@ from tests.rewrite.graphs import (
 )
 
 # q_nope W_uk, attention over the latent, out W_uv: each product with its heads in front.
-_PRODUCT = "Transpose Shape Concat Reshape MatMul Shape Concat Reshape Transpose"
+_PRODUCT = "Transpose Reshape MatMul Shape Concat Reshape Transpose"
 ABSORBED = f"CacheUpdate Slice Slice SplitHeads Split {_PRODUCT} LatentAttention {_PRODUCT}"
 
 

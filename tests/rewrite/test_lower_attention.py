@@ -27,7 +27,7 @@ from tests.rewrite.graphs import (
 from tests.rewrite.test_absorb import _PRODUCT
 from tests.rewrite.test_lower_choice import _EVERY, _SOME
 
-_FOLD = "Mul Shape Concat Reshape"  # scaled, then heads folded into rows
+_FOLD = "Mul Reshape"  # scaled, then heads folded into rows
 _SHAPES = "Shape Concat Shape Concat"  # how scores unfold and fold again
 _SCORES = "Transpose MatMul Transpose"
 _TWO_SCORES = f"{_SCORES} {_SCORES} Add"

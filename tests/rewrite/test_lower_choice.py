@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mla_deploy.rewrite import lower_choice
+from mla_deploy.rewrite import lower_choice, lower_choice_trt
 from tests.rewrite.graphs import Arrays, fired, op_types, parsed, plan, run
 
 CHOOSE = """g (float[batch,new,total] scores) => (int64[batch,new,k] chosen) {{
@@ -57,16 +57,22 @@ def test_mask_fires(kind: str) -> None:
     assert (count, op_types(after)) == (1, _SELECTED)
 
 
+BOTH_RULES = pytest.mark.parametrize(
+    "rule", [lower_choice.SELECT, lower_choice_trt.SELECT], ids=["cpu", "tensorrt"]
+)
+
+
+@BOTH_RULES
 @pytest.mark.parametrize("kind", ["int64", "int32"])
 @pytest.mark.parametrize("tokens", [2, 3, 4, 9])
-def test_mask(tokens: int, kind: str) -> None:
+def test_mask(tokens: int, kind: str, rule: Any) -> None:
     """Chosen tokens may be invisible, and then stay so; a pooled indexer gives int32."""
     random = np.random.default_rng(tokens)
     visible = random.random((2, 1, 5, tokens)) < 0.6
     count = min(COUNT, tokens)
     chosen = np.argsort(random.random((2, 5, tokens)), axis=-1)[..., :count]
     before = parsed(SELECT.format(kind=kind))
-    after, _ = fired(before, lower_choice.SELECT)
+    after, _ = fired(before, rule)
     wanted = np.zeros_like(visible)
     for b, s in np.ndindex(2, 5):
         for t in chosen[b, s]:
@@ -76,14 +82,16 @@ def test_mask(tokens: int, kind: str) -> None:
         np.testing.assert_array_equal(found, wanted)
 
 
-def test_a_token_chosen_twice_is_chosen() -> None:
-    after, _ = fired(parsed(SELECT.format(kind="int64")), lower_choice.SELECT)
+@BOTH_RULES
+def test_a_token_chosen_twice_is_chosen(rule: Any) -> None:
+    after, _ = fired(parsed(SELECT.format(kind="int64")), rule)
     feeds = {"visible": np.ones((1, 1, 1, 5), bool), "chosen": np.array([[[4, 4, 1]]])}
     np.testing.assert_array_equal(
         run(after, feeds)["selected"][0, 0, 0], [False, True, False, False, True]
     )
 
 
+@BOTH_RULES
 @pytest.mark.parametrize(
     "chosen",
     [
@@ -94,11 +102,11 @@ def test_a_token_chosen_twice_is_chosen() -> None:
         [[-1] * 5, [4, 3, 2, 1, 0]],  # as many
     ],
 )
-def test_none_is_chosen_by_minus_one(chosen: list[list[int]]) -> None:
+def test_none_is_chosen_by_minus_one(chosen: list[list[int]], rule: Any) -> None:
     visible = np.ones((1, 1, 2, 5), bool)
     wanted = np.array([[t in places for t in range(5)] for places in chosen])
     before = parsed(SELECT.format(kind="int32"))
-    after, _ = fired(before, lower_choice.SELECT)
+    after, _ = fired(before, rule)
     for model in (before, after):
         found = run(model, {"visible": visible, "chosen": np.array([chosen], np.int32)})
         np.testing.assert_array_equal(found["selected"][0, 0], wanted)

@@ -114,7 +114,7 @@ def test_bytes_multiply_as_numbers_do(
     found = run(after, feeds)["out"]
     wanted = attention_reference(plain, shape.get("count", 0))
     assert np.abs(found - wanted).max() < _PRODUCTS
-    assert ("MatMulInteger" in op_types(after)) == (name != "fp8")
+    assert ("MatMulIntegerToFloat" in op_types(after)) == (name != "fp8")
 
 
 def test_products_of_bytes_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mla_deploy.rewrite import absorb, lower_attention, lower_expanded, lower_ring
+from mla_deploy.rewrite import absorb, lower_attention, lower_expanded, lower_ring, lower_ring_trt
 from mla_deploy.source.plan import RING_OPERANDS, ring_plan
 from tests.rewrite.graphs import (
     SCALE,
@@ -140,6 +140,22 @@ def test_same_bytes(dtype: str) -> None:
     feeds |= step_feeds([7, 2, 5], [3, 1, 0], 3, 4)
     found, wanted = run(after, feeds), run(before, feeds)
     assert distance(found, wanted) == 0.0
+
+
+def test_for_tensorrt_what_is_stale_is_not_cleared() -> None:
+    """The ring it leaves is the same; of what is read, so is every row that holds a token."""
+    before = parsed(ring_text(4))
+    after, count = fired(before, lower_ring_trt.RULE)
+    assert (count, op_types(after)) == (1, "Concat Squeeze GatherND ScatterND Identity")
+    random = np.random.default_rng(3)
+    ring = random.standard_normal((3, 1, 4, W)).astype(np.float32)
+    feeds = {"ring": ring, "new_rows": random.standard_normal((3, 1, 3, W)).astype(np.float32)}
+    feeds |= step_feeds([7, 2, 0], [3, 1, 0], 3, 4)
+    found, wanted = run(after, feeds), run(before, feeds)
+    np.testing.assert_array_equal(found["ring_out"], wanted["ring_out"])
+    filled = np.broadcast_to(feeds["ring_filled_B1U1"], wanted["rows"].shape)
+    np.testing.assert_array_equal(found["rows"][filled], wanted["rows"][filled])
+    assert not wanted["rows"][~filled].any() and found["rows"][~filled].all()
 
 
 def test_an_idle_row_keeps_its_bytes() -> None:

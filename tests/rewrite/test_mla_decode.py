@@ -105,6 +105,30 @@ def test_the_body_for_tensorrt(dtype: str) -> None:
         add_tensorrt_body(model, ir.DataType.FLOAT16)
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_the_body_for_tensorrt_before_tensor_scatter(dtype: str) -> None:
+    """Opset 20: what is stored is the new rows, to the byte, and no padding."""
+    call = problem(SMALL, LENGTHS)
+    clean = {name: np.nan_to_num(array) for name, array in feeds_of(call).items()}
+    model = operator(call, "fp16")
+    if dtype == "fp32":
+        for value in (*model.graph.inputs[:3], *model.graph.outputs):
+            value.dtype = ir.DataType.FLOAT
+        clean |= {n: clean[n].astype(np.float32) for n in ("query", "new_row", "cache")}
+    model.graph.opset_imports[""] = 20
+    kept = ir.DataType.FLOAT16 if dtype == "fp16" else ir.DataType.FLOAT
+    add_tensorrt_body(model, kept, in_place=False)
+    found = run(model, clean)
+    out, cache, _ = expected(call)
+    tolerance = 2 * CODED_TOLERANCE["fp16"] if dtype == "fp16" else graphs.TOLERANCE["fp32"]
+    assert np.abs(found["out"].astype(np.float64) - out).max() < tolerance
+    wanted = np.nan_to_num(cache.astype(np.float32))
+    assert np.array_equal(found["cache_out"].astype(np.float32), wanted)
+    model.graph.opset_imports[""] = 19
+    with pytest.raises(MlaDeployError, match="REW-OPSET"):
+        add_tensorrt_body(model, kept, in_place=False)
+
+
 def test_plain_rows_of_fp32_are_exact() -> None:
     """With no rounding in between, the formula itself: scale, mask, slice, padding."""
     call = problem(SMALL, LENGTHS)

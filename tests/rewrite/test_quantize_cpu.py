@@ -11,6 +11,7 @@ import torch
 from mla_deploy.rewrite import (
     absorb,
     lower_attention,
+    lower_blocked,
     lower_expanded,
     lower_experts,
     quantize_cpu,
@@ -132,9 +133,7 @@ def test_a_half_made_float_again_is_the_weight(plan: str) -> None:
     np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-7)
 
 
-def test_rules_of_both_graphs_take_the_halves() -> None:
-    """Both name the same parts; nothing of kv_b_proj is read in float."""
-    text = """
+_ATTEND = """
 attend (float[B,3,S,48] query, float[B,1,T,64] latent, float[B,1,T,16] rope_key,
         float[168,64] "a.kv_b_proj.weight", bool[B,1,S,T] visible) => (float[B,3,S,24] out) {
     key, value = mla_deploy.ExpandLatent <heads: int = 3, nope: int = 32, value: int = 24> (
@@ -142,12 +141,16 @@ attend (float[B,3,S,48] query, float[B,1,T,64] latent, float[B,1,T,16] rope_key,
     out = mla_deploy.Attention <scale: float = 0.5> (query, key, value, visible)
 }
 """
+
+
+def test_rules_of_both_graphs_take_the_halves() -> None:
+    """Both name the same parts; nothing of kv_b_proj is read in float."""
     named = []
     for rules in (
         (*lower_expanded.RULES, *quantize_heads.expanded_rules(PLAN)),
         (*absorb.RULES, *lower_attention.RULES, *quantize_heads.absorbed_rules(PLAN)),
     ):
-        model = parsed(text)
+        model = parsed(_ATTEND)
         assert apply_rules(model, rules)["quantize_heads"] == 2
         uses = collect_weights(model, {"query", "latent", "rope_key", "visible"})
         named.append({name: use.part for name, use in uses.items()})
@@ -156,3 +159,14 @@ attend (float[B,3,S,48] query, float[B,1,T,64] latent, float[B,1,T,16] rope_key,
         f"a.kv_b_proj.{half}.{part}"
         for half in ("w_uk_HNL", "w_uv_HLV") for part in ("values", "scales")
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("plan", ["int4", "int4:block=64", "int4:block=128", "int8:asymmetric"])
+def test_what_is_widened_in_a_loop_has_names_of_its_own(plan: str) -> None:
+    """A session takes no name twice, in branches and loops either."""
+    model = parsed(_ATTEND)
+    form = parse_plan(plan)
+    rules = (*lower_blocked.RULES, *quantize_heads.expanded_rules(form))
+    assert apply_rules(model, rules)["quantize_heads"] > 0
+    names = [value.name for node in model.graph.all_nodes() for value in node.outputs]
+    assert sorted(set(names)) == sorted(names)

@@ -348,7 +348,7 @@ def test_a_plan_that_kills_its_process(
 
 def test_a_cache_that_engines_do_not_have(bundle: Bundle, device: Path) -> None:
     cache = json.loads(json.dumps(bundle.manifest["cache"]))
-    cache["tensors"][0]["rows"] = 8
+    cache["tensors"][0]["rows"] = "state"
     refused(replace(bundle, manifest={**bundle.manifest, "cache": cache}), "ENG-CACHE", 6)
     assert deserialised(device) == 0
 

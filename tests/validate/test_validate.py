@@ -95,10 +95,11 @@ def test_json_and_junit_files(report: ValidationReport, tmp_path: Path) -> None:
         write_junit(failing, tmp_path / "report.xml")
         write_json(failing, tmp_path / "report.json")
     suite = ElementTree.parse(tmp_path / "report.xml").getroot()
-    assert (suite.tag, suite.get("tests"), suite.get("failures")) == ("testsuite", "3", "1")
+    assert (suite.tag, suite.get("tests"), suite.get("failures")) == ("testsuite", "4", "1")
     failure = suite.find("testcase/failure")
     assert failure is not None and failure.text == "a & b\nc"
-    assert [case.get("name") for case in suite.iter("testcase")] == ["prefill-1", "top-1", "memory"]
+    names = [case.get("name") for case in suite.iter("testcase")]
+    assert names == ["prefill-1", "top-1", "uncached", "memory"]
     assert json.loads((tmp_path / "report.json").read_text())["passed"] is False
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.xml"]
 

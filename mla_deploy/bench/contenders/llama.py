@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mla_deploy.bench.contenders.rows import TOKEN, prompt_ids
-from mla_deploy.bench.provenance import cores
+from mla_deploy.machine import usable_cores
 
 CACHE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}  # ggml's numbers of these types
 _BATCH = 512
@@ -46,7 +46,7 @@ class LlamaContender:
         settings = api.llama_context_default_params()
         settings.n_ctx, settings.n_seq_max, settings.kv_unified = capacity + _ROOM, 2, True
         settings.n_batch = settings.n_ubatch = _BATCH
-        settings.n_threads = settings.n_threads_batch = threads or cores()
+        settings.n_threads = settings.n_threads_batch = threads or usable_cores()
         settings.type_k = settings.type_v = CACHE_TYPES[cache_type]
         settings.flash_attn_type = int(flash)
         self.context = api.llama_init_from_model(self.model, settings)

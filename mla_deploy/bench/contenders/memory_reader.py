@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mla_deploy.bench.contenders.contender import CannotPrefill
-from mla_deploy.bench.provenance import cores
+from mla_deploy.machine import usable_cores
 
 READ_BYTES = 1 << 30  # far more than any cache of a processor
 
@@ -23,7 +23,7 @@ class MemoryReader:
     """`step` reads so many bytes once. The worker's process has one BLAS thread (`line_up.py`)."""
 
     def __init__(self, *, threads: int | None, read_bytes: int = READ_BYTES) -> None:
-        count = threads or cores()
+        count = threads or usable_cores()
         size = read_bytes // 8 // count
         self.halves = [(np.ones(size, np.float32), np.ones(size, np.float32)) for _ in range(count)]
         self.pool = ThreadPoolExecutor(count)

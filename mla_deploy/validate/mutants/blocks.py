@@ -131,19 +131,64 @@ def _weight_edit(suffix: str, edit: Callable[[ir.Node, ir.Value], ir.Value]) -> 
 
 
 MUTANTS = (
-    Mutant("latent-norm-dropped", norm_dropped("kv_a_layernorm.weight")),
-    Mutant("query-norm-dropped", norm_dropped("q_a_layernorm.weight")),
-    Mutant("input-norm-dropped", norm_dropped("input_layernorm.weight")),
-    Mutant("mlp-norm-dropped", norm_dropped("post_attention_layernorm.weight")),
-    Mutant("final-norm-dropped", norm_dropped("model.norm.weight")),
-    Mutant("final-norm-dropped-in-prefill-only", norm_dropped("model.norm.weight"), ("prefill",)),
+    Mutant(
+        "latent-norm-dropped",
+        norm_dropped("kv_a_layernorm.weight"),
+        told="The latent is cached as it was projected.",
+    ),
+    Mutant(
+        "query-norm-dropped",
+        norm_dropped("q_a_layernorm.weight"),
+        told="The query's latent is not normalised.",
+    ),
+    Mutant(
+        "input-norm-dropped",
+        norm_dropped("input_layernorm.weight"),
+        told="Attention reads the residual as it is.",
+    ),
+    Mutant(
+        "mlp-norm-dropped",
+        norm_dropped("post_attention_layernorm.weight"),
+        told="The MLP reads the residual as it is.",
+    ),
+    Mutant(
+        "final-norm-dropped",
+        norm_dropped("model.norm.weight"),
+        told="The head reads the residual as it is.",
+    ),
+    Mutant(
+        "final-norm-dropped-in-prefill-only",
+        norm_dropped("model.norm.weight"),
+        ("prefill",),
+        told="The head reads the residual as it is.",
+    ),
     Mutant("norm-epsilon-of-another-model", epsilon_of_another_model),
-    Mutant("attention-residual-dropped", attention_residual_dropped),
+    Mutant(
+        "attention-residual-dropped",
+        attention_residual_dropped,
+        told="Attention's output replaces the residual.",
+    ),
     Mutant("mlp-residual-dropped", mlp_residual_dropped),
-    Mutant("output-weight-transposed", weight_misread("self_attn.o_proj.weight")),
-    Mutant("output-weight-off-by-0.1-percent", weight_scaled("self_attn.o_proj.weight", 1.001)),
-    Mutant("head-weight-off-by-0.1-percent", weight_scaled("lm_head.weight", 1.001)),
-    Mutant("output-weights-exchanged", weights_of_another_layer("self_attn.o_proj.weight")),
+    Mutant(
+        "output-weight-transposed",
+        weight_misread(".o_proj.weight"),
+        told="[in, out] bytes read as [out, in].",
+    ),
+    Mutant(
+        "output-weight-off-by-0.1-percent",
+        weight_scaled(".o_proj.weight", 1.001),
+        told="A weight off by a little.",
+    ),
+    Mutant(
+        "head-weight-off-by-0.1-percent",
+        weight_scaled("lm_head.weight", 1.001),
+        told="Logits off by a little.",
+    ),
+    Mutant(
+        "output-weights-exchanged",
+        weights_of_another_layer(".o_proj.weight"),
+        told="Two layers exchange a weight.",
+    ),
     Mutant("last-layer-dropped", layer_dropped),
     Mutant("last-token-off-by-one", last_token_off_by_one),
 )

@@ -22,3 +22,9 @@ class Mutant:
     name: str
     edit: Edit
     graphs: tuple[Graph, ...] = ("prefill", "decode")
+    told: str = ""
+
+    @property
+    def what(self) -> str:
+        """What the fault is, in a sentence; the edit's own where `told` is empty."""
+        return self.told or (self.edit.__doc__ or "").strip().partition("\n")[0]

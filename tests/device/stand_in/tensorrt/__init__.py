@@ -80,6 +80,7 @@ class TensorIOMode(enum.Enum):
 
 class _Network:
     onnx = ""
+    is_in_place = False  # by the plugin, whatever else copies
 
 
 class _Error:
@@ -98,11 +99,28 @@ class OnnxParser:
 
     def parse_from_file(self, path: str) -> bool:
         _record("parse_from_file", os.path.basename(path))
-        self._network.onnx = os.path.abspath(path)
-        return not _goes_wrong("does not parse")
+        self._network.onnx = _found(os.path.abspath(path))
+        self._network.is_in_place = self._network.onnx != os.path.abspath(path)
+        return bool(self._network.onnx) and not _goes_wrong("does not parse")
 
     def get_error(self, index: int) -> _Error:
         return _Error()
+
+
+def _found(path: str) -> str:
+    """The graph that runs: of one without MlaDecode's function, which needs the plugin and its
+    weights beside it, that of its package. "" where TensorRT would not take it."""
+    made = onnx.load(path, load_external_data=False)
+    functions = {function.name for function in made.functions}
+    nodes = [*made.graph.node, *(node for function in made.functions for node in function.node)]
+    if "MlaDecode" in functions or "MlaDecode" not in {node.op_type for node in nodes}:
+        return path
+    folder = os.path.dirname(path)
+    weights = {entry.value for tensor in made.graph.initializer for entry in tensor.external_data
+               if entry.key == "location"}  # fmt: skip
+    if not _plugins or not all(os.path.isfile(os.path.join(folder, name)) for name in weights):
+        return ""
+    return os.path.normpath(os.path.join(folder, "..", "..", "bundle", os.path.basename(path)))
 
 
 class _Profile:
@@ -149,7 +167,8 @@ class Builder:
         if _goes_wrong("does not build"):
             self._logger.log(_Severity.ERROR, "Error Code 9: nobody knows why")
             return None
-        return bytearray(json.dumps([network.onnx, config.profiles]).encode())
+        made = [network.onnx, config.profiles, network.is_in_place]
+        return bytearray(json.dumps(made).encode())
 
 
 class Runtime:
@@ -161,15 +180,15 @@ class Runtime:
         if _goes_wrong("aborts"):
             os.abort()
         try:
-            path, profiles = json.loads(bytes(plan))
+            path, profiles, *more = json.loads(bytes(plan))
         except ValueError:
             return None
-        return _Engine(Path(path), profiles)
+        return _Engine(Path(path), profiles, is_in_place=any(more))
 
 
 class _Engine:
-    def __init__(self, path: Path, profiles: Any) -> None:
-        self.path, self.profiles = path, profiles
+    def __init__(self, path: Path, profiles: Any, *, is_in_place: bool = False) -> None:
+        self.path, self.profiles, self.is_in_place = path, profiles, is_in_place
         graph = onnx.load(path, load_external_data=False).graph
         self.values: dict[str, tuple[TensorIOMode, int, tuple[int, ...]]] = {}
         for mode, values in (
@@ -201,6 +220,9 @@ class _Engine:
     def get_aliased_input_tensor(self, name: str) -> str | None:
         if "_out." not in name or _goes_wrong("copies caches"):
             return None
+        caches = [sizes for held, (_, _, sizes) in self.values.items() if "_out." in held]
+        if self.values[name][2][2] != max(sizes[2] for sizes in caches):
+            return None  # a ring
         return "latent_cache.99" if _goes_wrong("aliases elsewhere") else name.replace("_out.", ".")
 
     def get_device_memory_size_for_profile_v2(self, index: int) -> int:
@@ -258,9 +280,8 @@ class _Context:
         return stream != 0
 
     def run(self) -> None:
-        if _goes_wrong(
-            "copies caches"
-        ):  # an output that is not aliased may be scratch until the end
+        # An output that is not aliased may be scratch until the end.
+        if _goes_wrong("copies caches") and not self._engine.is_in_place:
             for name in (name for name in self._addresses if "_out." in name):
                 kind = self._engine.values[name][1]
                 shape = self._shapes[name.replace("_out.", ".")]
@@ -291,6 +312,7 @@ def _spoiled(logits: Any) -> Any:
     return np.full_like(logits, np.nan) if _goes_wrong("gives NaN") else logits
 
 
+_plugins: list[str] = []
 _recorded: list[_Context] = []
 _libraries: list[Any] = []
 
@@ -308,7 +330,10 @@ def _cuda() -> Any:
 class _Registry:
     def load_library(self, path: str) -> Any:
         _record("load_library", os.path.basename(path))
-        return None if "empty" in path else object()
+        if "empty" in path:
+            return None
+        _plugins.append(path)
+        return object()
 
 
 def get_plugin_registry() -> _Registry:

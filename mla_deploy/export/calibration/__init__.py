@@ -1,0 +1,1 @@
+"""Rounding that is fitted to a text: whose inputs, which weights, and whether it was worth it."""
