@@ -35,15 +35,19 @@ class ExpertCodes:
         by row as well.
         """
         rng = np.random.default_rng(0)
-        gate_up = {"gate_proj": (e.inner, e.hidden), "up_proj": (e.inner, e.hidden)}
+        weights = {"gate_proj": (e.inner, e.hidden), "up_proj": (e.inner, e.hidden),
+                   "down_proj": (e.hidden, e.inner)}  # fmt: skip
         with (self.folder / _FILE).open("wb") as file:
             for part in (Part(name, self.form, NBITS) for name in part_names(self.form)):
-                halves = [self._stack(file, e, n, part, s, rng) for n, s in gate_up.items()]
-                both = np.stack(halves, axis=2)  # [E, I, 2, ...]
-                self._put(
-                    file, f"{GATE_UP}.{part.name}", part, both.reshape(e.count, 2 * e.inner, -1)
-                )
-                self._stack(file, e, "down_proj", part, (e.hidden, e.inner), rng)
+                stacks = {
+                    name: _random(part, (e.count, *part.shape(weight)), weight[1], rng)
+                    for name, weight in weights.items()
+                }
+                for name, stack in stacks.items():
+                    self._put_each(file, name, part, stack)
+                both = np.stack([stacks["gate_proj"], stacks["up_proj"]], axis=2)
+                both = both.reshape(e.count, 2 * e.inner, -1)
+                self._put(file, f"{GATE_UP}.{part.name}", part, both)
 
     def bound(self, model: ir.Model) -> ir.Model:
         """`model` with the weights among its inputs made initializers."""
@@ -55,22 +59,20 @@ class ExpertCodes:
                 model.graph.register_initializer(value)
         return model
 
-    def _stack(
-        self, file: BinaryIO, e: Experts, name: str, part: Part, weight: Shape, rng: Any
-    ) -> NDArray[Any]:
-        one = part.shape(weight)
-        stack = _random(part, (e.count, *one), weight[1], rng)
-        self._put(file, f"{STACK}.{name}.{part.name}", part, stack.reshape(e.count, weight[0], -1))
-        start, each = file.tell() - stack.nbytes, stack.nbytes // e.count
-        for number in range(e.count):
+    def _put_each(self, file: BinaryIO, name: str, part: Part, stack: NDArray[Any]) -> None:
+        flat = stack.reshape(*stack.shape[:2], -1)
+        start = self._put(file, f"{STACK}.{name}.{part.name}", part, flat)
+        each = stack.nbytes // len(stack)
+        for number in range(len(stack)):
             whole = f"{STACK}.{number}.{name}.weight.{part.name}"
-            self._note(whole, part, one, start + number * each, each)
-        return stack
+            self._note(whole, part, stack.shape[1:], start + number * each, each)
 
-    def _put(self, file: BinaryIO, name: str, part: Part, array: NDArray[Any]) -> None:
+    def _put(self, file: BinaryIO, name: str, part: Part, array: NDArray[Any]) -> int:
         file.write(bytes(-file.tell() % _PAGE))
-        self._note(name, part, array.shape, file.tell(), array.nbytes)
+        offset = file.tell()
+        self._note(name, part, array.shape, offset, array.nbytes)
         file.write(np.ascontiguousarray(array).data)
+        return offset
 
     def _note(self, name: str, part: Part, shape: Shape, offset: int, length: int) -> None:
         self.tensors[name] = ir.ExternalTensor(
