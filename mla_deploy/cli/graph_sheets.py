@@ -63,7 +63,10 @@ def graph_sheets(survey: Survey) -> tuple[Sheet, ...]:
         Sheet("Inputs and outputs", ("", "name", "dtype", "shape"), _folded(tensors)),
     ]
     if survey.refusal:
-        return (*sheets, Sheet("Not recognised", ("",), [(survey.refusal,)]))
+        told = [(survey.refusal,)]
+        if survey.producer.startswith("mla-deploy"):
+            told.append(("a graph of a bundle: inspect the folder that it is in",))
+        return (*sheets, Sheet("Not recognised", ("",), told))
     return (*sheets, *_layer_sheets(survey.layers), *_fault_sheets(survey.faults))
 
 

@@ -87,7 +87,9 @@ def latent_of(region: Region, site: Site) -> Latent:
             f"keys and values are {expanded} numbers a token and the narrowest that they are made "
             f"from is {width}: no latent",
         )
-    if max(int((part != 0).sum(axis=2).max(initial=0)) for part in (key_HEW, value_HVW)) <= 1:
+    copies = max(int((part != 0).sum(axis=2).max(initial=0)) for part in (key_HEW, value_HVW)) <= 1
+    # An absorbed graph copies too, but its values are part of the row that its keys are.
+    if copies and width >= key_HEW.shape[1] + value_HVW.shape[1]:
         raise Stop(
             "latent",
             rows[0],

@@ -37,12 +37,18 @@ class CacheForms:
         return {**asdict(self), "forms": [asdict(form) for form in self.forms]}
 
 
-def compare_cache(manifest: Mapping[str, Any], config: MlaConfig) -> CacheForms:
-    """By arithmetic; `measure_memory` measures the bundle's own."""
+def compare_cache(manifest: Mapping[str, Any], config: MlaConfig | None) -> CacheForms:
+    """By arithmetic; `measure_memory` measures the bundle's own.
+
+    A bundle of a module or of a foreign graph has no config: nothing to compare with.
+    """
     cache = manifest["cache"]
     own, itemsize = int(cache["bytes_per_token"]), int(cache["itemsize"])
     dtype = str(cache["dtype"])
     is_half = dtype in ("fp16", "bf16")
+    if config is None:
+        alone = CacheForm("latent", dtype, own, is_bundle=True)
+        return CacheForms(own, None, int(manifest["model"]["num_layers"]), (alone,))
     full = config.expanded_bytes_per_token(itemsize)
     forms = [CacheForm("latent", dtype, own, is_bundle=True)]
     if not is_half:

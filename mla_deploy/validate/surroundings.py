@@ -47,12 +47,13 @@ def surroundings_of(
 
     `timed` times decode steps, but not on a stand-in for a device, whose times mean nothing.
     """
+    config = bundle.config if "config.json" in bundle.files else None
     times = timed and "engine" not in bundle.manifest
     return Surroundings(
         name=bundle.path.resolve().name,
         made_at=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         model=bundle.manifest["model"],
-        cache=compare_cache(bundle.manifest, bundle.config),
+        cache=compare_cache(bundle.manifest, config),
         rewrites=bundle.manifest["rewrite"],
         ran=placement_of(bundle, sessions, library_versions() if of_source else None),
         speed=measure_steps(sessions) if times else None,

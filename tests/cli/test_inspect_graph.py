@@ -47,3 +47,11 @@ def test_a_file_that_is_no_graph_is_refused(command: Command, tmp_path: Path) ->
     path = tmp_path / "model.onnx"
     path.write_bytes(b"no graph")
     assert command("inspect", path, "--json").object()["error"]["code"].startswith("ONNX-")
+
+
+def test_a_graph_of_a_bundle_is_told_as_such(command: Command, graph: Path) -> None:
+    bundle = graph.parent / "bundle"
+    assert command("rewrite", graph, "--out", bundle).status == 0
+    ran = command("inspect", bundle / "decode.onnx")
+    assert ran.status == 0 and "not recognised" in ran.out.splitlines()[0]
+    assert "inspect the folder that it is in" in " ".join(ran.out.split())
