@@ -115,7 +115,9 @@ def test_codes_lose_less_where_a_channel_stands_out(cache_dtype: str, tmp_path: 
 def test_a_rotated_bundle_is_quantised_and_stays_rotated(turned: Exported, tmp_path: Path) -> None:
     made = quantize(turned.bundle, tmp_path / "q", weights="int8", cache_dtype="int8")
     assert rotation_of(made.manifest) == "signed-hadamard"
-    passes(made, turned.checkpoint)
+    # Of random weights int8 loses more than any gate on text allows; the graphs are right.
+    report = validate(made, source=turned.checkpoint, cases=few(made), threads=1)
+    assert all(case.passed for case in report.cases), report.to_dict()
 
 
 def test_against_a_bundle_without(turned: Exported) -> None:
@@ -150,7 +152,7 @@ def test_only_a_checkpoint_is_rotated_alike() -> None:
 
 
 def test_a_latent_that_layers_share_is_refused(refuses: Refuses, tmp_path: Path) -> None:
-    if "mistral_large4_text" not in FAMILIES:
+    if "mistral_large4" not in FAMILIES:
         pytest.skip("this transformers has no mistral_large4")
-    checkpoint = write_family(tmp_path / "checkpoint", "mistral_large4_text")
+    checkpoint = write_family(tmp_path / "checkpoint", "mistral_large4")
     refuses(checkpoint, "EXP-ROTATE", "another layer", options=("--rotate-latent",), seconds=60)
