@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -47,7 +48,21 @@ class StackedSlices:
     dtype: str
 
 
-Place = TensorSlice | StackedSlices | Zeros
+class Made(ABC):
+    """A weight that is made from what lies elsewhere, in `dtype`."""
+
+    dtype: str
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]: ...
+
+    @abstractmethod
+    def read(self, checkpoint: Checkpoint, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` of it. Raises: as `Checkpoint.read`."""
+
+
+Place = TensorSlice | StackedSlices | Zeros | Made
 
 
 def read_place(checkpoint: Checkpoint, place: Place, start: int, stop: int) -> torch.Tensor:
@@ -63,6 +78,8 @@ def read_place(checkpoint: Checkpoint, place: Place, start: int, stop: int) -> t
             f"rows {start}:{stop} of {quoted(_told(place))} {list(place.shape)} are outside it",
             tensor=_told(place),
         )
+    if isinstance(place, Made):
+        return place.read(checkpoint, start, stop)
     if not isinstance(place, StackedSlices):
         return _rows(checkpoint, place, start, stop)
     found: list[torch.Tensor] = []

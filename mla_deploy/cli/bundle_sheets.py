@@ -101,7 +101,8 @@ def _bytes_sheet(manifest: Any, kept_bytes: int) -> Sheet:
         ("cache, a token", f"{cache['bytes_per_token']:,}", byte_text(cache["bytes_per_token"])),
         (f"cache, a row of {cache['capacity']:,} tokens", f"{per_row:,}", byte_text(per_row)),
     ]
-    title = f"Predicted bytes ({cache['kind']} cache, {cache['layout']}, {cache['dtype']})"
+    rotated = ", latents rotated" if "rotation" in cache else ""
+    title = f"Predicted bytes ({cache['kind']} cache, {cache['layout']}, {cache['dtype']}{rotated})"
     return Sheet(title, ("what", "#bytes", "#"), rows)
 
 

@@ -43,6 +43,7 @@ from mla_deploy.cli.verb import choice, verb
     "Of the cache alone; the last four store latents as codes with scales.  [--dtype]",
 )
 @click.option("--calibrate", metavar="TEXT", help="Fit --weights to this text: see quantize.")
+@click.option("--rotate-latent", is_flag=True, help="So that no channel of a latent stands out.")
 @click.option("--capacity", type=int, help="Tokens a row reserves by default.")
 @click.option("--all-logits", is_flag=True, default=None, help="Logits of every new token.")
 @click.option("--replace", is_flag=True, default=None, help="Swap out a bundle that is there.")
@@ -55,8 +56,7 @@ def export(
     Two ONNX graphs over one weight file: prefill expanded, decode absorbed. The latent cache is an
     input and output of both. Nothing stands under OUT until all is written.
     With --module the model is what a function of yours, package.file:factory, returns; this runs
-    your code. With --in-place the bundle is CHECKPOINT's own folder with a few files mla-deploy.*
-    added.
+    your code. With --in-place the bundle is CHECKPOINT's folder and a few files mla-deploy.* added.
     """
     if (out is None) != bool(options.get("in_place")):
         raise click.UsageError("one of --out and --in-place is needed.")

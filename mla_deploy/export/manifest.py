@@ -18,6 +18,7 @@ from mla_deploy.export.weights import WeightLayout
 from mla_deploy.latent_store import manifest_entry
 from mla_deploy.rewrite.releases import find_release
 from mla_deploy.source.cache_parts import CacheBuffer
+from mla_deploy.source.latent_rotation import KIND
 from mla_deploy.targets import find_target
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def manifest_of(
             ),
             "tensors": tensors,
             **_store(options, config),
+            **({"rotation": {"kind": KIND}} if options.rotate_latent else {}),
         },
         "crossover_tokens": crossover if math.isfinite(crossover) else None,
         "all_logits": options.all_logits,

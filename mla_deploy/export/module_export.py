@@ -116,6 +116,13 @@ def _require_form(options: ExportOptions) -> None:
             f"the cache of a module is stored as {options.cache_dtype}; wanted fp32, fp16 or bf16",
             hint="leave --cache-dtype out, or store the cache as fp16",
         )
+    if options.rotate_latent:
+        raise InputError(
+            "EXP-ROTATE",
+            "the latent of a module cannot be rotated: nothing names the weights around it; wanted "
+            "a checkpoint",
+            hint="leave --rotate-latent out, or rotate inside the module",
+        )
 
 
 def _build(source: ModuleSource, stage: Stage, options: ExportOptions, report: Progress) -> Bundle:

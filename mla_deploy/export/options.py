@@ -33,6 +33,7 @@ class ExportOptions:
     in_place: bool
     weights: str | None  # None, "keep", or a plan of `weight_forms.form`
     calibrate: str | None = None  # a file of text that rounding is fitted to
+    rotate_latent: bool = False
 
     @property
     def plan(self) -> WeightPlan | None:
@@ -65,6 +66,7 @@ def options_for(
     all_logits: bool,
     in_place: bool,
     calibrate: str | None,
+    rotate_latent: bool = False,
 ) -> ExportOptions:
     """What is asked for, with defaults for a model of `config` in place of None.
 
@@ -84,6 +86,7 @@ def options_for(
         in_place=in_place,
         weights=weights,
         calibrate=calibrate,
+        rotate_latent=rotate_latent,
     )
     check_options(chosen)
     return chosen

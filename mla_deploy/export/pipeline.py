@@ -30,6 +30,7 @@ from mla_deploy.export.keep import WAYS, kept_dtype, require_keepable
 from mla_deploy.export.lowered import any_capacity, lowered
 from mla_deploy.export.manifest import Source, manifest_of
 from mla_deploy.export.options import ExportOptions, options_for
+from mla_deploy.export.rotated import rotated_weights
 from mla_deploy.export.trace import Trace, trace_model
 from mla_deploy.export.trace_layer import CacheForm
 from mla_deploy.export.weights import DTYPES, WeightLayout, WeightSource
@@ -69,14 +70,15 @@ def export(
     capacity: int | None = None,
     all_logits: bool = False,
     calibrate: str | os.PathLike[str] | None = None,
+    rotate_latent: bool = False,
     replace: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
     """Export an MLA checkpoint as a bundle: prefill and decode graphs over one weight file.
 
     `dtype` (fp32 by default) is the storage of weights and cache; arithmetic on a CPU is fp32.
-    `cache_dtype` is that of the cache where it is another one; int8, int8-tile, int4 and fp8 store
-    a latent as codes with scales (`latent_store.py`) and what lies beside it in 16 bits.
+    `cache_dtype`: of the cache alone; int8, int8-tile, int4 and fp8 store a latent as codes with
+    scales (`latent_store.py`), the rest in 16 bits; `rotate_latent` first evens out its channels.
     `weights` "keep": they are stored as in the checkpoint instead, FP8 and int8 with their scales,
     and the cache in the dtype of most of them; what must be made (halves of kv_b_proj) in float.
     "int4", "int8", "fp8" or a refined one (`weight_forms/form.py`): quantised, rounded to nearest,
@@ -102,6 +104,7 @@ def export(
         all_logits=all_logits,
         in_place=in_place,
         calibrate=None if calibrate is None else os.fspath(calibrate),
+        rotate_latent=rotate_latent,
     )
     if module is not None and out is not None:
         from mla_deploy.export.module_export import export_module
@@ -109,11 +112,9 @@ def export(
         chosen = partial(options_of, dtype=dtype, weights=None)
         return export_module((module, weights), out, chosen, replace=replace, report=report)
     with open_checkpoint(Path(checkpoint or "")) as source:
-        found = _dtype(source, dtype, in_place, weights)
-        told = None if weights is None else str(weights)
-        options = options_of(source.config, dtype=found, weights=told)
+        options = _options(source, options_of, dtype, in_place, weights)
         with _staged(source, out, options, replace) as stage:
-            return build_bundle(source, source_weights(source), stage, options, report)
+            return build_bundle(source, _weights(source, rotate_latent), stage, options, report)
 
 
 def _require_one_source(
@@ -132,6 +133,23 @@ def _require_one_source(
     ):
         if is_wrong:
             raise InputError("EXP-OPTION", f"an export {told}")
+
+
+def _options(
+    source: Checkpoint,
+    options_of: Callable[..., ExportOptions],
+    dtype: str | None,
+    in_place: bool,
+    weights: str | os.PathLike[str] | None,
+) -> ExportOptions:
+    found = _dtype(source, dtype, in_place, weights)
+    told = None if weights is None else str(weights)
+    return options_of(source.config, dtype=found, weights=told)
+
+
+def _weights(source: Checkpoint, rotate_latent: bool) -> WeightMap:
+    found = source_weights(source)
+    return rotated_weights(source.config, found) if rotate_latent else found
 
 
 def _dtype(source: Checkpoint, asked: str | None, in_place: bool, weights: object) -> str | None:

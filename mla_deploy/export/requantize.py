@@ -79,4 +79,5 @@ def options_of(bundle: Bundle) -> ExportOptions:
         all_logits=bool(manifest["all_logits"]),
         in_place=False,
         weights=None,
+        rotate_latent="rotation" in cache,  # in the weights already
     )

@@ -25,6 +25,7 @@ from mla_deploy.runtime.guards import (
 )
 from mla_deploy.source import module_from_checkpoint
 from mla_deploy.source.cache import CacheRounding, cache_keyword, cached_parts, source_cache
+from mla_deploy.source.latent_rotation import rotate_module
 from mla_deploy.source.storage import Rounded, round_weights, transform_weights
 
 if TYPE_CHECKING:
@@ -111,6 +112,14 @@ class TorchRunner:
         if dtype != "fp32" and weights:
             router_rows = self._router_rows
             round_weights(self._module, lambda s: stored_dtype(s, router_rows, dtype), done)
+        self.reset()
+
+    def rotate_latents(self) -> None:
+        """Reset, and from now on cache latents as such a bundle does; there is no way back.
+
+        Raises: InputError EXP-ROTATE.
+        """
+        rotate_module(self._module)
         self.reset()
 
     @property

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from mla_deploy.bundle import Bundle
 from mla_deploy.config import MlaConfig
-from mla_deploy.errors import InputError
+from mla_deploy.errors import IncompatibleError, InputError, quoted
 from mla_deploy.runtime.sessions import GraphSessions
 from mla_deploy.runtime.verified import is_verifying
 from mla_deploy.validate.cases import Case, ModelFacts, default_cases, verify_case
@@ -19,6 +19,7 @@ from mla_deploy.validate.parity import Rows
 from mla_deploy.validate.text import text_case
 
 Progress = Callable[[str, int, int], None]
+ROTATIONS = ("signed-hadamard",)  # that this release can do to a source
 ReferenceKind = Literal["source", "goldens", "bundle", "onnx"]
 
 
@@ -106,7 +107,26 @@ def stored_facts(bundle: Bundle) -> dict[str, Any]:
         "weights_as_source": is_own(bundle.manifest),
         "plan": None if plan is None else plan.to_dict(),
         "scales_on_device": plan is not None and "engine" in manifest,
+        **({"rotation": rotation_of(manifest)} if is_rotated(manifest) else {}),
     }
+
+
+def is_rotated(manifest: Mapping[str, Any]) -> bool:
+    """Whether cached latents are the source's times a rotation."""
+    return "rotation" in manifest["cache"]
+
+
+def rotation_of(manifest: Mapping[str, Any]) -> str | None:
+    """The kind of that rotation, None without. Raises: IncompatibleError VAL-ROTATION."""
+    told = manifest["cache"].get("rotation")
+    kind = told.get("kind") if isinstance(told, Mapping) else told
+    if kind in (None, *ROTATIONS):
+        return kind
+    raise IncompatibleError(
+        "VAL-ROTATION",
+        f"latents are rotated by {quoted(kind)}, wanted one of {', '.join(ROTATIONS)}",
+        hint="upgrade mla-deploy, or export again with this release",
+    )
 
 
 def is_own(manifest: Mapping[str, Any]) -> bool:

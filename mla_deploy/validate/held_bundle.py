@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,15 @@ from mla_deploy.runtime import OnnxRunner
 from mla_deploy.runtime.sessions import GraphSessions
 from mla_deploy.validate.cases import Tokens
 from mla_deploy.validate.gates import LOSS_GATES, Gate, gate_for
-from mla_deploy.validate.held import Asked, Held, chosen_cases, config_of, facts_of, stored_facts
+from mla_deploy.validate.held import (
+    Asked,
+    Held,
+    chosen_cases,
+    config_of,
+    facts_of,
+    rotation_of,
+    stored_facts,
+)
 from mla_deploy.validate.loss import bundle_scorer, loss_over, text_rows
 from mla_deploy.validate.opening import open_sessions, plan_of
 from mla_deploy.validate.reference import RowTrace
@@ -24,6 +33,10 @@ OTHERWISE_STORED = (
     "the two bundles store their numbers otherwise, so one expert that rounding makes the router "
     "exchange moves a single case beyond any bound: cases are told, and mean KL and top-1 over all "
     "positions are judged"
+)
+OTHERWISE_ROTATED = (
+    "one of the two bundles caches rotated latents, so its cached rows are other numbers by "
+    "design: logits are judged, cached rows are not"
 )
 # Of a config, what says nothing about the numbers that the model computes.
 _SAYS_NOTHING = {"transformers_version", "torch_dtype", "dtype", "_name_or_path",
@@ -62,6 +75,8 @@ def held_bundle(asked: Asked, other: Bundle, gate: str | None, threads: int | No
     overall = _gate(bundle, other) if gate is None else gate_for(gate)
     is_alike = stored_facts(bundle) == stored_facts(other)
     told_only = not is_alike and gate is None
+    if rotation_of(bundle.manifest) != rotation_of(other.manifest):
+        overall = replace(overall, cache_rel_l2=math.inf, cache_row_median=None)
     kinds = {plan.kind for b in (bundle, other) if (plan := plan_of(b.manifest)) is not None}
     loss = text = None
     if kinds and not is_alike:
@@ -84,7 +99,15 @@ def held_bundle(asked: Asked, other: Bundle, gate: str | None, threads: int | No
         loss=loss,
         loss_gate=LOSS_GATES[min(kinds, key=KINDS.index)] if loss is not None else None,
         text=text,
-        notes=(OTHERWISE_STORED,) if told_only else (),
+        notes=_notes(bundle, other, told_only),
+    )
+
+
+def _notes(bundle: Bundle, other: Bundle, told_only: bool) -> tuple[str, ...]:
+    differ = rotation_of(bundle.manifest) != rotation_of(other.manifest)
+    return (
+        *((OTHERWISE_STORED,) if told_only else ()),
+        *((OTHERWISE_ROTATED,) if differ else ()),
     )
 
 

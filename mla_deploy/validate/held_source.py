@@ -13,7 +13,7 @@ from mla_deploy.checkpoint import Checkpoint, open_checkpoint
 from mla_deploy.errors import InputError, IntegrityError
 from mla_deploy.validate.cases import Case
 from mla_deploy.validate.gates import gate_for, loss_gate_for
-from mla_deploy.validate.held import Asked, Held, chosen_cases, is_own
+from mla_deploy.validate.held import Asked, Held, chosen_cases, is_own, rotation_of
 from mla_deploy.validate.loss import loss_over, text_rows
 from mla_deploy.validate.opening import plan_of, rounding_of
 from mla_deploy.validate.reference import Reference, Source
@@ -71,8 +71,10 @@ def held_source(asked: Asked, named: SourceNamed) -> Iterator[Held]:
 def _rounded_alike(
     bundle: Bundle, source: Source, reference: Reference, cases: tuple[Case, ...]
 ) -> Reference:
-    """The source as the bundle stores it: dtype, cache, quantised weights."""
+    """The source as the bundle stores it: latents rotated, dtype, cache, quantised weights."""
     manifest = bundle.manifest
+    if rotation_of(manifest) is not None:
+        reference = reference.rotated(cases)
     with rounding_of(source.config, bundle) as quantized:
         return reference.stored_as(
             str(manifest["dtype"]),

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.config import MlaConfig
+from mla_deploy.errors import GateError, IncompatibleError
 from mla_deploy.validate.cases import Case, Tokens
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from mla_deploy.source.user.module_source import ModuleSource
 
 Floats = NDArray[np.float32]
+_ROTATED_ALIKE = 1e-4  # ten times what a bundle may differ: sums in another order, twice
 
 
 class SourceRunner(Protocol):
@@ -65,9 +67,11 @@ class Reference:
     Rows run alone: a ragged batch of the bundle is held against rows that never saw each other.
     """
 
-    def __init__(self, source: SourceRunner) -> None:
-        """`source` has one row."""
+    def __init__(self, source: SourceRunner, *, logits_of: Reference | None = None) -> None:
+        """`source` has one row. `logits_of`, the same model, gives the logits in its place, and
+        the source's own may not be far from them."""
         self._source = source
+        self._logits_of = logits_of
         self._traces: dict[tuple[Tokens, ...], RowTrace] = {}
 
     @classmethod
@@ -109,6 +113,28 @@ class Reference:
         self._source.store_as(dtype, cache_dtype=cache_dtype, weights=weights, quantized=quantized)
         return Reference(self._source)
 
+    def rotated(self, cases: Sequence[Case]) -> Reference:
+        """The source with rotated latents: cached rows as those of such a bundle, logits as before.
+
+        As with `stored_as`, this reference then answers for `cases` only.
+        Raises: IncompatibleError VAL-ROTATION for a source that is no checkpoint; InputError
+        EXP-ROTATE.
+        """
+        from mla_deploy.runtime.torch_runner import TorchRunner
+
+        if not isinstance(self._source, TorchRunner):
+            raise IncompatibleError(
+                "VAL-ROTATION",
+                "the bundle caches rotated latents, and the source is no checkpoint, whose latents "
+                "could be rotated alike",
+                hint="name the checkpoint that the bundle was exported from",
+            )
+        for case in cases:
+            for segments in case.rows():
+                self.row(segments)
+        self._source.rotate_latents()
+        return Reference(self._source, logits_of=self)
+
     def every_logit(self, tokens: Tokens) -> Floats:
         """Logits after each token of a row of its own."""
         return self._source.every_logit(tokens)
@@ -119,8 +145,24 @@ class Reference:
             self._source.reset()
             logits = [self._source.prefill([segment])[0] for segment in segments]
             cached = {i: self._source.cached_rows(i, 0) for i in self._source.cache_layers}
-            self._traces[segments] = RowTrace(np.stack(logits), cached)
+            self._traces[segments] = RowTrace(self._judged(segments, np.stack(logits)), cached)
         return self._traces[segments]
+
+    def _judged(self, segments: tuple[Tokens, ...], logits: Floats) -> Floats:
+        """Those of the source as it came: a rotation that changed them would hide in both sides."""
+        if self._logits_of is None:
+            return logits
+        wanted = self._logits_of.row(segments).logits
+        distance = float(np.linalg.norm(logits - wanted) / max(np.linalg.norm(wanted), 1e-30))
+        if not distance <= _ROTATED_ALIKE:
+            raise GateError(
+                "VAL-ROTATION",
+                f"rotating the source's latents moves its logits by {distance:.2g} of their norm; "
+                f"wanted at most {_ROTATED_ALIKE:g}",
+                hint="this model uses its latent in a way that no rotation leaves alone: export "
+                "without --rotate-latent, and please report it",
+            )
+        return wanted
 
 
 Progress = Callable[[str, int, int], None]

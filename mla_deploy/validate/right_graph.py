@@ -58,4 +58,5 @@ def _exported_again(bundle: Bundle, named: Named, out: Path) -> Bundle:
         cache_dtype=options.cache_dtype,
         capacity=options.capacity,
         all_logits=options.all_logits,
+        rotate_latent=options.rotate_latent,
     )

@@ -15,7 +15,7 @@ from torch import nn
 from mla_deploy import export, open_runner, validate
 from mla_deploy.bundle import Bundle
 from mla_deploy.engine.lint import lint_graph
-from mla_deploy.errors import MlaDeployError
+from mla_deploy.errors import InputError, MlaDeployError
 from mla_deploy.rewrite.releases import find_release
 
 MODELS = Path(__file__).parents[1] / "source" / "user"
@@ -194,3 +194,8 @@ def test_meta_weights_are_refused() -> None:
     finally:
         del sys.modules["models_meta"]
     assert refusal.value.code == "SRC-MODULE"
+
+
+def test_a_latent_that_nothing_names_is_not_rotated(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"EXP-ROTATE.*module"):
+        made("models:lm", tmp_path, rotate_latent=True)
