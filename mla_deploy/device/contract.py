@@ -145,7 +145,10 @@ def alias_differences(contract: Contract, graph: str, engine: Any) -> list[str] 
     In none is right: the engine copies, and the caches get two buffers each. Rings are copied.
     """
     ask = getattr(engine, "get_aliased_input_tensor", None)
-    whole = [names for names in contract.caches if names[0] not in contract.rings]
+    there = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
+    whole = [
+        names for names in contract.caches if names[0] not in contract.rings and names[1] in there
+    ]
     found = {given: ask(given) if ask is not None else None for _, given, _ in whole}
     if not any(found.values()):
         return None
