@@ -19,10 +19,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mla_deploy"
 
 # Arrows point down this list only. The ground floor's modules may use one another.
-GROUND = ("errors", "strict_json", "shapes", "targets", "door", "fields", "text_fields", "rope",
-          "experts", "layer_facts", "wrapper", "quantization", "config", "latent_store",
-          "cache_plan", "devices", "machine", "jetson", "callable_package", "trust",
-          "text_file")  # fmt: skip
+GROUND = ("errors", "strict_json", "shapes", "targets", "door", "fields", "text_fields",
+          "rope", "experts", "layer_facts", "wrapper", "quantization", "config",
+          "found_config", "latent_store", "cache_plan", "devices", "machine", "jetson",
+          "callable_package", "trust", "text_file")  # fmt: skip
 FLOORS: tuple[tuple[str, ...], ...] = (
     GROUND,
     ("bundle", "checkpoint", "device", "weight_forms"),

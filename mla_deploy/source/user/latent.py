@@ -69,6 +69,11 @@ class Latent:
     def rope(self) -> int:
         return len(self.rope_key)
 
+    @property
+    def rank(self) -> int:
+        """L, the width of the latent."""
+        return len(self.latent)
+
 
 def latent_of(graph: UserGraph, site: Site) -> Latent:
     """The latent of an attention.

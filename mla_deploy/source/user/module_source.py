@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
-from typing import Any
 
 from mla_deploy.config import MlaConfig
-from mla_deploy.layer_facts import LayerFacts
+from mla_deploy.found_config import found_config
 from mla_deploy.source.user.factory import UserModule, open_module
 from mla_deploy.source.user.graph import ATEN
 from mla_deploy.source.user.raised import RaisedModule, raise_module
-from mla_deploy.strict_json import canonical_json
 
 MODULE_TYPE = "module"  # stands where a checkpoint has its model_type
-_UNBOUNDED = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -54,48 +50,12 @@ def module_config(raised: RaisedModule) -> MlaConfig:
 
     `max_position_embeddings` is the longest sequence that the module takes, or 2^31 - 1.
     """
-    layers = tuple(
-        LayerFacts(
-            kind="",
-            heads=latent.heads,
-            query_rank=None,
-            rank=len(latent.latent),
-            nope=latent.nope,
-            rope=latent.rope,
-            value=latent.value,
-        )
-        for latent in raised.latents
-    )
-    widest = max(layers, key=lambda layer: layer.row_width)
-    fields: dict[str, Any] = {
-        "model_type": MODULE_TYPE,
-        "architecture": type(raised.source.module).__qualname__,
-        "hidden_size": _hidden_size(raised),
-        "num_layers": len(layers),
-        "num_heads": max(layer.heads for layer in layers),
-        "kv_lora_rank": widest.rank,
-        "qk_nope_head_dim": widest.nope,
-        "qk_rope_head_dim": widest.rope,
-        "v_head_dim": widest.value,
-        "vocab_size": raised.vocab_size,
-        "max_position_embeddings": raised.graph.most_tokens or _UNBOUNDED,
-    }
-    widths = [[layer.heads, layer.rank, layer.nope, layer.rope, layer.value] for layer in layers]
-    digest = hashlib.sha256(canonical_json({**fields, "layers": widths})).hexdigest()
-    return MlaConfig(
-        **fields,
-        q_lora_rank=None,
-        rope_type="default",
-        rope_original_length=None,
-        rope_factor=1.0,
-        num_experts=0,
-        experts_per_token=0,
-        tie_word_embeddings=False,
-        eos_token_ids=(),
-        bos_token_id=None,
-        raw=fields,
-        digest=digest,
-        layers=layers,
+    return found_config(
+        (MODULE_TYPE, type(raised.source.module).__qualname__),
+        raised.latents,
+        hidden_size=_hidden_size(raised),
+        vocab_size=raised.vocab_size,
+        longest=raised.graph.most_tokens,
     )
 
 
