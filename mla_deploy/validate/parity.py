@@ -19,7 +19,6 @@ from mla_deploy.validate.cases import Call, Case, Form, Tokens
 from mla_deploy.validate.difference import (
     LogitDifference,
     logit_difference,
-    mean_kl,
     relative_l2,
     row_errors,
 )
@@ -59,8 +58,8 @@ class CaseResult:
     rounding: LogitDifference | None  # from the fp32 source; None when it is the reference
     max_abs_bound: float | None
     cache: LayerDifference | None
-    # Mean KL that the source itself has from its fp32 form once it is rounded alike; where rounded.
-    source_mean_kl: float | None = None
+    # Of the source itself, rounded alike, from its fp32 form; None where nothing is rounded.
+    source_rounding: LogitDifference | None = None
 
     @property
     def passed(self) -> bool:
@@ -69,7 +68,7 @@ class CaseResult:
     def to_dict(self) -> dict[str, Any]:
         """A distance is None where the case could not be run."""
         told = {each.name: getattr(self, each.name) for each in fields(self)}
-        for name in ("logits", "rounding"):
+        for name in ("logits", "rounding", "source_rounding"):
             told[name] = None if told[name] is None else told[name].to_dict()
         told["cache"] = None if self.cache is None else asdict(self.cache)
         return {**told, "passed": self.passed}
@@ -165,7 +164,7 @@ def judge_case(
     return replace(
         found,
         rounding=logit_difference(unrounded_XV, found_XV, noise),
-        source_mean_kl=mean_kl(unrounded_XV, wanted_XV),
+        source_rounding=logit_difference(unrounded_XV, wanted_XV, noise),
     )
 
 

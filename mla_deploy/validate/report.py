@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mla_deploy.validate.bisected import Bisected
+from mla_deploy.validate.difference import LogitDifference
 from mla_deploy.validate.gates import Gate, LossGate
 from mla_deploy.validate.held import Held
 from mla_deploy.validate.loss import Loss, told_of
@@ -201,12 +202,8 @@ def rounding_loss(cases: tuple[CaseResult, ...], gate: Gate) -> RoundingLoss | N
     positions = sum(each.positions for each in found)
     if not positions:
         return None
-    own = [
-        (case.rounding.positions, case.source_mean_kl or 0.0)
-        for case in cases
-        if case.rounding is not None
-    ]
-    source_mean_kl = sum(count * kl for count, kl in own) / positions
+    own = [case.source_rounding for case in cases if case.source_rounding is not None]
+    source_mean_kl = sum(each.positions * each.mean_kl for each in own) / positions
     allowed = _OVER_SOURCE * source_mean_kl if math.isfinite(source_mean_kl) else 0.0
     return RoundingLoss(
         positions=positions,
@@ -218,14 +215,26 @@ def rounding_loss(cases: tuple[CaseResult, ...], gate: Gate) -> RoundingLoss | N
 
 
 def top_one(cases: tuple[CaseResult, ...], gate: Gate) -> TopOne:
-    """Agreement with the fp32 source over every case that could be run."""
+    """Agreement with the fp32 source over every case that could be run.
+
+    Where the source rounded alike changes its own choice more often than the gate allows, that is
+    the measure, as for `RoundingLoss`.
+    """
     pairs = [case.rounding or case.logits for case in cases]
-    found = [logits for logits in pairs if logits is not None]
+    found = _agreement([logits for logits in pairs if logits is not None], gate.top1)
+    own = [case.source_rounding for case in cases if case.source_rounding is not None]
+    if not own:
+        return found
+    allowed = 1 - _OVER_SOURCE * (1 - _agreement(own, gate.top1).share)
+    return replace(found, wanted=min(gate.top1, allowed))
+
+
+def _agreement(found: Sequence[LogitDifference], wanted: float) -> TopOne:
     return TopOne(
         positions=sum(logits.positions for logits in found),
         flips=sum(logits.flips for logits in found),
         near_ties=sum(logits.near_ties for logits in found),
-        wanted=gate.top1,
+        wanted=wanted,
     )
 
 
