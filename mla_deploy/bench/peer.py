@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -110,7 +111,8 @@ class Peer:
                 self._child.wait()
             for pipe in (self._child.stdin, self._child.stdout, self._said):
                 if pipe is not None and not pipe.closed:
-                    pipe.close()
+                    with contextlib.suppress(BrokenPipeError):  # what it was never going to read
+                        pipe.close()
 
     def _line(self, what: str, deadline: float) -> bytes:
         if self._child.stdout is None:
