@@ -92,6 +92,8 @@ class _Rounded:
         truth = self._truth(node, inputs)
         for value in node.outputs:
             self.truth[value] = truth
+        if node.op_type == "TopK":
+            self.truth[node.outputs[1]] = ir.DataType.INT64
         if node.op_type in _CACHE_WRITES and self._is_cache(inputs[0]):
             if truth in _HALVES:
                 update = 1 if node.op_type == "TensorScatter" else 2
@@ -115,6 +117,8 @@ class _Rounded:
         if node.op_type == "Cast":
             node.attributes["to"] = ir.AttrInt64("to", _FLOAT)
         for value in node.outputs:
+            if self.truth[value] != truth:
+                continue  # places, not numbers
             narrow = ir.node("Cast", [value], attributes={"to": truth})
             again = ir.node("Cast", narrow.outputs, attributes={"to": _FLOAT})
             value.replace_all_uses_with(again.outputs[0])
