@@ -92,12 +92,13 @@ def rewrite_model(
     what the graph computes. Before anything is published the original and the rewritten graphs
     answer the same random tokens, prefill and decode steps; their difference is in the manifest.
     `dtype` None: weights stay in the dtype that they have, and what is cached in the one that the
-    graph computes it in.
+    graph computes it in. A TensorRT target has one dtype for both, its default where it lacks that
+    of the weights; its graphs are compared as ONNX Runtime runs them, no engine is built.
     A tokenizer's files beside the model come along.
 
     Raises: InputError ONNX-*, REW-INPUT, REW-FIXED, REW-NO-MLA, REW-LAYER (which tells per layer
-    where the recognition stopped), REW-POSITION, EXP-*, TARGET-*, CKPT-NONFINITE; GateError
-    REW-PROOF; IncompatibleError REW-SESSION; BUN-*, ENV-*.
+    where the recognition stopped), REW-POSITION, REW-TARGET, EXP-*, TARGET-*,
+    CKPT-NONFINITE; GateError REW-PROOF; IncompatibleError REW-SESSION; BUN-*, ENV-*.
     """
     report = progress or (lambda *_: None)
     _refuse_over_source(path, out)
@@ -252,7 +253,8 @@ def _proven(
     }
     on_device = find_target(options.target).release is not None
     ours = OurGraphs(
-        *(runnable(protos[name], on_device) for name in ("prefill", "decode")),
+        prefill=runnable(protos["prefill"], on_device),
+        decode=runnable(protos["decode"], on_device),
         folder=stage.path,
         caches=caches,
         unused=0.0 if on_device else np.nan,
