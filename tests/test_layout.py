@@ -64,7 +64,7 @@ IN_FUNCTIONS = {
         "onnx",
     },  # onnx: parses a graph that is probed
     "bench": {"openvino", "llama_cpp", "gguf"},  # peers, which may not be installed
-    "compress": {"gguf", "tokenizers"},
+    "compress": {"gguf", "tokenizers", "jinja2", "markupsafe"},
     "cli": {"rich", "tokenizers"},
 }
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_POSITIONAL, MEDIAN_LINES = 400, 60, 5, 200

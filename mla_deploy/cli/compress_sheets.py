@@ -1,39 +1,45 @@
-"""What compressing did, as tables."""
+"""What compressing did, as tables and in a few words."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any
 
 from mla_deploy.cli.output import Sheet
 
-if TYPE_CHECKING:
-    from mla_deploy.compress import CompressReport
+
+def words_of(report: Mapping[str, Any]) -> str:
+    """For the summary line."""
+    loss = report["loss"]
+    share = 100 * report["cache_share"]
+    return f"{share:.0f} % of the cache, mean KL {loss['mean_kl']:.2g}: {loss['verdict']}"
 
 
-def compress_sheets(report: CompressReport) -> tuple[Sheet, ...]:
+def compress_sheets(report: Mapping[str, Any]) -> tuple[Sheet, ...]:
     """Sizes, the loss on held-out text, and notes."""
+    loss = report["loss"]
     sizes = [
-        ("method", report.method),
-        ("latent L", f"{report.rank}"),
-        ("rope key R", f"{report.rope}"),
-        ("cached values a token", f"{report.cached_values:,}"),
-        ("the source's", f"{report.cached_values_source:,}"),
-        ("energy kept, worst layer", f"{min(report.energy):.4f}"),
+        ("method", str(report["method"])),
+        ("latent L", f"{report['kv_lora_rank']}"),
+        ("rope key R", f"{report['qk_rope_head_dim']}"),
+        ("cached values a token", f"{report['cached_values']:,}"),
+        ("the source's", f"{report['cached_values_source']:,}"),
     ]
-    sheets = [Sheet("Compressed", ("what", "#value"), sizes)]
-    loss = report.loss
-    if loss is not None:
-        rows = [
-            ("verdict", loss.verdict),
-            ("mean KL", f"{loss.mean_kl:.3g}"),
-            ("its 95 % interval", f"{loss.kl_low:.3g} to {loss.kl_high:.3g}"),
-            ("p99 KL", f"{loss.p99_kl:.3g}"),
-            ("top-1 agreement", f"{loss.top1:.2%}"),
-            ("perplexity, source", f"{loss.perplexity_source:.5g}"),
-            ("perplexity, compressed", f"{loss.perplexity:.5g}"),
-        ]
-        sheets.append(Sheet(f"Loss on {loss.tokens:,} held-out tokens of {loss.text}",
-                            ("what", "#value"), rows))  # fmt: skip
-    if report.notes:
-        sheets.append(Sheet("Notes", ("",), [(note,) for note in report.notes]))
-    return tuple(sheets)
+    if report["views"]:
+        worst = min(min(view["value_cosine"]) for view in report["views"])
+        sizes.append(("cosine of the worst value head", f"{worst:.4f}"))
+    rows = [
+        ("verdict", str(loss["verdict"])),
+        ("mean KL", f"{loss['mean_kl']:.3g}"),
+        ("its 95 % interval", f"{loss['kl_low']:.3g} to {loss['kl_high']:.3g}"),
+        ("p99 KL", f"{loss['p99_kl']:.3g}"),
+        ("top-1 agreement", f"{loss['top1']:.2%}"),
+        ("perplexity, source", f"{loss['perplexity_source']:.5g}"),
+        ("perplexity, compressed", f"{loss['perplexity']:.5g}"),
+    ]
+    columns = ("what", "#value")
+    title = f"Loss on {loss['tokens']:,} held-out tokens of {loss['text']}"
+    notes = (
+        [Sheet("Notes", ("",), [(note,) for note in report["notes"]])] if report["notes"] else []
+    )
+    return (Sheet("Compressed", columns, sizes), Sheet(title, columns, rows), *notes)

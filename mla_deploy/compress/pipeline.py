@@ -26,6 +26,8 @@ from mla_deploy.compress.loss import EXACT, CompressionLoss, compared
 from mla_deploy.compress.plan import METHODS, Settings, folding, settings_for
 from mla_deploy.compress.stream import LayerMoments, MomentsOf, Rows
 from mla_deploy.compress.text import Rations, rations
+from mla_deploy.compress.told import REPORT_NAME
+from mla_deploy.compress.views import LayerView, layer_view
 from mla_deploy.compress.weight_files import open_weight_files
 from mla_deploy.config import CONFIG_NAME
 from mla_deploy.errors import GateError, InputError
@@ -36,7 +38,6 @@ from mla_deploy.source.mla_llama import (
     MlaLlamaForCausalLM,
 )
 
-REPORT_NAME = "compress.json"
 _INDEX = "model.safetensors.index.json"
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Progress = Callable[[str, int, int], None]
@@ -55,6 +56,10 @@ class CompressReport:
     cached_values: int
     energy: tuple[float, ...]  # kept by the latent, layer by layer
     loss: CompressionLoss | None
+    views: tuple[LayerView, ...]  # layer by layer; none of an exact form, which keeps everything
+    head_dim: int
+    groups: int
+    heads: int
     notes: tuple[str, ...]
     seconds: float
 
@@ -70,6 +75,8 @@ class CompressReport:
             "cache_share": self.cached_values / self.cached_values_source,
             "energy_kept": list(self.energy),
             "loss": None if self.loss is None else self.loss.to_dict(),
+            "source_heads": {"query": self.heads, "key": self.groups, "width": self.head_dim},
+            "views": [view.to_dict() for view in self.views],
             "notes": list(self.notes),
             "seconds": round(self.seconds, 3),
         }
@@ -106,7 +113,7 @@ def compress(
         needed = 4 * sum(int(np.prod(shape)) for shape in files.shapes.values())
         with stage_folder(out, FolderStage, needed_bytes=needed * 5 // 4) as stage:
             work = _Work(source, settings, given, stage, _DTYPES[dtype])
-            loss, energy = work.run(progress)
+            loss, energy, views = work.run(progress)
             if settings.method == "exact" and loss.mean_kl > EXACT:
                 raise GateError(
                     "CMP-NOT-EQUAL",
@@ -117,20 +124,7 @@ def compress(
             for name, data in texts.items():
                 stage.write(name, data)
             stage.write(CONFIG_NAME, _json(work.config_fields()))
-            report = CompressReport(
-                path=Path(out),
-                method=settings.method,
-                layers=source.facts.layers,
-                rank=settings.rank,
-                rope=settings.rope,
-                cached_values_source=2 * source.facts.layers * source.facts.groups
-                * source.facts.head_dim,
-                cached_values=source.facts.layers * (settings.rank + settings.rope),
-                energy=tuple(energy),
-                loss=loss,
-                notes=given.notes,
-                seconds=time.perf_counter() - started,
-            )  # fmt: skip
+            report = work.report(Path(out), loss, energy, views, started)
             told = {**report.to_dict(), "source_digest": files.digest, "path": None}
             stage.write(REPORT_NAME, _json(told))
             stage.publish()
@@ -159,15 +153,17 @@ class _Work:
             self._empty: Any = MlaLlamaForCausalLM(self.config)
         self._index: dict[str, str] = {}
 
-    def run(self, progress: Progress | None) -> tuple[CompressionLoss, list[float]]:
-        """Every layer; the loss, and the energy that each latent keeps."""
+    def run(
+        self, progress: Progress | None
+    ) -> tuple[CompressionLoss, list[float], list[LayerView]]:
+        """Every layer; the loss, the energy that each latent keeps, and what it looks like."""
         embed, norm, head = self.source.trunk()
         rotary = self.source.rotary
         wanted, found = Rows(self.given.judged, rotary), Rows(self.given.judged, rotary)
         calibration = [Rows(self.given.calibration, rotary)] if self.given.calibration else []
         for rows in (wanted, found, *calibration):
             rows.embed(embed)
-        energy = []
+        energy, views = [], []
         count = self.source.facts.layers
         for index in range(count):
             if progress is not None:
@@ -179,6 +175,8 @@ class _Work:
             moments = _moments(weights, layer, calibration, index)
             plan = folding(self.settings, weights, moments, self.frequencies_F, self.stretch)
             energy.append(plan.latent.kept)
+            if moments is not None:
+                views.append(layer_view(weights, moments, plan))
             attention = {f"self_attn.{k}": torch.from_numpy(v).float()
                          for k, v in folded(weights, plan).items()}  # fmt: skip
             made = self._made(index, layer, attention)
@@ -189,7 +187,35 @@ class _Work:
             progress("layers", count, count)
         self._write_trunk(embed, norm, head)
         text = self.given.name
-        return compared(text, wanted, found, norm, head), energy
+        return compared(text, wanted, found, norm, head), energy, views
+
+    def report(
+        self,
+        out: Path,
+        loss: CompressionLoss,
+        energy: list[float],
+        views: list[LayerView],
+        started: float,
+    ) -> CompressReport:
+        """What was done, once every layer is written."""
+        facts, settings = self.source.facts, self.settings
+        return CompressReport(
+            path=out,
+            method=settings.method,
+            layers=facts.layers,
+            rank=settings.rank,
+            rope=settings.rope,
+            cached_values_source=2 * facts.layers * facts.groups * facts.head_dim,
+            cached_values=facts.layers * (settings.rank + settings.rope),
+            energy=tuple(energy),
+            loss=loss,
+            views=tuple(views),
+            head_dim=facts.head_dim,
+            groups=facts.groups,
+            heads=facts.heads,
+            notes=self.given.notes,
+            seconds=time.perf_counter() - started,
+        )
 
     def config_fields(self) -> dict[str, Any]:
         """config.json of the result."""

@@ -75,6 +75,14 @@ def logit_difference(reference: Floats, found: Floats, noise_rel_l2: float) -> L
     )
 
 
+def mean_kl(reference: Floats, found: Floats) -> float:
+    """Nats per position between logits [positions, vocab]; infinite where one is not finite."""
+    if not np.isfinite(found).all():
+        return math.inf
+    pairs = zip(reference.astype(np.float64), found.astype(np.float64), strict=True)
+    return sum(max(0.0, _kl(*pair)) for pair in pairs) / len(reference)
+
+
 def relative_l2(reference: Floats, found: Floats) -> float:
     """|found - reference| / |reference|; infinite when `found` is not finite."""
     if not np.isfinite(found).all():

@@ -19,6 +19,7 @@ from mla_deploy.validate.cases import Call, Case, Form, Tokens
 from mla_deploy.validate.difference import (
     LogitDifference,
     logit_difference,
+    mean_kl,
     relative_l2,
     row_errors,
 )
@@ -58,6 +59,8 @@ class CaseResult:
     rounding: LogitDifference | None  # from the fp32 source; None when it is the reference
     max_abs_bound: float | None
     cache: LayerDifference | None
+    # Mean KL that the source itself has from its fp32 form once it is rounded alike; where rounded.
+    source_mean_kl: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -153,12 +156,17 @@ def judge_case(
     layers = _layer_difference(ran.cached, traces, gate.cache_rel_l2)
     bound = gate.max_abs_bound(difference.largest_logit)
     failures = _failures(difference, layers, gate, bound)
-    rounding = None
-    if original is not None:
-        unrounded = [original.row(segments).logits for segments in case.rows()]
-        rounding = logit_difference(np.concatenate(unrounded), found_XV, noise)
-    found = _result(case, started, failures)
-    return replace(found, logits=difference, rounding=rounding, max_abs_bound=bound, cache=layers)
+    found = replace(
+        _result(case, started, failures), logits=difference, max_abs_bound=bound, cache=layers
+    )
+    if original is None:
+        return found
+    unrounded_XV = np.concatenate([original.row(segments).logits for segments in case.rows()])
+    return replace(
+        found,
+        rounding=logit_difference(unrounded_XV, found_XV, noise),
+        source_mean_kl=mean_kl(unrounded_XV, wanted_XV),
+    )
 
 
 def _widest(case: Case) -> int:

@@ -168,3 +168,18 @@ def test_a_model_that_is_mla_already() -> None:
     tiny = Path(__file__).parents[2] / "models" / "tiny-deepseek-v3"
     with pytest.raises(InputError, match="CMP-MLA"):
         compress(tiny, "never")
+
+
+def test_the_report_is_read_again_or_refused(tmp_path: Path) -> None:
+    from mla_deploy.compress.page import page
+    from mla_deploy.compress.told import read_report
+
+    source = write_llama(tmp_path / "source")
+    report = compress(source, tmp_path / "out", rank=24, rope_dim=8, context=256)
+    told = read_report(tmp_path / "out")
+    assert page(told) == page(report.to_dict())
+    with pytest.raises(InputError, match="CMP-REPORT"):
+        read_report(source)
+    (tmp_path / "out" / "compress.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(InputError, match="CMP-REPORT"):
+        read_report(tmp_path / "out")

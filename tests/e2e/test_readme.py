@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MODEL = "models/tiny-deepseek-v3"
+FOREIGN = "tests/foreign/stored"
 BLOCK = re.compile(
     r"(?:<!-- not run by tests: (?P<reason>.+?) -->\n)?```(?P<kind>bash|python)\n(?P<text>.+?)```",
     re.DOTALL,
@@ -28,7 +29,8 @@ BLOCKS = [
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the model in its place; the bundle of one block is there for the next."""
     made = tmp_path_factory.mktemp("readme")
-    shutil.copytree(ROOT / MODEL, made / MODEL)
+    for name in (MODEL, FOREIGN):
+        shutil.copytree(ROOT / name, made / name)
     return made
 
 
