@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import onnx
@@ -141,3 +144,18 @@ def test_a_real_builder_takes_them(name: str, tmp_path: Path) -> None:
     )  # fmt: skip
     for graph, new_tokens in (("prefill", 64), ("decode", 1)):
         assert built(bundle.path, graph, new_tokens)["cache_updates"] == 2
+
+
+@pytest.mark.slow
+def test_the_same_bytes_whatever_order_sets_have(tmp_path: Path) -> None:
+    program = (
+        "import sys; from mla_deploy import rewrite_model; "
+        "rewrite_model(sys.argv[1], sys.argv[2], target='rtx-40', capacity=64)"
+    )
+    written = []
+    for seed in ("4", "5"):  # of these two, domains were told in two orders
+        out = tmp_path / seed
+        command = [sys.executable, "-c", program, str(stored_graph("optimum").path), str(out)]
+        subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": seed}, check=True)
+        written.append([(out / f"{graph}.onnx").read_bytes() for graph in ("prefill", "decode")])
+    assert written[0] == written[1]
