@@ -34,4 +34,4 @@ docs: venv
 faults: venv
 	$(PY) -m pytest -n 2 tests/faults
 bench: venv
-	$(PY) bench/all.py && $(PY) bench/decode.py && $(PY) bench/export.py && $(PY) bench/moe.py && $(PY) bench/help.py
+	$(PY) bench/all.py && $(PY) bench/decode.py && $(PY) bench/export.py && $(PY) bench/moe.py && $(PY) bench/moe_quantized.py && $(PY) bench/help.py

@@ -45,9 +45,9 @@ def _mapped(path: Path, mode: Mode, shape: tuple[int, ...] | None = None) -> Arr
     return np.lib.format.open_memmap(path, mode, np.dtype(np.float32), shape)
 
 
-def tokens_of(e: Experts, tokens: int) -> Arrays:
+def tokens_of(e: Experts, tokens: int, draw: int = 0) -> Arrays:
     """Random tokens and a random choice of experts, as index and weight and as router scores."""
-    rng = np.random.default_rng(tokens)
+    rng = np.random.default_rng([tokens, draw])
     scores = rng.standard_normal((tokens, e.count)).astype(np.float32)
     index = np.ascontiguousarray(np.argsort(-scores, axis=1)[:, : e.chosen])
     weight = np.exp(np.take_along_axis(scores, index, axis=1))

@@ -17,12 +17,13 @@ import onnxruntime as ort
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
-def session_options(threads: int) -> ort.SessionOptions:
-    """The options of a product session."""
+def session_options(threads: int, *, packed: bool = False) -> ort.SessionOptions:
+    """The options of a product session; `packed` where its weights are quantised."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.enable_mem_pattern = False
-    options.add_session_config_entry("session.disable_prepacking", "1")
+    if not packed:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     options.intra_op_num_threads = threads
     return options
 

@@ -21,7 +21,7 @@ Facts = Mapping[str, Any]
 _SCALE_FROM = 0.9  # cosines below it are drawn as lost
 _MOST_ERROR = 0.5  # a relative error that is drawn as full
 _WORST = 5
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 480, 250, 40, 34, 12, 12
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 480, 250, 48, 34, 12, 12
 _GOOD = ("exact", "minor")
 # Bytes of one value of the latent and of the rope key.
 _FORMS = (("latent, bf16", 2.0, 2.0), ("latent, int8 and bf16 rope key", 1.0, 2.0),
