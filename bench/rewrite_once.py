@@ -31,7 +31,7 @@ def write(model: Path, layers: int) -> None:
 
     fields = {**_SIZES, "num_hidden_layers": layers, "first_k_dense_replace": layers}
     sources.SOURCES["deep"] = ("deepseek_v3", {"rope_parameters": sources.YARN_ALL_DIM, **fields})
-    proto, _ = written._Model(written.Spelling(source="deep", cache="expanded")).written()
+    proto, _ = written.WrittenModel(written.Spelling(source="deep", cache="expanded")).written()
     model.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(  # noqa: TID251 -- not a bundle: the file that another exporter would write
         proto, str(model), save_as_external_data=True, location=f"{model.name}.data"

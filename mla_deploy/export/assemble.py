@@ -231,7 +231,10 @@ class Builder:
         model.graph.name = "mla_deploy"
         for function in model.functions.values():
             model.graph.opset_imports.update(function.opset_imports)
-        model.graph.opset_imports.update({"": self.opset, DOMAIN: 1})
+        # In one order: rules add domains as a set of them comes.
+        opsets = sorted({**model.graph.opset_imports, "": self.opset, DOMAIN: 1}.items())
+        model.graph.opset_imports.clear()
+        model.graph.opset_imports.update(opsets)
         model.ir_version = self.ir_version
         model.producer_name = "mla-deploy"
         return model
@@ -321,7 +324,7 @@ class Builder:
         graph.remove(nodes)
         for value in formal:
             value.const_value = None
-        opsets = {**graph.opset_imports, "": self.opset, DOMAIN: 1}
+        opsets = dict(sorted({**graph.opset_imports, "": self.opset, DOMAIN: 1}.items()))
         body = ir.Graph(formal, outputs, nodes=nodes, opset_imports=opsets, name=name)
         function = ir.Function(DOMAIN, name, graph=body, attributes=[])
         self.model.functions[function.identifier()] = function

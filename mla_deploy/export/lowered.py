@@ -154,6 +154,19 @@ def tensorrt_lowering(options: ExportOptions, name: str, composites: set[str]) -
     return Lowering(graphs, builder)
 
 
+def trunk_lowering(trace: Trace, options: ExportOptions) -> Lowering:
+    """Of a trace that is all trunk: a user's module, or another exporter's graph.
+
+    Raises: InputError REW-TARGET.
+    """
+    release = find_target(options.target).release
+    if release is None:
+        return Lowering(cpu_rules(trace.form.growing, options.all_logits), Builder)
+    # Rules of the head lower the tokens that it sees, for every runtime.
+    found = composites_of(iter([trace.trunk])) - {"HeadTokens"}
+    return tensorrt_lowering(options, release, found)
+
+
 def finish_tensorrt(graphs: dict[str, Assembled], name: str) -> None:
     """Give decode its function of MlaDecode. Raises: REW-OPERATOR."""
     release = find_release(name)

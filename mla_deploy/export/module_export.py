@@ -14,16 +14,10 @@ import torch
 from mla_deploy.bundle import Bundle, Stage, refuse_overlap, stage_bundle
 from mla_deploy.config import MlaConfig
 from mla_deploy.errors import InputError, quoted
-from mla_deploy.export.assemble import Assembled, Builder, GraphForm
+from mla_deploy.export.assemble import Assembled, GraphForm
 from mla_deploy.export.assemble_module import assemble_module
 from mla_deploy.export.bind import bind_weights
-from mla_deploy.export.lowered import (
-    Lowering,
-    any_capacity,
-    cpu_rules,
-    finish_tensorrt,
-    tensorrt_lowering,
-)
+from mla_deploy.export.lowered import any_capacity, finish_tensorrt, trunk_lowering
 from mla_deploy.export.manifest import manifest_of
 from mla_deploy.export.options import ExportOptions
 from mla_deploy.export.pipeline import (
@@ -39,7 +33,6 @@ from mla_deploy.export.trace_module import EXPANSION, trace_raised
 from mla_deploy.export.weights import DTYPES, WeightLayout
 from mla_deploy.rewrite import order
 from mla_deploy.rewrite.ensures import require_latent_only
-from mla_deploy.rewrite.release import composites_of
 from mla_deploy.source.user.module_source import ModuleSource, open_module_source
 from mla_deploy.source.user.raised import RaisedModule
 from mla_deploy.targets import find_target
@@ -129,7 +122,7 @@ def _build(source: ModuleSource, stage: Stage, options: ExportOptions, report: P
     cache = CacheForm(options.cache_layout == "fused", options.cache == "growing")
     trace = trace_raised(source.raised, cache, options.all_logits)
     report("trace", 2, 2)
-    lowering = _lowering(trace, options)
+    lowering = trunk_lowering(trace, options)
     form = GraphForm(
         config=source.config,
         cache=cache,
@@ -164,16 +157,6 @@ def _build(source: ModuleSource, stage: Stage, options: ExportOptions, report: P
     bundle = stage.publish(manifest)
     report("publish", 1, 1)
     return bundle
-
-
-def _lowering(trace: Trace, options: ExportOptions) -> Lowering:
-    """Raises: REW-TARGET."""
-    release = find_target(options.target).release
-    if release is None:
-        return Lowering(cpu_rules(trace.form.growing, options.all_logits), Builder)
-    # Rules of the head lower the tokens that it sees, for every runtime.
-    found = composites_of(iter([trace.trunk])) - {"HeadTokens"}
-    return tensorrt_lowering(options, release, found)
 
 
 def _require_fired(graphs: dict[str, Assembled], trace: Trace, attentions: int) -> None:

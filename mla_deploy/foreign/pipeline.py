@@ -17,10 +17,10 @@ from mla_deploy.bundle import Bundle, Stage, stage_bundle
 from mla_deploy.bundle.output import check_output, output_path
 from mla_deploy.config import MlaConfig
 from mla_deploy.errors import InputError, quoted
-from mla_deploy.export.assemble import Assembled, Builder, GraphForm
+from mla_deploy.export.assemble import Assembled, GraphForm
 from mla_deploy.export.assemble_module import assemble_module
 from mla_deploy.export.bind import bind_weights
-from mla_deploy.export.lowered import cpu_rules
+from mla_deploy.export.lowered import any_capacity
 from mla_deploy.export.manifest import manifest_of
 from mla_deploy.export.options import DEFAULT_CAPACITY, ExportOptions, check_options
 from mla_deploy.export.pipeline import (
@@ -34,9 +34,11 @@ from mla_deploy.export.trace_layer import CacheForm
 from mla_deploy.export.weights import DTYPES, WeightLayout
 from mla_deploy.foreign.facts import foreign_facts
 from mla_deploy.foreign.graph import ForeignGraph
+from mla_deploy.foreign.lowering import finish_foreign, foreign_lowering, runnable
 from mla_deploy.foreign.prove import (
     Comparison,
     ForeignSession,
+    OurGraphs,
     Proof,
     cache_pairs,
     opened_session,
@@ -90,12 +92,13 @@ def rewrite_model(
     what the graph computes. Before anything is published the original and the rewritten graphs
     answer the same random tokens, prefill and decode steps; their difference is in the manifest.
     `dtype` None: weights stay in the dtype that they have, and what is cached in the one that the
-    graph computes it in.
+    graph computes it in. A TensorRT target has one dtype for both, its default where it lacks that
+    of the weights; its graphs are compared as ONNX Runtime runs them, no engine is built.
     A tokenizer's files beside the model come along.
 
     Raises: InputError ONNX-*, REW-INPUT, REW-FIXED, REW-NO-MLA, REW-LAYER (which tells per layer
-    where the recognition stopped), REW-POSITION, EXP-*, TARGET-*, CKPT-NONFINITE; GateError
-    REW-PROOF; IncompatibleError REW-SESSION; BUN-*, ENV-*.
+    where the recognition stopped), REW-POSITION, REW-TARGET, EXP-*, TARGET-*,
+    CKPT-NONFINITE; GateError REW-PROOF; IncompatibleError REW-SESSION; BUN-*, ENV-*.
     """
     report = progress or (lambda *_: None)
     _refuse_over_source(path, out)
@@ -107,10 +110,11 @@ def rewrite_model(
         report("recognise", 1, 1)
         options = _options(
             target=target,
-            dtype=dtype or weights_dtype(file.model),
+            dtype=dtype,
+            as_found=(weights_dtype(file.model), rows_dtype(recognition)),
             cache=cache,
             cache_layout=cache_layout,
-            cache_dtype=cache_dtype or (None if dtype else rows_dtype(recognition)),
+            cache_dtype=cache_dtype,
             capacity=_capacity(recognition) if capacity is None else capacity,
             all_logits=all_logits,
         )
@@ -132,17 +136,14 @@ def _refuse_over_source(path: str | os.PathLike[str], out: str | os.PathLike[str
 
 
 def _options(**chosen: Any) -> ExportOptions:
+    """What is asked for; what is not follows the graph as far as the target lets it."""
     row = buildable_target(chosen["target"] or DEFAULT_TARGET)
-    if find_target(row.name).release is not None:
-        raise InputError(
-            "TARGET-FORM",
-            f"target {row.name} takes no foreign graph: only checkpoints are lowered for "
-            f"{row.runtime}",
-            hint="rewrite the model with `--target cpu`",
-            target=row.name,
-        )
-    stored = chosen["dtype"] or row.default_dtype
-    cache_dtype = chosen["cache_dtype"] or stored
+    found, rows = chosen["as_found"]
+    as_found = found if found in row.dtypes else row.default_dtype
+    stored = chosen["dtype"] or as_found
+    if chosen["dtype"] is not None or row.release is not None:
+        rows = None
+    cache_dtype = chosen["cache_dtype"] or rows or stored
     options = ExportOptions(
         target=row.name,
         dtype=stored,
@@ -180,6 +181,7 @@ def _build(
     config = foreign_facts(recognition)
     raised = raise_foreign(recognition, cache, options.all_logits, dtype)
     source = foreign_source(file, config)
+    lowering = foreign_lowering(raised.trace, options, opset)
     form = GraphForm(
         config=source.config,
         cache=cache,
@@ -187,13 +189,14 @@ def _build(
         cache_dtype=options.rows_dtype,
         all_logits=options.all_logits,
         layers_prefix="",
-        builder=_builder(file.model),
+        builder=lowering.builder,
     )
     layout = WeightLayout()
     graphs = {
         name: assemble_module(raised.trace, form, rules, layout)
-        for name, rules in cpu_rules(cache.growing, options.all_logits).items()
+        for name, rules in lowering.graphs.items()
     }
+    finish_foreign(graphs, options)
     require_fired(graphs, raised)
     report("rewrite", 1, 1)
     weights = ForeignWeights(raised.weights)
@@ -203,7 +206,8 @@ def _build(
         bind_weights(graph.model, layout, stage.path, stage.named("weights"))
         protos[name] = ir.to_proto(graph.model)
         if name == "decode":
-            require_latent_only(protos[name], source.config.num_heads, widest_row(raised.trace))
+            checked = any_capacity(protos[name], options.capacity)
+            require_latent_only(checked, source.config.num_heads, widest_row(raised.trace))
         written = protos[name].SerializeToString(deterministic=True)
         stage.write_bytes(stage.named(f"{name}.onnx"), written)
     report("proof", 0, 1)
@@ -247,8 +251,15 @@ def _proven(
         buffer.name(): (buffer.shape[0], np.dtype(kind.numpy()))
         for buffer in raised.trace.trunk_buffers
     }
-    prefill, decode = (protos[name].SerializeToString() for name in ("prefill", "decode"))
-    wanted, found = comparison.against(prefill, decode, stage.path, caches)
+    on_device = find_target(options.target).release is not None
+    ours = OurGraphs(
+        prefill=runnable(protos["prefill"], on_device),
+        decode=runnable(protos["decode"], on_device),
+        folder=stage.path,
+        caches=caches,
+        unused=0.0 if on_device else np.nan,
+    )
+    wanted, found = comparison.against(ours)
     dtypes = (options.dtype, options.rows_dtype, raised.dtype)
     loosest = max(dtypes, key=("fp32", "fp16", "bf16").index)
     proof = proof_of(wanted, found, loosest)
@@ -312,12 +323,3 @@ def require_fired(graphs: Mapping[str, Assembled], raised: RaisedForeign) -> Non
 
 def _opset(model: ir.Model) -> int:
     return int(model.graph.opset_imports.get("", 0))
-
-
-def _builder(model: ir.Model) -> type[Builder]:
-    """Graphs of the newer of our opset and the foreign one."""
-
-    class ForeignBuilder(Builder):
-        opset = max(Builder.opset, _opset(model))
-
-    return ForeignBuilder

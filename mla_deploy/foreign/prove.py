@@ -177,6 +177,21 @@ def _follows(output: ir.Value, cache: ir.Value) -> bool:
     return False
 
 
+@dataclass(frozen=True)
+class OurGraphs:
+    """The rewritten graphs, weights in `folder`, and width and dtype of each cache.
+
+    `unused` is what slots hold that nothing was written to: NaN where none may be read. TensorRT's
+    graphs mask them and bind zeros.
+    """
+
+    prefill: bytes
+    decode: bytes
+    folder: Path
+    caches: dict[str, tuple[int, np.dtype]]
+    unused: float = np.nan
+
+
 class Comparison:
     """Random tokens, what the foreign graph says of them, and what ours says."""
 
@@ -203,24 +218,23 @@ class Comparison:
         apart = [foreign.logits(row[None], self.steps) for row in self.ids]
         return [np.concatenate(calls) for calls in zip(*apart, strict=True)]
 
-    def against(
-        self, prefill: bytes, decode: bytes, folder: Path, caches: dict[str, tuple[int, np.dtype]]
-    ) -> tuple[list[Floats], list[Floats]]:
+    def against(self, ours: OurGraphs) -> tuple[list[Floats], list[Floats]]:
         """Wanted and found logits of every call of our two graphs."""
         rows = self.ids.shape[0]
         capacity = self.ids.shape[1] + 3
+        folder = ours.folder
         lengths = np.array(self.lengths, dtype=np.int64)
         whole = np.full(rows, _PROMPT, dtype=np.int64)
         wanted: list[Floats] = []
         found: list[Floats] = []
-        with opened_session(prefill, folder, "REW-SESSION") as session:
-            same, ragged = (OurCache(session, caches, rows, capacity) for _ in range(2))
+        with opened_session(ours.prefill, folder, "REW-SESSION") as session:
+            same, ragged = (OurCache(session, ours, rows, capacity) for _ in range(2))
             found.append(same.call(self.ids[:, :_PROMPT], whole))
             wanted.append(self.together[0])
             found.append(ragged.call(self.ids[:, :_PROMPT], lengths))
             wanted.append(np.stack([row[0] for row in self.apart]))
             del session
-        with opened_session(decode, folder, "REW-SESSION") as session:
+        with opened_session(ours.decode, folder, "REW-SESSION") as session:
             same.session = ragged.session = session
             for step in range(STEPS):
                 tokens = self.ids[:, _PROMPT + step :][:, :1]
@@ -231,26 +245,22 @@ class Comparison:
                 tokens = np.array(column, dtype=np.int64)[:, None]
                 found.append(ragged.call(tokens, np.ones(rows, dtype=np.int64)))
                 wanted.append(np.stack([row[step + 1] for row in self.apart]))
-            fresh = OurCache(session, caches, rows, capacity)
+            fresh = OurCache(session, ours, rows, capacity)
             found.append(fresh.call(self.ids[:, :_PROMPT], whole))
             wanted.append(self.together[0])
         return wanted, found
 
 
 class OurCache:
-    """Our graph with caches that are handed from call to call; what is not filled is NaN."""
+    """Our graph with caches that are handed from call to call."""
 
     def __init__(
-        self,
-        session: ort.InferenceSession,
-        caches: dict[str, tuple[int, np.dtype]],
-        rows: int,
-        capacity: int,
+        self, session: ort.InferenceSession, ours: OurGraphs, rows: int, capacity: int
     ) -> None:
         self.session = session
         self.held = {
-            name: _held(np.full((rows, 1, capacity, width), np.nan, np.float32).astype(dtype))
-            for name, (width, dtype) in caches.items()
+            name: _held(np.full((rows, 1, capacity, width), ours.unused, np.float32).astype(dtype))
+            for name, (width, dtype) in ours.caches.items()
         }
         self.lengths = np.zeros(rows, dtype=np.int64)
 

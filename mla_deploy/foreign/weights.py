@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import onnx_ir as ir
 import torch
@@ -30,7 +31,7 @@ class ForeignWeights:
     held: Mapping[str, ir.TensorProtocol | torch.Tensor]
     skipped: Mapping[str, int] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def slices(self) -> Mapping[str, _Place]:
         """What has a shape, by name."""
         return {name: _Place(_shape(tensor)) for name, tensor in self.held.items()}

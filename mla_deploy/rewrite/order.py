@@ -95,8 +95,12 @@ def _lower(growing: bool) -> Rules:
 def apply_rules(model: ir.Model, rules: Sequence[Any]) -> dict[str, int]:
     """Apply each rule in turn to `model`, in place; how often each fired, by name."""
     counts: dict[str, int] = {}
+    common_passes.RemoveUnusedNodesPass()(model)
     for rule in rules:
-        fired = pattern.RewriteRuleSet([rule]).apply_to_model(model)
+        # Each application walks a whole graph several times, and most rules are for other models.
+        fired = 0
+        if _may_fire(rule, model):
+            fired = pattern.RewriteRuleSet([rule]).apply_to_model(model)
         counts[rule.name] = counts.get(rule.name, 0) + fired
         if fired:
             # A branch that a rule wrote may be the first to hold such an operator.
@@ -106,6 +110,16 @@ def apply_rules(model: ir.Model, rules: Sequence[Any]) -> dict[str, int]:
             common_passes.RemoveUnusedNodesPass()(model)
     _name_apart(model.graph)
     return counts
+
+
+def _may_fire(rule: Any, model: ir.Model) -> bool:
+    """Whether the model has the operators that the rule's pattern ends at."""
+    ends = {node.op_identifier() for node in rule._target_pattern.output_nodes}
+    if None in ends:
+        return True
+    graphs = (model.graph, *(function.graph for function in model.functions.values()))
+    found = {node.op_identifier() for graph in graphs for node in graph.all_nodes()}
+    return ends <= found
 
 
 def _name_apart(graph: ir.Graph) -> None:

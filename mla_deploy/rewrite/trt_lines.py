@@ -11,6 +11,7 @@ from mla_deploy.rewrite import (
     lower_experts_trt,
     lower_linear,
     lower_norm_trt,
+    lower_opset_23_trt,
     lower_ring_trt,
     raise_norm,
 )
@@ -41,8 +42,11 @@ def primitives_line(name: str) -> Release:
         ir_version=9,
         operators=PRIMITIVES,
         composites=COMPOSITES,
-        prefill=prefill(lower_expanded_trt.PRIMITIVE, lower_cache_trt.TO_COPY, norm),
-        decode=decode(lower_cache_trt.TO_COPY, norm),
+        prefill=(
+            *prefill(lower_expanded_trt.PRIMITIVE, lower_cache_trt.TO_COPY, norm),
+            *lower_opset_23_trt.RULES,
+        ),
+        decode=(*decode(lower_cache_trt.TO_COPY, norm), *lower_opset_23_trt.RULES),
         trunk=(*raise_norm.RULES, norm),
         has_tensor_scatter=False,
         has_plugin_override=False,
