@@ -41,12 +41,24 @@ def _edited(bundle: Bundle, mutant: Mutant) -> dict[str, bytes]:
         model = ir.load(path)
         if graph in mutant.graphs:
             changed += mutant.edit(model, bundle.config)
+            _forget_shapes(model)
         written[path.name] = ir.to_proto(model).SerializeToString(deterministic=True)
     if not changed:
         raise InputError(
             "VAL-MUTANT", f"this bundle has no place for the fault {mutant.name}; wanted one"
         )
     return written
+
+
+def _forget_shapes(model: ir.Model) -> None:
+    """What the right graph says of the shapes between its nodes need not hold of a wrong one, which
+    is to be refused for its numbers."""
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for graph in graphs:
+        for node in graph.all_nodes():
+            for value in node.outputs:
+                if not value.is_graph_output():
+                    value.shape = None
 
 
 def _copy(folder: Folder, name: str, stage: Stage) -> None:
