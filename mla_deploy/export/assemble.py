@@ -20,6 +20,7 @@ from mla_deploy.config import MlaConfig
 from mla_deploy.errors import MlaDeployError
 from mla_deploy.export import bind
 from mla_deploy.export.logits import name_logits
+from mla_deploy.export.onnx_program import own_copy
 from mla_deploy.export.trace import Trace
 from mla_deploy.export.trace_layer import CacheForm, TracedLayer
 from mla_deploy.export.trace_trunk import INPUTS, frequency_names
@@ -74,7 +75,7 @@ def assemble(
 
     `layout` learns the weights; `bind.bind_weights` later gives them their bytes.
     """
-    trunk = trace.trunk.clone()
+    trunk = own_copy(trace.trunk)
     counts = order.apply_rules(trunk, (*rules.head, *rules.trunk))
     uses = collect_weights(trunk, {*INPUTS, *frequency_names(trace.rope)})
     builder = form.builder(trunk, form, layout, trace)
@@ -122,7 +123,7 @@ class Builder:
 
     def kind(self, traced: TracedLayer, rules: order.Rules) -> dict[str, int]:
         """Rewrite one layer kind, add its function, and call it for each of its layers."""
-        layer = traced.model.clone()
+        layer = own_copy(traced.model)
         first = traced.kind.indices[0]
         held = [*self.trace.buffers(first), *traced.shared]
         self.type_caches(layer.graph, traced, held)

@@ -7,6 +7,7 @@ import onnx_ir as ir
 from mla_deploy import shapes
 from mla_deploy.export.assemble import Assembled, Builder, GraphForm
 from mla_deploy.export.logits import name_logits
+from mla_deploy.export.onnx_program import own_copy
 from mla_deploy.export.trace import Trace
 from mla_deploy.export.trace_module import INPUTS, SOURCE
 from mla_deploy.export.weights import WeightLayout, renamed_use
@@ -18,7 +19,7 @@ def assemble_module(
     trace: Trace, form: GraphForm, rules: order.GraphRules, layout: WeightLayout
 ) -> Assembled:
     """Rewrite the module's graph with `rules`; `layout` learns the weights."""
-    model = trace.trunk.clone()
+    model = own_copy(trace.trunk)
     caches = {buffer.name(): buffer for buffer in trace.trunk_buffers}
     builder = form.builder(model, form, layout, trace)
     builder.type_module_caches(caches)

@@ -83,3 +83,19 @@ def quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+def own_copy(model: ir.Model) -> ir.Model:
+    """A clone that shares nothing that a rewrite changes: a tensor takes the name of its value, and
+    a trace is used again for the next bundle.
+    """
+    copy = model.clone()
+    for node in copy.graph.all_nodes():
+        attribute = node.attributes.get("value") if node.op_type == "Constant" else None
+        if attribute is not None and attribute.type == ir.AttributeType.TENSOR:
+            tensor = attribute.as_tensor()
+            own = ir.tensor(tensor.numpy().copy(), name=tensor.name)
+            node.attributes["value"] = ir.AttrTensor("value", own)
+            if node.outputs[0].const_value is not None:
+                node.outputs[0].const_value = own
+    return copy

@@ -128,3 +128,14 @@ def test_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
     assert sorted(path.name for path in again.iterdir()) == names
     for name in names:
         assert (again / name).read_bytes() == (made.bundle.path / name).read_bytes(), name
+
+
+def test_an_export_for_a_device_leaves_nothing_in_the_next(tmp_path: Path) -> None:
+    """All of them are written from one trace, which is kept."""
+    made = exported()
+    export(made.checkpoint, tmp_path / "first")
+    export(made.checkpoint, tmp_path / "device", target="rtx-40")
+    export(made.checkpoint, tmp_path / "second")
+    for name in ("prefill.onnx", "decode.onnx"):
+        first, second = (tmp_path / part / name for part in ("first", "second"))
+        assert first.read_bytes() == second.read_bytes(), name
