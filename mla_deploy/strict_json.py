@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 from mla_deploy.errors import InputError, quoted
 
 MAX_DEPTH = 32
-_MAX_DIGITS = 19
+# transformers writes int(1e30) where a tokenizer has no longest text.
+_MAX_DIGITS = 32
 _LFS_START = b"version https://git-lfs"
 _HTML_STARTS = (b"<!doctype", b"<html", b"<?xml")
 
@@ -81,7 +82,7 @@ def _object(pairs: list[tuple[str, Any]], refuse: Any) -> dict[str, Any]:
 
 
 def _integer(digits: str, refuse: Any) -> int:
-    # int() of a long text is quadratic, and nothing we read needs more than 64 bits.
+    # int() of a long text is quadratic.
     if len(digits.lstrip("-")) > _MAX_DIGITS:
         refuse(f"an integer of {len(digits.lstrip('-'))} digits")
     return int(digits)

@@ -193,3 +193,12 @@ def test_a_config_is_checked_however_it_is_made() -> None:
         MlaConfig(**{**fields, "qk_rope_head_dim": 63})
     with pytest.raises(InputError, match="num_hidden_layers is 0"):
         MlaConfig(**{**fields, "num_layers": 0})
+
+
+def test_the_longest_text_of_a_tokenizer_without_one_is_read() -> None:
+    """transformers writes it into most tokenizer_config.json files."""
+    from mla_deploy.strict_json import parse_json
+
+    text = b'{"model_max_length": 1000000000000000019884624838656}'
+    found = parse_json(text, what="tokenizer_config.json", code="TOK-CONFIG")
+    assert found["model_max_length"] == int(1e30)
