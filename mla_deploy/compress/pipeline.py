@@ -108,7 +108,7 @@ def compress(
         texts = dict(files.texts())
         given = rations(
             texts, calibrate, vocab=int(source.hf.vocab_size), context=settings.context,
-            calibrates=settings.nope,
+            calibrates=settings.calibrates,
         )  # fmt: skip
         needed = 4 * sum(int(np.prod(shape)) for shape in files.shapes.values())
         with stage_folder(out, FolderStage, needed_bytes=needed * 5 // 4) as stage:
@@ -239,7 +239,7 @@ class _Work:
             "q_lora_rank": None,
             "kv_lora_rank": settings.rank,
             "qk_rope_head_dim": settings.rope,
-            "qk_nope_head_dim": facts.head_dim if settings.nope else 8,
+            "qk_nope_head_dim": settings.nope(facts.head_dim),
             "v_head_dim": facts.head_dim,
             "softmax_scale": float(first.scaling),
             "dtype": str(self.dtype).removeprefix("torch."),

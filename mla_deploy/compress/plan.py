@@ -42,8 +42,13 @@ class Settings:
     fold: int = 2
 
     @property
-    def nope(self) -> bool:
+    def calibrates(self) -> bool:
+        """Whether a text is needed."""
         return self.method != "exact"
+
+    def nope(self, head_dim: int) -> int:
+        """N of every head."""
+        return head_dim if self.calibrates else _EMPTY_NOPE
 
 
 def settings_for(
@@ -101,11 +106,12 @@ def folding(
 ) -> Folding:
     """How one layer is written; `moments` are needed for all but the exact form."""
     groups, half = weights.groups, weights.head_dim // 2
+    nope = settings.nope(weights.head_dim)
     if settings.method == "exact" or moments is None:
         basis = plain_basis(groups, half)
         every = np.arange(basis.pairs)
         latent = plain_latent(0, groups * weights.head_dim)
-        return Folding(basis, every, latent, np.ones(half, complex), stretch, _EMPTY_NOPE)
+        return Folding(basis, every, latent, np.ones(half, complex), stretch, nope)
     keys = moments.keys(groups)
     if settings.method == "transmla":
         fold = settings.fold if half % settings.fold == 0 else 1
@@ -113,14 +119,14 @@ def folding(
         turned = np.arange(half)  # of the first axis of each frequency
         mean_F = np.ones(half, complex)
         latent = _latent(settings, basis, turned, moments, centred=False)
-        return Folding(basis, turned, latent, mean_F, stretch, weights.head_dim)
+        return Folding(basis, turned, latent, mean_F, stretch, nope)
     basis = balanced_basis(keys)
     mean_F = mean_rotations(frequencies_F, settings.context)
     scores_C = rotation_scores(basis, keys, mean_F)
     best = np.argsort(-scores_C, kind="stable")[: settings.rope // 2]
     turned = np.sort(best)
     latent = _latent(settings, basis, turned, moments, centred=True)
-    return Folding(basis, turned, latent, mean_F, stretch, weights.head_dim)
+    return Folding(basis, turned, latent, mean_F, stretch, nope)
 
 
 def _latent(
