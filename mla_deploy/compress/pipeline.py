@@ -102,6 +102,8 @@ def compress(
     started = time.perf_counter()
     if method not in METHODS[1:]:
         raise InputError("CMP-METHOD", f"method {method!r} is not known, wanted low-rank, transmla")
+    if dtype not in _DTYPES:
+        raise InputError("CMP-DTYPE", f"dtype {dtype!r} is not known, wanted {', '.join(_DTYPES)}")
     with torch.inference_mode(), open_weight_files(Path(checkpoint)) as files:
         source = HeadsModel(files)
         settings = settings_for(source.facts, method, rank, rope_dim, context)

@@ -89,6 +89,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "rope above what turns": ({"rope_dim": 34}, "CMP-ROPE"),
     "context beyond the model's": ({"context": 513}, "CMP-CONTEXT"),
     "another method": ({"method": "svd"}, "CMP-METHOD"),
+    "another dtype": ({"dtype": "int8"}, "CMP-DTYPE"),
     "TransMLA with two heads": ({"method": "transmla", "rope_dim": 32}, "CMP-ROPE"),
 }
 
