@@ -22,7 +22,8 @@ from mla_deploy.cli.verb import choice, verb
 @click.option("--context", type=int, help="Longest context it is for.  [the model's]")
 @choice("--dtype", "fp32|fp16|bf16", "Of the weights written.  [fp32]")
 @click.option("--report", type=click.Path(path_type=Path), help="Write the two views as HTML.")
-@click.option("--explain", is_flag=True, default=None, help="Only --report, of an earlier OUT.")
+@click.option("--explain", is_flag=True, default=None, help="Look at CHECKPOINT, write no model.")
+@click.option("--tokens", type=int, help="Of --explain: how many judge.  [20480]")
 @verb
 def compress(
     screen: Screen,
@@ -38,21 +39,23 @@ def compress(
     CHECKPOINT is a folder of safetensors or a GGUF file. Without --rank and --rope-dim nothing is
     lost and the cache stays as large. With them the text's first part is learnt from, its last part
     judges the loss. OUT is a checkpoint that `export` takes.
+
+    --explain shows an earlier OUT again, with --report. Of a CHECKPOINT that has latent attention
+    already it shows what the latents keep, how heads lie to each other, and what cutting or
+    quantising the latent loses on the text.
     """
     from mla_deploy.cli.compress_sheets import compress_sheets, words_of
+    from mla_deploy.cli.explanations import explained
     from mla_deploy.compress import compress as made
-    from mla_deploy.compress.told import read_report, write_page
+    from mla_deploy.compress.told import write_page
 
-    if explain == (out is not None) or (explain and (report is None or options)):
-        raise click.UsageError("give --out, or --explain with --report and nothing else")
+    if explain == (out is not None) or ("tokens" in options and not explain):
+        raise click.UsageError("give --out, or --explain; --tokens is of --explain")
     if explain:
-        told = read_report(checkpoint)
-    else:
-        with progress_bar(screen) as progress:
-            told = made(checkpoint, str(out), progress=progress, **options).to_dict()
+        return explained(screen, checkpoint, report, options)
+    with progress_bar(screen) as progress:
+        told = made(checkpoint, str(out), progress=progress, **options).to_dict()
     if report is not None:
         write_page(told, report)
-    verb_words = (
-        f"wrote {report} of {checkpoint}" if explain else f"compressed {checkpoint} to {out}"
-    )
-    return Outcome(f"{verb_words}: {words_of(told)}", dict(told), compress_sheets(told))
+    words = f"compressed {checkpoint} to {out}: {words_of(told)}"
+    return Outcome(words, dict(told), compress_sheets(told))

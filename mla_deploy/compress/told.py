@@ -7,14 +7,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mla_deploy.config import CONFIG_NAME
 from mla_deploy.door import open_folder, replace_file
 from mla_deploy.errors import InputError, quoted
 from mla_deploy.strict_json import parse_json
 
 REPORT_NAME = "compress.json"
+KIND = "native"  # of a report that `native/` made
 _MAX_BYTES = 64 << 20
 _NEEDED = {"method", "layers", "kv_lora_rank", "qk_rope_head_dim", "cached_values", "loss", "views",
            "cached_values_source", "cache_share", "source_heads", "notes"}  # fmt: skip
+
+
+def has_report(folder: str | os.PathLike[str]) -> bool:
+    """Whether `folder` is what `compress` wrote, or no checkpoint at all. Raises: FILE-*."""
+    with open_folder(folder) as opened:
+        names = opened.names()
+    return REPORT_NAME in names or CONFIG_NAME not in names
 
 
 def read_report(folder: str | os.PathLike[str]) -> Mapping[str, Any]:
@@ -43,6 +52,8 @@ def read_report(folder: str | os.PathLike[str]) -> Mapping[str, Any]:
 
 def write_page(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """The report as one HTML page at `path`, replaced at once. Raises: as `create_file`."""
+    from mla_deploy.compress.native.page import native_page
     from mla_deploy.compress.page import page
 
-    replace_file(Path(path), page(report))
+    made = native_page if report.get("kind") == KIND else page
+    replace_file(Path(path), made(report))

@@ -6,13 +6,15 @@ after. What stands beside the layers (embedding, norms, head) is held throughout
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 from mla_deploy.config import MlaConfig
 from mla_deploy.source.classes import decoder_path
@@ -82,6 +84,35 @@ class LayerwiseModel:
             except _HeadReached:
                 return
 
+    @property
+    def module(self) -> PreTrainedModel:
+        """The class itself."""
+        return self._model
+
+    @property
+    def layers(self) -> Mapping[str, nn.Module]:
+        """What gets its weights one by one, by its path."""
+        return self._layers
+
+    @contextlib.contextmanager
+    def trunk_loaded(self) -> Iterator[None]:
+        """Within, what stands beside the layers has its weights."""
+        self.fill(self._trunk, _as_they_are)
+        try:
+            yield
+        finally:
+            self._empty(self._trunk)
+
+    @contextlib.contextmanager
+    def layer_loaded(self, name: str) -> Iterator[None]:
+        """Within, the layer `name` has its weights."""
+        own = self._own(name)
+        self.fill(own, _as_they_are)
+        try:
+            yield
+        finally:
+            self._empty(own)
+
     def parameters(self, within: str = "") -> Iterator[nn.Parameter]:
         """Those whose name holds `within`, as they are now: empty, but for a layer that runs."""
         return (p for name, p in self._model.named_parameters() if within in name)
@@ -93,10 +124,20 @@ class LayerwiseModel:
             parameter.data = prepared(name, weight.view(self._shapes[name]).clone()).contiguous()
             self._places[parameter.untyped_storage().data_ptr()] = (name, parameter)
 
+    def _own(self, prefix: str) -> dict[str, nn.Parameter]:
+        """The parameters of a layer, by their names in the model."""
+        named = self._layers[prefix].named_parameters()
+        own = {f"{prefix}.{name}": parameter for name, parameter in named}
+        return {name: parameter for name, parameter in own.items() if name in self._shapes}
+
     def _empty(self, parameters: dict[str, nn.Parameter]) -> None:
         for parameter in parameters.values():
             self._places.pop(parameter.untyped_storage().data_ptr(), None)
             parameter.data = torch.empty(0)
+
+
+def _as_they_are(_: str, weight: torch.Tensor) -> torch.Tensor:
+    return weight
 
 
 class _Loading:
@@ -115,8 +156,7 @@ class _Loading:
         model = self._model
         model.fill(model._trunk, self._prepared)
         for prefix, layer in model._layers.items():
-            own = {f"{prefix}.{name}": p for name, p in layer.named_parameters()}
-            own = {name: p for name, p in own.items() if name in model._shapes}
+            own = model._own(prefix)
 
             def before(*_: Any, own: dict[str, nn.Parameter] = own) -> None:
                 model.fill(own, self._prepared)
