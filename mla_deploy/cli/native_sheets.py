@@ -38,7 +38,10 @@ def _forms(report: Facts) -> Sheet:
     if report["text"] is None:
         return Sheet("Forms of the latent", ("form", "#B/token", "#share"), rows)
     judged = report["forms"][0]["loss"]["tokens"]
-    title = f"Forms of the latent, on {judged:,} held-out tokens of {report['text']}; * loses least"
+    title = (
+        f"Forms of the latent, on {judged:,} held-out tokens of {report['text']}; * nothing as "
+        "small loses less; + one product for each new token"
+    )
     columns = ("form", "#B/token", "#share", "#mean KL", "#95 %", "#top-1", "#ppl", "verdict")
     return Sheet(title, columns, rows)
 
@@ -51,9 +54,8 @@ def _form_rows(report: Facts) -> Iterator[tuple[str, ...]]:
         if loss is None:
             yield sizes
             continue
-        least = report["least_at"].get(str(row["token_bytes"])) == row["name"]
         yield (
-            f"* {name}" if least else f"  {name}",
+            f"* {name}" if row["name"] in report["frontier"] else f"  {name}",
             *sizes[1:],
             f"{loss['mean_kl']:.1e}",
             f"{loss['kl_low']:.0e} {loss['kl_high']:.0e}",

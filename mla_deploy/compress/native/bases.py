@@ -35,6 +35,13 @@ class Basis:
     down_KL: torch.Tensor | None
     up_LK: torch.Tensor | None
 
+    def kept(self, rank: int) -> Doubles:
+        """[L, L]: what is read of a latent that is stored exactly in this basis."""
+        if self.down_KL is None or self.up_LK is None:
+            return np.eye(rank)
+        found: Doubles = (self.up_LK @ self.down_KL).double().numpy()
+        return found
+
 
 class Bases:
     """Those of one site, each made once. `gain_L`: what its norm multiplies by."""

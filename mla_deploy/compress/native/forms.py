@@ -38,14 +38,14 @@ class Form:
 
     @property
     def name(self) -> str:
-        """For people: "int8, hadamard", "1/2 of the rank"."""
+        """For people: "int8 hadamard", "1/2 rank", "1/2 rank int8"."""
         if self.kind == WHOLE:
             return WHOLE
         stored = "" if self.store is None else self.store.name
         if self.kind == STORE:
-            return stored if self.basis == PLAIN else f"{stored}, {self.basis}"
-        cut = f"{self.share} of the rank"
-        return f"{cut}, {stored}" if stored else cut
+            return stored if self.basis == PLAIN else f"{stored} {self.basis}"
+        cut = f"{self.share} rank"
+        return f"{cut} {stored}" if stored else cut
 
     @property
     def folds(self) -> bool:

@@ -22,8 +22,8 @@ from mla_deploy.compress.text import Tokens
 from mla_deploy.source.abreast import Abreast, Lane
 from mla_deploy.source.layerwise import LayerwiseModel, Progress
 
-_MOST_SCORES = 1 << 25  # fp32 attention scores of one forward
-_MOST_LOGITS = 1 << 26  # fp32 logits of one forward
+_MOST_SCORES = 1 << 22  # fp32 attention scores of one forward
+_MOST_LOGITS = 1 << 24  # fp32 logits of one forward
 # Of a site, its weights, moments and bases, once its layer has seen the calibration rows; of one
 # that reads another layer's latent, its weights alone.
 Seen = Callable[[Site, SiteWeights, LatentMoments | None, Bases | None], None]

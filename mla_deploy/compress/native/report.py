@@ -188,8 +188,7 @@ def _on_text(site: Site, weights: SiteWeights, moments: LatentMoments, bases: Ba
     second_LL = moments.second_LL
     energies_L = np.maximum(np.linalg.eigvalsh(second_LL)[::-1], 0.0)
     half = bases.cut(max(1, site.rank // 2))
-    assert half.down_KL is not None and half.up_LK is not None
-    kept_LL = (half.up_LK @ half.down_KL).double().numpy()
+    kept_LL = half.kept(site.rank)
     channels_L = moments.channels_L
     return OnText(
         effective_rank=effective_rank(energies_L),
