@@ -54,8 +54,9 @@ def _form_rows(report: Facts) -> Iterator[tuple[str, ...]]:
         if loss is None:
             yield sizes
             continue
+        is_broken = loss["verdict"] == "broken"  # the best of those is no use
         yield (
-            f"* {name}" if row["name"] in report["frontier"] else f"  {name}",
+            f"* {name}" if row["name"] in report["frontier"] and not is_broken else f"  {name}",
             *sizes[1:],
             f"{loss['mean_kl']:.1e}",
             f"{loss['kl_low']:.0e} {loss['kl_high']:.0e}",

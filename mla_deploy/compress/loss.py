@@ -16,9 +16,11 @@ import torch
 from numpy.typing import NDArray
 
 from mla_deploy.compress.stream import Rows
+from mla_deploy.errors import InputError, quoted
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 _CHUNK = 64  # tokens whose logits are in memory at a time
+_MOST_NLL = 300.0
 _DRAWS, _SEED = 1000, 20261126
 # Mean KL below which a loss has each name; nothing is minor above either bound of `minor`.
 EXACT, MINOR, VISIBLE = 1e-4, 0.05, 0.3
@@ -82,8 +84,14 @@ class SummedLoss:
         self._rows.append(np.concatenate(row))
 
     def done(self, text: str) -> CompressionLoss:
-        """Over every row."""
+        """Over every row. Raises: InputError CMP-NONFINITE."""
         every = np.concatenate(self._rows)
+        if not np.isfinite(every).all():
+            raise InputError(
+                "CMP-NONFINITE",
+                f"logits are not finite on the held-out part of {quoted(text)}",
+                hint="the model overflows once it is changed so; nothing can be said of its loss",
+            )
         low, high = _interval(np.array([row.mean() for row in self._rows]))
         return CompressionLoss(
             text=text,
@@ -94,8 +102,8 @@ class SummedLoss:
             kl_high=high,
             p99_kl=float(np.quantile(every, 0.99)),
             top1=self._same / len(every),
-            perplexity_source=math.exp(self._wanted_nll / len(every)),
-            perplexity=math.exp(self._found_nll / len(every)),
+            perplexity_source=_perplexity(self._wanted_nll / len(every)),
+            perplexity=_perplexity(self._found_nll / len(every)),
         )
 
 
@@ -114,6 +122,11 @@ def compared(
 
             summed.add(tokens_S, logits)
     return summed.done(text)
+
+
+def _perplexity(nll: float) -> float:
+    """Finite, however wrong a model is."""
+    return math.exp(min(nll, _MOST_NLL))
 
 
 def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The commands of docs/compress.md, run in order in one folder that holds a Llama and an MLA model."""
+"""The commands of docs/compress.md, run in order in a folder with a Llama and an MLA model."""
 
 from __future__ import annotations
 

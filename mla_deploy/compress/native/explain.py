@@ -13,6 +13,7 @@ from typing import Any
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mla_deploy.checkpoint import Checkpoint, open_checkpoint
+from mla_deploy.compress.loss import CompressionLoss
 from mla_deploy.compress.native.bases import Bases
 from mla_deploy.compress.native.forms import Form, forms_for
 from mla_deploy.compress.native.measure import Measured, Texts
@@ -106,7 +107,7 @@ def explain_native(
         forms = forms_for(sites)
         texts, notes = _texts(source, calibrate, (tokens or MOST_JUDGED), len(forms))
         views: list[SiteView] = []
-        losses = {}
+        losses: dict[Form, CompressionLoss | None] = {}
         if texts is None:
             views = _of_weights(model, sites, progress)
         else:
@@ -121,16 +122,17 @@ def explain_native(
 
             pass_ = Measured(model, sites, forms, source.config.vocab_size, seen=seen)
             losses = pass_.run(texts, _layers(progress))
+        overflown = [form for form, loss in losses.items() if loss is None]
         return NativeReport(
             path=Path(checkpoint),
             model_type=source.config.model_type,
             digest=source.digest,
             layers=source.config.num_layers,
             sites=tuple(views),
-            forms=form_losses(forms, sites, losses),
+            forms=form_losses([form for form in forms if form not in overflown], sites, losses),
             text=None if texts is None else texts.name,
             calibration_tokens=0 if texts is None else sum(map(len, texts.calibration)),
-            notes=(*notes, *_about(sites, texts, forms)),
+            notes=(*notes, *_about(sites, texts, forms), *map(_overflow, overflown)),
             seconds=time.perf_counter() - started,
         )
 
@@ -225,6 +227,10 @@ def _about(sites: tuple[Site, ...], texts: Texts | None, forms: tuple[Form, ...]
     if not any(form.store is not None and form.store.name == "int4" for form in forms):
         notes.append("int4 stores two values in a byte and is left out: a latent here is odd")
     return notes
+
+
+def _overflow(form: Form) -> str:
+    return f"{form.name} is left out: the model overflows in it"
 
 
 def _layers(progress: Progress | None) -> Callable[[int, int], None]:

@@ -19,6 +19,7 @@ from mla_deploy.compress.native.forms import WHOLE, Form
 from mla_deploy.compress.native.moments import LatentMoments, MomentsOf, reader_metric
 from mla_deploy.compress.native.sites import Site, SiteWeights, watched, weights_of
 from mla_deploy.compress.text import Tokens
+from mla_deploy.errors import InputError
 from mla_deploy.source.abreast import Abreast, Lane
 from mla_deploy.source.layerwise import LayerwiseModel, Progress
 
@@ -58,8 +59,8 @@ class Measured:
         self._summed = {form: SummedLoss() for form in forms}
         self._plain_BSV = torch.empty(0)
 
-    def run(self, texts: Texts, progress: Progress | None) -> dict[Form, CompressionLoss]:
-        """Raises: InputError CMP-NONFINITE, CKPT-*."""
+    def run(self, texts: Texts, progress: Progress | None) -> dict[Form, CompressionLoss | None]:
+        """Losses; None of a form in which the model overflows. Raises: InputError CMP-*, CKPT-*."""
         collecting = [Lane(ids, "moments") for ids in self._chunks(texts.calibration)]
         judged = [
             lane
@@ -68,7 +69,16 @@ class Measured:
         ]
         with watched(self._model.module, self._sites, self._latent, self._query):
             self._abreast.run([collecting, judged], self._after, progress)
-        return {form: summed.done(texts.name) for form, summed in self._summed.items()}
+        losses = {form: self._loss(form, texts.name) for form in self._forms}
+        if not any(losses.values()):  # the model itself overflows
+            self._summed[self._forms[0]].done(texts.name)
+        return losses
+
+    def _loss(self, form: Form, text: str) -> CompressionLoss | None:
+        try:
+            return self._summed[form].done(text)
+        except InputError:
+            return None
 
     def _plain(self, ids_BS: torch.Tensor) -> Lane:
         def finished(logits_BSV: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ Facts = Mapping[str, Any]
 _TEMPLATES = ("mla_deploy.compress.native", "mla_deploy.compress", "mla_deploy.validate.outputs")
 _ROW = 32_768  # tokens of a row whose cache is told
 _MOST_MAPS = 6  # layers whose heads are drawn
+_BROKEN = "broken"  # the best of what is broken is no use
 _SCALE_FROM = 0.9  # below it a direction is as good as lost
 
 
@@ -213,14 +214,14 @@ def _form(row: Facts, report: Facts) -> dict[str, Any]:
         "share": f"{100 * row['share']:.0f} %",
         "how": row["export"] or ("folds" if row["cost"] == "nothing" else "one product a token"),
         "is_option": bool(row["export"]),
-        "best": row["name"] in report["frontier"],
+        "best": row["name"] in report["frontier"] and loss["verdict"] != _BROKEN,
     }
     if loss is None:
         return {**told, "loss": None}
     return {
         **told,
         "loss": f"{loss['mean_kl']:.2g}",
-        "interval": f"{loss['kl_low']:.1g} to {loss['kl_high']:.1g}",
+        "interval": f"{loss['kl_low']:.2g} to {loss['kl_high']:.2g}",
         "top1": f"{loss['top1']:.2%}",
         "perplexity": f"x{loss['perplexity_ratio']:.4f}",
         "verdict": loss["verdict"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -132,7 +132,7 @@ class FormLoss:
 
 
 def form_losses(
-    forms: Sequence[Form], sites: Sequence[Site], losses: dict[Form, CompressionLoss]
+    forms: Sequence[Form], sites: Sequence[Site], losses: Mapping[Form, CompressionLoss | None]
 ) -> tuple[FormLoss, ...]:
     """Each form, the largest first."""
     whole = Form(WHOLE).token_bytes(sites)

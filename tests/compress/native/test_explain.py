@@ -160,12 +160,31 @@ def test_what_is_refused(tmp_path: Path) -> None:
         assert caught.value.hint
 
 
-def test_a_model_that_overflows_is_refused(tmp_path: Path) -> None:
-    folder = with_tokenizer(write_tiny(tmp_path / "m", "youtu", vocab_size=2048))
-    tensors = load_file(folder / "model.safetensors")
-    name = next(name for name in tensors if "0.self_attn.kv_a_layernorm" in name)
-    tensors[name] = torch.full_like(tensors[name], 3e38)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+def with_gain(folder: Path, part: str, gain: float) -> Path:
+    """A small model one of whose norms multiplies by `gain`."""
+    made = with_tokenizer(write_tiny(folder, "youtu", vocab_size=2048))
+    tensors = load_file(made / "model.safetensors")
+    name = next(name for name in tensors if part in name)
+    tensors[name] = torch.full_like(tensors[name], gain)
+    save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
+    return made
+
+
+@pytest.mark.parametrize(
+    ("part", "told"), [("0.self_attn.kv_a_layernorm", "layers.0"), ("model.norm", "logits")]
+)
+def test_a_model_that_overflows_is_refused(tmp_path: Path, part: str, told: str) -> None:
     with pytest.raises(InputError, match="CMP-NONFINITE") as caught:
-        explain_native(folder, tokens=512)
-    assert "layers.0" in caught.value.message
+        explain_native(with_gain(tmp_path / "m", part, 3e38), tokens=512)
+    assert told in caught.value.message
+
+
+def test_a_form_in_which_a_model_overflows_is_left_out(tmp_path: Path) -> None:
+    """Latents beyond what 16 bits hold: codes have scales, and hold them."""
+    report = explain_native(
+        with_gain(tmp_path / "m", "0.self_attn.kv_a_layernorm", 1e5), tokens=512
+    )
+    told = report.to_dict()
+    assert "16 bits" not in by_name(told) and "int8" in by_name(told)
+    assert any(note.startswith("16 bits is left out") for note in told["notes"])
+    native_page(told)
