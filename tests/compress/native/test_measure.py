@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mla_deploy.checkpoint import open_checkpoint
-from mla_deploy.compress.native.bases import BASES, HADAMARD, PLAIN
+from mla_deploy.compress.native.bases import BASES, FOLDED, HADAMARD, PLAIN
 from mla_deploy.compress.native.forms import BOTH, CUT, STORE, WHOLE, Form, forms_for
 from mla_deploy.compress.native.measure import Measured, Texts
 from mla_deploy.compress.native.sites import Site, sites_of
@@ -122,3 +122,31 @@ def test_forms_that_make_no_difference_are_left_out() -> None:
 def test_a_model_without_a_latent_is_refused() -> None:
     with pytest.raises(InputError, match="CMP-NATIVE"):
         sites_of(torch.nn.Sequential(torch.nn.Linear(2, 2)), ["0"])
+
+
+@pytest.mark.parametrize("basis", FOLDED)
+def test_a_basis_that_folds_changes_no_logit(basis: str, tmp_path: Path) -> None:
+    """What docs/compress.md says of it: kv_a, the norm's weight and kv_b take it up."""
+    with open_checkpoint(write_family(tmp_path / "m", "deepseek_v3")) as checkpoint:
+        _, seen = measured(checkpoint, (Form(WHOLE),))
+        model = module_from_checkpoint(checkpoint)
+        ids = torch.tensor(texts().judged)
+        wanted = model(input_ids=ids, use_cache=False).logits
+        for site, weights, _, bases in seen:
+            found = bases.named(basis)
+            if found.down_KL is None or found.up_LK is None:
+                continue
+            module = model.get_submodule(site.path)
+            gain_L = torch.from_numpy(weights.gain_L).float()
+            # down = diag(size) Q diag(1 / gain), with Q orthogonal or, by channel, the identity.
+            inner_LL = found.down_KL * gain_L
+            size_L = inner_LL.norm(dim=1)
+            turn_LL = inner_LL / size_L[:, None]
+            assert torch.allclose(turn_LL @ turn_LL.T, torch.eye(site.rank), atol=1e-3)
+            down = module.kv_a_proj_with_mqa.weight
+            down[: site.rank] = turn_LL @ down[: site.rank]
+            module.kv_a_layernorm.weight.copy_(size_L)
+            module.kv_b_proj.weight.copy_(module.kv_b_proj.weight @ found.up_LK)
+        given = model(input_ids=ids, use_cache=False).logits
+        assert torch.allclose(given, wanted, atol=2e-3 * float(wanted.abs().max()))
+        assert basis == PLAIN or not torch.equal(given, wanted)
