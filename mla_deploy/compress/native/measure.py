@@ -7,17 +7,17 @@ add up from layer to layer as they would in use.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from mla_deploy.compress.loss import CompressionLoss, SummedLoss
+from mla_deploy.compress.loss import CompressionLoss
 from mla_deploy.compress.native.bases import Bases, Basis
 from mla_deploy.compress.native.forms import WHOLE, Form
 from mla_deploy.compress.native.moments import LatentMoments, MomentsOf, reader_metric
 from mla_deploy.compress.native.sites import Site, SiteWeights, watched, weights_of
+from mla_deploy.compress.native.summed import SummedLoss
 from mla_deploy.compress.text import Tokens
 from mla_deploy.errors import InputError
 from mla_deploy.source.abreast import Abreast, Lane
@@ -89,7 +89,7 @@ class Measured:
     def _formed(self, ids_BS: torch.Tensor, form: Form) -> Lane:
         def finished(logits_BSV: torch.Tensor) -> None:
             for ids_S, *both in zip(ids_BS, self._plain_BSV, logits_BSV, strict=True):
-                self._summed[form].add(ids_S, functools.partial(_parts, *both))
+                self._summed[form].add(ids_S, *both)
 
         return Lane(ids_BS, form, finished)
 
@@ -147,9 +147,3 @@ class Measured:
             else:
                 for form in self._forms:
                     self._bases.pop((site.path, form), None)
-
-
-def _parts(
-    plain_SV: torch.Tensor, logits_SV: torch.Tensor, part: slice
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return plain_SV[part], logits_SV[part]
