@@ -35,7 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 # Third-party libraries a package may load when it is imported, and those it may load in a function.
 AT_IMPORT = {
-    "source": {"torch", "transformers", "numpy", "networkx", "huggingface_hub"},
+    "source": {"torch", "transformers", "numpy", "networkx", "huggingface_hub", "greenlet"},
     "export": {"torch", "transformers", "numpy", "onnx", "onnx_ir", "onnxscript", "ml_dtypes"},
     "rewrite": {"numpy", "onnx", "onnx_ir", "onnxscript"},
     "weight_forms": {"torch"},

@@ -2,18 +2,19 @@
 
 Each stops where a layer begins. When all have come there, the layer's weights are read, each goes
 on to the next one, and the weights are let go. So a layer is read once, however many forwards
-there are, and what a forward holds between layers is its own: a stack of calls in a thread, which
-serves every class, whatever its layers hand to one another. One thread runs at a time.
+there are, and what a forward holds between layers is its own: a stack of calls in a greenlet, which
+serves every class, whatever its layers hand to one another. All run in one thread: with one each,
+libraries below torch would keep tens of megabytes of scratch for every forward.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from greenlet import GreenletExit, getcurrent, greenlet
 
 from mla_deploy.errors import InputError
 from mla_deploy.source.layerwise import LayerwiseModel, Progress
@@ -44,6 +45,7 @@ class Abreast:
         self._model = model
         self._runs: dict[int, _Run] = {}  # by the lane
 
+    @torch.no_grad()
     def run(
         self, groups: Sequence[Sequence[Lane]], after: After, progress: Progress | None = None
     ) -> None:
@@ -94,64 +96,40 @@ class Abreast:
 
     def _at_head(self) -> None:
         if self.running is not None and self.running.finished is None:
-            raise _LaneEnds
-
-
-class _LaneEnds(BaseException):
-    """A forward is left; no error, and nothing of a model may catch it."""
+            raise GreenletExit  # no error: whoever resumed the lane goes on
 
 
 class _Run:
-    """A lane's thread, and the baton between it and the one that drives it."""
+    """A lane's stack of calls, which others run beside."""
 
     def __init__(self, model: LayerwiseModel, lane: Lane) -> None:
         self.lane = lane
         self.at = ""  # the layer that it stands before
-        self.ended = False
         self.logits: torch.Tensor | None = None
         self._model = model.module
-        self._error: BaseException | None = None
-        self._cancelled = False
-        self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._forward, daemon=True)
-        self._thread.start()
+        self._calls = greenlet(self._forward)
+
+    @property
+    def ended(self) -> bool:
+        return bool(self._calls.dead)
 
     def resume(self) -> None:
         """On to the next layer, or to the end. Raises what the forward raises."""
-        self._go.release()
-        self._stopped.acquire()
-        if self._error is not None:
-            raise self._error
+        self._calls.switch()
 
     def stop(self, name: str) -> None:
-        """Called in the thread."""
+        """Called within the forward: back to whom `resume` was called by."""
         self.at = name
-        self._stopped.release()
-        self._go.acquire()
-        if self._cancelled:
-            raise _LaneEnds
+        getcurrent().parent.switch()
 
     def cancel(self) -> None:
-        """Ends the thread wherever it stands."""
+        """Leaves the forward wherever it stands."""
         if not self.ended:
-            self._cancelled = True
-            self._go.release()
-        self._thread.join()
+            self._calls.throw(GreenletExit)
 
     def _forward(self) -> None:
-        self._go.acquire()
-        try:
-            if not self._cancelled:
-                with torch.no_grad():
-                    found = self._model(input_ids=self.lane.ids_BS, use_cache=False)
-                self.logits = found.logits.float()
-        except _LaneEnds:
-            pass
-        except BaseException as error:  # raised again by the one that drives
-            self._error = error
-        finally:
-            self.ended = True
-            self._stopped.release()
+        found: Any = self._model(input_ids=self.lane.ids_BS, use_cache=False)
+        self.logits = found.logits.float()
 
 
 def _common(runs: Sequence[_Run]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,18 +83,19 @@ def test_a_lane_that_nobody_asks_for_ends_before_the_head(tmp_path: Path) -> Non
         assert not multiplied
 
 
-def test_what_a_forward_raises_is_raised_and_no_thread_stays(tmp_path: Path) -> None:
+def test_what_a_forward_raises_is_raised_and_no_stack_stays(tmp_path: Path) -> None:
     with open_checkpoint(write_family(tmp_path / "m", "deepseek_v3")) as checkpoint:
         model = layerwise(checkpoint)
-        before = threading.active_count()
         lanes = [Lane(rows(0), None, lambda _: None), Lane(rows(1) + 96, None, lambda _: None)]
+        abreast = Abreast(model)
         with pytest.raises(IndexError):
-            Abreast(model).run([lanes], lambda *_: None)
+            abreast.run([lanes], lambda *_: None)
+        assert all(run.ended for run in abreast._runs.values())
 
         def refuse(*_: Any) -> None:
             raise InputError("CMP-NONFINITE", "as a statistic does")
 
         with pytest.raises(InputError):
-            Abreast(model).run([lanes[:1]], refuse)
-        assert threading.active_count() == before
+            abreast.run([lanes[:1]], refuse)
+        assert all(run.ended for run in abreast._runs.values())
         assert not any(parameter.numel() for parameter in model.parameters())
