@@ -36,13 +36,13 @@ def native_sheets(report: Facts) -> tuple[Sheet, ...]:
 def _forms(report: Facts) -> Sheet:
     rows = list(_form_rows(report))
     if report["text"] is None:
-        return Sheet("Forms of the latent", ("form", "#B/token", "#share"), rows)
+        return Sheet("Forms of the latent", ("form", "#bytes", "#share"), rows)
     judged = report["forms"][0]["loss"]["tokens"]
     title = (
         f"Forms of the latent, on {judged:,} held-out tokens of {report['text']}; * nothing as "
         "small loses less; + one product for each new token"
     )
-    columns = ("form", "#B/token", "#share", "#mean KL", "#95 %", "#top-1", "#ppl", "verdict")
+    columns = ("form", "#bytes", "#share", "#mean KL", "#95 %", "#top-1", "#ppl", "verdict")
     return Sheet(title, columns, rows)
 
 
