@@ -44,7 +44,7 @@ class Probes:
             for each in probes:
                 each.through(layer)
         for cut, probes in zip(self._cuts, self._probes, strict=True):
-            made = cut.made(index, layer, weights, cut.folding(index, weights, moments))
+            made = cut.made(index, layer, cut.folding(index, weights, moments), weights)
             probe = self._rows.copied(len(self._rows.tokens_XS))
             probe.through(made)
             cut.release(made)

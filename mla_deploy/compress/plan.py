@@ -37,7 +37,8 @@ _MOST_FOLD = 4
 @dataclass(frozen=True)
 class Settings:
     """Of one layer: `rank` L and `rope` R; `nope` N of every head; `context` the distances that
-    rotations are averaged over; `fold` TransMLA's FreqFold; `is_stored`: in fewer than 16 bits.
+    rotations are averaged over; `fold` TransMLA's FreqFold; `is_stored`: in fewer than 16 bits;
+    `is_fitted`: the output projection is fitted to what is left (`output_fit.py`).
     """
 
     method: str
@@ -47,6 +48,7 @@ class Settings:
     context: int
     fold: int = 2
     is_stored: bool = False
+    is_fitted: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,11 @@ class Form:
         return self.method != "exact"
 
     @property
+    def is_fitted(self) -> bool:
+        """Whether some layer is."""
+        return any(each.is_fitted for each in self.layers)
+
+    @property
     def cached_values(self) -> int:
         """Of a token, in all layers."""
         return sum(each.rank + each.rope for each in self.layers)
@@ -93,13 +100,12 @@ def form_of(
     keys = facts.groups * facts.head_dim
     nope = _EMPTY_NOPE if all(rope == keys for _, rope in widths) else facts.head_dim
     stored = cache in STORES
-    return Form(
-        tuple(
-            Settings("low-rank", rank, rope, nope, context, is_stored=stored)
-            for rank, rope in widths
-        ),
-        cache,
-    )
+
+    def of(rank: int, rope: int) -> Settings:
+        fitted = rank + rope < 2 * keys
+        return Settings("low-rank", rank, rope, nope, context, is_stored=stored, is_fitted=fitted)
+
+    return Form(tuple(of(rank, rope) for rank, rope in widths), cache)
 
 
 def form_for(facts: HeadFacts, method: str, rank: int | None, rope: int | None, reach: int) -> Form:
@@ -138,7 +144,8 @@ def _settings(
             f"{turning} is asked for",
             hint=f"--rope-dim {facts.head_dim}, or --method low-rank",
         )
-    return Settings(method, kept, turning, facts.head_dim, reach)
+    fitted = method == "low-rank" and kept + turning < whole
+    return Settings(method, kept, turning, facts.head_dim, reach, is_fitted=fitted)
 
 
 def reach_of(facts: HeadFacts, context: int | None) -> int:
