@@ -30,7 +30,7 @@ def fit_output(made: Any, rows: AttendedRows, cached: CacheRounding | None) -> N
     sums: Any = _Sums(attention.o_proj)
     with torch.no_grad(), _watched(attention.o_proj, sums.take):
         for inputs_BSD, given_BSD in rows.pairs():
-            sums.wanted_XD = given_BSD.reshape(-1, given_BSD.shape[-1]).double()
+            sums.wanted_XD = given_BSD.reshape(-1, given_BSD.shape[-1])
             attention(
                 hidden_states=inputs_BSD,
                 position_embeddings=rows.angles,
@@ -42,10 +42,10 @@ def fit_output(made: Any, rows: AttendedRows, cached: CacheRounding | None) -> N
 
 
 class _Sums:
-    """Second moments of A and of what W_o leaves of Y, in fp64."""
+    """Second moments of A and of what W_o leaves of Y: of each batch in fp32, their sum in fp64."""
 
     def __init__(self, projection: Any) -> None:
-        self._weight_DY = projection.weight.double()
+        self._weight_DY = projection.weight.float()
         width, heads = self._weight_DY.shape
         self.wanted_XD = torch.empty(0)
         self._count = 0
@@ -55,7 +55,7 @@ class _Sums:
         self._crossed_YD = torch.zeros(heads, width, dtype=torch.float64)
 
     def take(self, found_BSY: torch.Tensor) -> None:
-        found_XY = found_BSY.reshape(-1, found_BSY.shape[-1]).double()
+        found_XY = found_BSY.reshape(-1, found_BSY.shape[-1])
         left_XD = self.wanted_XD - found_XY @ self._weight_DY.T
         self._count += len(found_XY)
         self._sum_Y += found_XY.sum(0)
@@ -72,7 +72,7 @@ class _Sums:
         moments_YY.diagonal().add_(max(damping, torch.finfo(torch.float64).tiny))
         more_DY = torch.linalg.solve(moments_YY, crossed_YD).T
         # Y - A W_o^T has the mean mean_D; what W adds to A's mean comes off it.
-        return self._weight_DY + more_DY, mean_D - more_DY @ mean_Y
+        return self._weight_DY.double() + more_DY, mean_D - more_DY @ mean_Y
 
 
 @contextmanager

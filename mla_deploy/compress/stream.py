@@ -73,6 +73,12 @@ class Rows:
         found.hidden_XSD = self.hidden_XSD[:rows].clone()
         return found
 
+    def thinned(self, every: int) -> Rows:
+        """One token in `every`, for what looks at tokens alone."""
+        found = copy.copy(self)
+        found.tokens_XS, found.hidden_XSD = self.tokens_XS[:, ::every], self.hidden_XSD[:, ::every]
+        return found
+
 
 class AttendedRows:
     """What attention took and gave at one layer, of rows that go through it in `with` this."""

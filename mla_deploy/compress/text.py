@@ -20,7 +20,7 @@ Tokens = tuple[int, ...]
 ROW = 256
 # What statistics over a few hundred directions need, and what a verdict needs.
 LEAST_CALIBRATION, LEAST_CHOICE, LEAST_JUDGED = 2048, 512, 512
-MOST_CALIBRATION, MOST_CHOICE, MOST_JUDGED = 16_384, 4096, 20_480
+MOST_CALIBRATION, MOST_CHOICE, MOST_JUDGED = 16_384, 2048, 20_480
 FIT_TOKENS = 8192
 _JUDGED_SHARE = 0.4
 _CHOICE_SHARE = 0.25  # of the rest

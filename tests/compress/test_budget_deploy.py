@@ -31,20 +31,21 @@ def test_exported_absorbed_validated_planned(compressed: CompressReport, tmp_pat
     widths = [(each.rank, each.rope) for each in compressed.form.layers]
     assert (len(set(widths)) > 1) == (compressed.budget == 0.35)
     cache = str(compressed.form.cache)
-    bundle = export(compressed.path, tmp_path / "bundle", cache_dtype=cache)
+    bundle = export(compressed.path, tmp_path / "bundle")
+    assert bundle.manifest["cache"]["dtype"] == cache
     counts = bundle.manifest["rewrite"]["decode"]
     assert any("absorb" in name and fired == 2 for name, fired in counts.items()), counts
     report = validate(bundle, source=compressed.path, threads=1)
     assert report.passed, [case.failures for case in report.cases if not case.passed]
     # The bytes that were promised are those of the bound tensors.
     assert bundle.manifest["cache"]["bytes_per_token"] == compressed.cached_bytes
-    planned = plan(compressed.path, device="cpu", cache=cache, context=256)
+    planned = plan(compressed.path, device="cpu", context=256)
     assert planned.devices[0].memory.cache_bytes == 256 * compressed.cached_bytes
 
 
 def test_the_bundle_loses_what_the_report_says(compressed: CompressReport, tmp_path: Path) -> None:
     """Prefilled and decoded through both graphs, against the source that was compressed."""
-    bundle = export(compressed.path, tmp_path / "bundle", cache_dtype=compressed.form.cache)
+    bundle = export(compressed.path, tmp_path / "bundle")
     tokenizer = {"tokenizer.json": (TINY / "tokenizer.json").read_bytes()}
     judged = rations(tokenizer, None, vocab=2048, context=256, calibrates=True, chooses=True).judged
     found = loss_over("text", judged, _scorer(compressed), GraphSessions(bundle, 1))
