@@ -26,7 +26,7 @@ from mla_deploy.compress.fold import HeadWeights
 from mla_deploy.compress.heads_model import HeadsModel
 from mla_deploy.compress.latent_layers import DTYPES, LatentLayers
 from mla_deploy.compress.loss import EXACT, CompressionLoss, compared
-from mla_deploy.compress.plan import METHODS, form_for, reach_of
+from mla_deploy.compress.plan import METHODS, Form, form_for, reach_of
 from mla_deploy.compress.report import CompressReport
 from mla_deploy.compress.stream import AttendedRows, LayerMoments, MomentsOf, Rows
 from mla_deploy.compress.text import Rations, fit_rows, rations
@@ -78,13 +78,7 @@ def compress(
             choice = Choice(form) if asked is None else asked.choose(progress)
             work = _Work(source, choice, given, stage, dtype)
             loss, energy, views = work.run(progress)
-            if choice.form.method == "exact" and loss.mean_kl > EXACT:
-                raise GateError(
-                    "CMP-NOT-EQUAL",
-                    f"the exact form differs from its source by a mean KL of {loss.mean_kl:.3g}, "
-                    f"wanted at most {EXACT:g}: the model computes something Llama's layers do not",
-                    hint="this model class cannot be compressed yet; please report it",
-                )
+            _check_exact(choice.form, loss)
             for name, data in texts.items():
                 stage.write(name, data)
             stage.write(CONFIG_NAME, _json(work.layers.config_fields()))
@@ -198,6 +192,17 @@ class _Work:
             file, safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()})
         )
         self._index.update(dict.fromkeys(tensors, file))
+
+
+def _check_exact(form: Form, loss: CompressionLoss) -> None:
+    """Raises: GateError CMP-NOT-EQUAL."""
+    if form.method == "exact" and loss.mean_kl > EXACT:
+        raise GateError(
+            "CMP-NOT-EQUAL",
+            f"the exact form differs from its source by a mean KL of {loss.mean_kl:.3g}, "
+            f"wanted at most {EXACT:g}: the model computes something Llama's layers do not",
+            hint="this model class cannot be compressed yet; please report it",
+        )
 
 
 def _checked(
