@@ -152,3 +152,13 @@ def test_a_cache_that_is_not_known_is_refused(
         mla_deploy.export(folder, tmp_path / "bundle")
     assert "int8-all" in str(refusal.value)
     assert not (tmp_path / "bundle").exists()
+
+
+def test_few_heads_beside_a_rope_key_of_many_tiles(tmp_path: Path) -> None:
+    """What stands for zero beside six scales is more numbers a token than two heads have scores."""
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 96}
+    source = write_llama(tmp_path / "source", hidden_size=96, **sizes)
+    made = compress(source, tmp_path / "made").path
+    bundle = mla_deploy.export(made, tmp_path / "bundle", cache_dtype="int8-all")
+    tensors = {t["kind"]: t["elements"] for t in bundle.manifest["cache"]["tensors"]}
+    assert tensors["rope_key_scale"] == 6
