@@ -16,7 +16,8 @@ REPORT_NAME = "compress.json"
 KIND = "native"  # of a report that `native/` made
 _MAX_BYTES = 64 << 20
 _NEEDED = {"method", "layers", "kv_lora_rank", "qk_rope_head_dim", "cached_values", "loss", "views",
-           "cached_values_source", "cache_share", "source_heads", "notes"}  # fmt: skip
+           "cached_values_source", "cache_share", "source_heads", "notes", "widths", "cache_dtype",
+           "cached_bytes", "cached_bytes_source", "budget", "weighed"}  # fmt: skip
 
 
 def has_report(folder: str | os.PathLike[str]) -> bool:

@@ -5,7 +5,8 @@
     int8, int4, ...    a store of `latent_store.py`, in one of the bases of `bases.py`
     cut and int8       both
 
-The rope key stays in 16 bits, and so does the latent of a layer that slides: bundles keep both so.
+The rope key stays in 16 bits, but for the -all stores; so does the latent of a layer that slides:
+bundles keep both so.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from fractions import Fraction
 
 import torch
 
-from mla_deploy.compress.native.bases import BASES, FOLDED, PLAIN, Bases, Basis
+from mla_deploy.compress.native.bases import BASES, FOLDED, HADAMARD, PLAIN, Bases, Basis
 from mla_deploy.compress.native.sites import Site
 from mla_deploy.latent_store import STORES, LatentStore
 from mla_deploy.source.cache import CacheRounding
@@ -24,6 +25,7 @@ from mla_deploy.source.cache import CacheRounding
 _CUTS = tuple(Fraction(n, 8) for n in (7, 6, 5, 4, 3, 2))
 _CUT_STORED = tuple(Fraction(n, 8) for n in (6, 4))
 _HALF_BYTES = 2
+_EXPORTED = (PLAIN, HADAMARD)
 CUT, STORE, BOTH, WHOLE = "cut", "store", "cut and store", "16 bits"
 
 
@@ -58,19 +60,15 @@ class Form:
             return site.rank
         return max(2, round(site.rank * self.share / 2) * 2)
 
-    def latent_bytes(self, site: Site) -> int:
-        """Of one token at one site."""
-        if self.store is None or site.slides:
-            return _HALF_BYTES * (site.rank if site.slides else self.rank(site))
-        return self.store.row_bytes(self.rank(site))
+    def site_bytes(self, site: Site) -> int:
+        """Of one token at one site that keeps every token: latent and rope key."""
+        if self.store is None:
+            return _HALF_BYTES * (self.rank(site) + site.rope)
+        return self.store.row_bytes(self.rank(site), site.rope)
 
     def token_bytes(self, sites: Sequence[Site]) -> int:
-        """Of one token over all sites that keep every token: latent and rope key."""
-        return sum(
-            self.latent_bytes(site) + _HALF_BYTES * site.rope
-            for site in sites
-            if site.owns and not site.slides
-        )
+        """Of one token over all sites that keep every token."""
+        return sum(self.site_bytes(site) for site in sites if site.owns and not site.slides)
 
     def basis_of(self, bases: Bases, site: Site) -> Basis:
         """In which this form stores the latent of `site`."""
@@ -84,6 +82,10 @@ class Form:
         kept = CacheRounding("fp16", self.store).latent(kept)
         return kept if basis.up_LK is None else kept @ basis.up_LK.T
 
+    def rope_key(self, rope_key: torch.Tensor) -> torch.Tensor:
+        """What heads read of a rope key [..., R] once it is stored."""
+        return CacheRounding("fp16", self.store).rope_key(rope_key)
+
 
 def forms_for(sites: Sequence[Site]) -> tuple[Form, ...]:
     """Those that differ on these sites: int8-tile where there are tiles, int4 of even ranks."""
@@ -92,7 +94,7 @@ def forms_for(sites: Sequence[Site]) -> tuple[Form, ...]:
     stored = [
         Form(STORE, store=store, basis=basis)
         for store in STORES.values()
-        for basis in BASES
+        for basis in (BASES if store.rope_key is None else _EXPORTED)
         if _differs(store, ranks)
     ]
     both = [Form(BOTH, share, STORES["int8"]) for share in _CUT_STORED]

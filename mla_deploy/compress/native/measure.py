@@ -114,7 +114,7 @@ class Measured:
         form: Form = Form(WHOLE) if site.slides else lane.label
         stored = (
             form.read_back(latent_B1TL, self._bases[site.path, lane.label]),
-            rope_key_B1TR.half().float(),
+            form.rope_key(rope_key_B1TR),
         )
         if not all(each.owns for each in self._sites):
             lane.memo[id(latent_B1TL)] = (*stored, latent_B1TL)  # held, so that its id stays its

@@ -28,7 +28,7 @@ LENGTH = 24
 SITE = Site("a", "a", 4, 8, 8, 512, 64, 48, owns=True, slides=False, folds=None)
 FORMS = tuple(
     Form(STORE, store=STORES[store], basis=basis)
-    for store in ("int8", "int4", "fp8")
+    for store in ("int8", "int4", "fp8", "int8-all")
     for basis in (PLAIN, HADAMARD)
 )
 
@@ -104,6 +104,7 @@ def test_bytes_are_those_of_the_store() -> None:
     assert named["int8-tile hadamard"].token_bytes([SITE]) == 512 + 16 + rope
     assert named["int4"].token_bytes([SITE]) == 256 + 8 + rope
     assert named["fp8"].token_bytes([SITE]) == 512 + 16 + rope
+    assert named["int8-all"].token_bytes([SITE]) == 512 + 2 + 64 + 2 * 2
     assert named["1/2 rank"].token_bytes([SITE]) == 512 + rope
     assert named["1/2 rank int8"].token_bytes([SITE]) == 256 + 4 + rope
     still = [replace(SITE, owns=False), replace(SITE, slides=True)]
