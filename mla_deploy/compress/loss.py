@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from mla_deploy.compress.stream import Rows
+from mla_deploy.errors import InputError
 
 _CHUNK = 64  # tokens whose logits are in memory at a time
 _DRAWS, _SEED = 1000, 20261126
@@ -61,7 +62,10 @@ class CompressionLoss:
 def compared(
     text: str, source: Rows, found: Rows, norm: torch.nn.Module, head: torch.Tensor
 ) -> CompressionLoss:
-    """The loss from the last hidden states of both: same rows, same norm, same head [vocab, D]."""
+    """The loss from the last hidden states of both: same rows, same norm, same head [vocab, D].
+
+    Raises: InputError CMP-NONFINITE.
+    """
     kls: list[NDArray[np.float64]] = []
     same, wanted_nll, found_nll = 0, 0.0, 0.0
     with torch.no_grad():
@@ -80,6 +84,12 @@ def compared(
                 found_nll -= float(given.gather(1, target_T[:, None]).sum())
             kls.append(np.concatenate(row))
     every = np.concatenate(kls)
+    if not np.isfinite(every).all():
+        raise InputError(
+            "CMP-NONFINITE",
+            f"{np.count_nonzero(~np.isfinite(every))} of {len(every)} predictions are not finite",
+            hint="the checkpoint, or its compressed form in that dtype, overflows",
+        )
     low, high = _interval(np.array([row.mean() for row in kls]))
     return CompressionLoss(
         text=text,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mla_deploy.compress.fold import Folding, HeadWeights, rest_keys
 from mla_deploy.compress.heads_model import HeadFacts
@@ -25,7 +26,8 @@ from mla_deploy.compress.stream import LayerMoments
 from mla_deploy.errors import InputError
 
 METHODS = ("exact", "low-rank", "transmla")
-# No key lies in an exact latent; a graph has some width for them all the same, of zeros.
+# Where every key turns, none lies in an exact latent; a graph has some width for them all the same,
+# of zeros.
 _EMPTY_NOPE = 8
 _MOST_FOLD = 4
 
@@ -40,6 +42,7 @@ class Settings:
     rope: int
     context: int
     fold: int = 2
+    still: int = 0  # values of a head that never turn
 
     @property
     def calibrates(self) -> bool:
@@ -48,7 +51,7 @@ class Settings:
 
     def nope(self, head_dim: int) -> int:
         """N of every head."""
-        return head_dim if self.calibrates else _EMPTY_NOPE
+        return head_dim if self.calibrates else self.still or _EMPTY_NOPE
 
 
 def settings_for(
@@ -67,16 +70,17 @@ def settings_for(
             f"a context of {reach} tokens is asked for, the model takes 1 to {facts.context}",
             hint="give the longest context that the model will be used with",
         )
+    whole, most = 2 * keys, facts.turning_values
     if rank is None and rope is None:
-        return Settings("exact", keys, keys, reach)
-    whole = 2 * keys
+        still = facts.head_dim - facts.turning
+        return Settings("exact", whole - most, most, reach, still=still)
     turning = _default_rope(facts, method) if rope is None else rope
-    if not 2 <= turning <= keys or turning % 2:
+    if not 2 <= turning <= most or turning % 2:
         raise InputError(
             "CMP-ROPE",
-            f"rope width {turning} is asked for, wanted an even number of 2 to {keys}",
-            hint=f"{keys} values of keys turn in the source: {facts.groups} heads of "
-            f"{facts.head_dim}",
+            f"rope width {turning} is asked for, wanted an even number of 2 to {most}",
+            hint=f"{most} values of keys turn in the source: {facts.turning} of each of "
+            f"{facts.groups} heads",
         )
     kept = whole - turning if rank is None else rank
     if not facts.head_dim <= kept <= whole - turning:
@@ -87,12 +91,12 @@ def settings_for(
             hint="a smaller rank than one head's width holds no head; a larger one holds nothing "
             "more",
         )
-    if method == "transmla" and turning != facts.head_dim:
+    if method == "transmla" and turning != facts.turning:
         raise InputError(
             "CMP-ROPE",
-            f"TransMLA keeps the rotation of one head: wanted rope width {facts.head_dim}, "
+            f"TransMLA keeps the rotation of one head: wanted rope width {facts.turning}, "
             f"{turning} is asked for",
-            hint=f"--rope-dim {facts.head_dim}, or --method low-rank",
+            hint=f"--rope-dim {facts.turning}, or --method low-rank",
         )
     return Settings(method, kept, turning, reach)
 
@@ -106,27 +110,38 @@ def folding(
 ) -> Folding:
     """How one layer is written; `moments` are needed for all but the exact form."""
     groups, half = weights.groups, weights.head_dim // 2
-    nope = settings.nope(weights.head_dim)
+    nope, turns = settings.nope(weights.head_dim), int(np.count_nonzero(frequencies_F > 0))
     if settings.method == "exact" or moments is None:
         basis = plain_basis(groups, half)
-        every = np.arange(basis.pairs)
-        latent = plain_latent(0, groups * weights.head_dim)
-        return Folding(basis, every, latent, np.ones(half, complex), stretch, nope)
+        turned = np.flatnonzero(frequencies_F[basis.frequency_C] > 0)
+        rest = 2 * (basis.pairs - len(turned))
+        latent = plain_latent(0, rest + groups * weights.head_dim)
+        mean_F = _still_as_they_are(np.ones(half, complex), frequencies_F, stretch)
+        return Folding(basis, turned, latent, mean_F, stretch, nope, turns)
     keys = moments.keys(groups)
     if settings.method == "transmla":
-        fold = settings.fold if half % settings.fold == 0 else 1
+        fold = settings.fold if half % settings.fold == turns % settings.fold == 0 else 1
         basis = folded_basis(keys, fold)
-        turned = np.arange(half)  # of the first axis of each frequency
-        mean_F = np.ones(half, complex)
+        turned = np.arange(turns)  # of the first axis of each frequency
+        mean_F = _still_as_they_are(np.ones(half, complex), frequencies_F, stretch)
         latent = _latent(settings, basis, turned, moments, centred=False)
-        return Folding(basis, turned, latent, mean_F, stretch, nope)
+        return Folding(basis, turned, latent, mean_F, stretch, nope, turns)
     basis = balanced_basis(keys)
     mean_F = mean_rotations(frequencies_F, settings.context)
     scores_C = rotation_scores(basis, keys, mean_F)
+    scores_C[frequencies_F[basis.frequency_C] == 0] = -1.0  # there is no rotation to keep
+    mean_F = _still_as_they_are(mean_F, frequencies_F, stretch)
     best = np.argsort(-scores_C, kind="stable")[: settings.rope // 2]
     turned = np.sort(best)
     latent = _latent(settings, basis, turned, moments, centred=True)
-    return Folding(basis, turned, latent, mean_F, stretch, nope)
+    return Folding(basis, turned, latent, mean_F, stretch, nope, turns)
+
+
+def _still_as_they_are(
+    mean_F: NDArray[np.complex128], frequencies_F: Doubles, stretch: float
+) -> NDArray[np.complex128]:
+    """A pair that never turns is not stretched either, which its mean makes up for."""
+    return np.where(frequencies_F > 0, mean_F, 1.0 / stretch**2)
 
 
 def _latent(
@@ -155,6 +170,6 @@ def _latent(
 def _default_rope(facts: HeadFacts, method: str) -> int:
     """A third of the keys' values, as the facts found best at 75 and 50 % of the bytes."""
     if method == "transmla":
-        return facts.head_dim
+        return facts.turning
     third = facts.groups * facts.head_dim // 3
-    return max(2, third - third % 2)
+    return min(max(2, third - third % 2), facts.turning_values)
