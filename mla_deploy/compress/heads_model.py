@@ -48,6 +48,11 @@ class HeadFacts:
         """Values of all keys that turn."""
         return self.groups * self.turning
 
+    @property
+    def exact_widths(self) -> tuple[int, int]:
+        """(L, R) of the exact form: what never turns and the values, and what turns."""
+        return 2 * self.groups * self.head_dim - self.turning_values, self.turning_values
+
 
 class HeadsModel:
     """`layer(i)` and the trunk of a source, in fp32, on demand."""

@@ -19,6 +19,7 @@ from mla_deploy.compress.fold import HeadWeights
 from mla_deploy.compress.heads_model import HeadsModel
 from mla_deploy.compress.parts import KNOWN
 from mla_deploy.errors import InputError, quoted
+from mla_deploy.source.mla_llama import MlaLlamaConfig
 
 _TOKENS, _SEED = 24, 20261127
 _TOLERANCE = 1e-3  # of the largest value: fp32 in two orders of summation
@@ -26,11 +27,18 @@ Angles = tuple[torch.Tensor, torch.Tensor]
 
 
 class Proof:
-    """Holds layers of `source` against the formulas. `config`: that of the result."""
+    """Holds layers of `source` against the formulas, each once."""
 
-    def __init__(self, source: HeadsModel, config: Any) -> None:
-        self.source, self.config = source, config
-        self._rotary: Any = LlamaRotaryEmbedding(config)
+    def __init__(self, source: HeadsModel) -> None:
+        self.source = source
+        self._shown: set[int] = set()
+        self._rotary: Any = LlamaRotaryEmbedding(
+            MlaLlamaConfig(
+                max_position_embeddings=source.facts.context,
+                hidden_size=source.facts.width,
+                **source.rope_fields(),
+            )
+        )
         last = source.facts.context
         starts = {0, max(0, last - _TOKENS)}
         self._positions = [torch.arange(s, min(s + _TOKENS, last))[None] for s in sorted(starts)]
@@ -38,12 +46,18 @@ class Proof:
         self._hidden_1SD = torch.randn(1, _TOKENS, source.facts.width, generator=generator)
 
     def layer(self, layer: nn.Module, index: int) -> None:
-        """Every part of one layer; the first also tells how heads lay out their pairs.
+        """Every part of one layer; the first also tells how heads lay out their pairs, and stands
+        for what lies around the layers.
 
-        Raises: InputError CMP-LAYER, CMP-NONFINITE.
+        Raises: InputError CMP-LAYER, CMP-TRUNK, CMP-NONFINITE.
         """
+        if index in self._shown:
+            return
         for positions_1S in self._positions:
             self._at(layer, index, positions_1S)
+        if not index:
+            self.source.check_trunk(layer)
+        self._shown.add(index)
 
     def _at(self, layer: Any, index: int, positions_1S: torch.Tensor) -> None:
         hidden = self._hidden_1SD[:, : positions_1S.shape[1]]
@@ -100,7 +114,7 @@ class Proof:
         return [by(way) for way in ways]
 
     def _norm(self, norm: Any, hidden: torch.Tensor) -> torch.Tensor:
-        made = LlamaRMSNorm(hidden.shape[-1], eps=self.config.rms_norm_eps)
+        made = LlamaRMSNorm(hidden.shape[-1], eps=float(self.source.hf.rms_norm_eps))
         made.weight = norm.weight
         found: torch.Tensor = made(hidden)
         return found
@@ -112,7 +126,9 @@ class Proof:
                 x, weights[f"{n}.weight"], weights.get(f"{n}.bias"))
             for name in ("gate_proj", "up_proj", "down_proj")
         )  # fmt: skip
-        found: torch.Tensor = down(ACT2FN[self.config.hidden_act](gate(hidden)) * up(hidden))
+        found: torch.Tensor = down(
+            ACT2FN[str(self.source.hf.hidden_act)](gate(hidden)) * up(hidden)
+        )
         return found
 
     def _same(

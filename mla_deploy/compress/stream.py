@@ -5,6 +5,7 @@ Hidden states of every token are what is kept between layers; no two layers are 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 from mla_deploy.compress.fold import HeadWeights
 from mla_deploy.compress.key_basis import Doubles, KeyMoments
 from mla_deploy.errors import InputError
+from mla_deploy.source.cache import CacheRounding
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,15 @@ class Rows:
         with torch.no_grad():
             self.hidden_XSD = embedding(self.tokens_XS)
 
-    def through(self, layer: nn.Module, watch: Any = None) -> None:
-        """Replace the hidden states by what `layer` makes of them; `watch` sees its inputs."""
+    def through(
+        self, layer: nn.Module, watch: Any = None, cached: CacheRounding | None = None
+    ) -> None:
+        """Replace the hidden states by what `layer` makes of them; `watch` sees its inputs.
+
+        `cached`: the layer is one of ours, and attends to rows as such a cache gives them back.
+        """
         run: Any = layer
+        options = {} if cached is None else {"cache": _Stored(cached)}
         with torch.no_grad():
             for start in range(0, len(self.hidden_XSD), self.batch):
                 part = slice(start, start + self.batch)
@@ -57,8 +65,28 @@ class Rows:
                 if watch is not None:
                     watch(run.input_layernorm(hidden))
                 self.hidden_XSD[part] = run(
-                    hidden, position_embeddings=self.angles, position_ids=self.positions_1S
-                )
+                    hidden, position_embeddings=self.angles, position_ids=self.positions_1S,
+                    **options,
+                )  # fmt: skip
+
+    def copied(self, rows: int) -> Rows:
+        """The first `rows` of these, from here on by themselves."""
+        found = copy.copy(self)
+        found.tokens_XS = self.tokens_XS[:rows]
+        found.hidden_XSD = self.hidden_XSD[:rows].clone()
+        return found
+
+
+class _Stored:
+    """Stands in for the cache of one layer that sees all its tokens at once."""
+
+    def __init__(self, rounding: CacheRounding) -> None:
+        self._rounding = rounding
+
+    def update(
+        self, latent: torch.Tensor, rope_key: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._rounding.latent(latent), self._rounding.rope_key(rope_key)
 
 
 class MomentsOf:

@@ -17,7 +17,6 @@ from mla_deploy.compress.parts import empty_model
 from mla_deploy.compress.proof import Proof
 from mla_deploy.compress.weight_files import open_weight_files
 from mla_deploy.errors import InputError
-from mla_deploy.source.mla_llama import MlaLlamaConfig
 from tests.compress.llamas import write_llama
 
 # Classes that are made of Llama's parts, by model_type. What numbers say of them is below.
@@ -203,8 +202,5 @@ def test_the_order_of_pairs_is_found(tmp_path: Path) -> None:
         folder = write_llama(tmp_path / family, family, tokenizer=False, hidden_size=96)
         with torch.inference_mode(), open_weight_files(folder) as files:
             source = HeadsModel(files)
-            config = MlaLlamaConfig(
-                hidden_size=96, rms_norm_eps=source.hf.rms_norm_eps, **source.rope_fields()
-            )
-            Proof(source, config).layer(source.layer(0), 0)
+            Proof(source).layer(source.layer(0), 0)
             assert source.side_by_side is wanted
