@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import safetensors.torch
@@ -26,6 +26,7 @@ from mla_deploy.compress.fold import HeadWeights
 from mla_deploy.compress.heads_model import HeadsModel
 from mla_deploy.compress.latent_layers import DTYPES, LatentLayers
 from mla_deploy.compress.loss import EXACT, CompressionLoss, compared
+from mla_deploy.compress.outputs import LayerOutputs, head_outputs
 from mla_deploy.compress.plan import METHODS, form_for, reach_of
 from mla_deploy.compress.proof import Proof
 from mla_deploy.compress.report import CompressReport
@@ -38,6 +39,7 @@ from mla_deploy.config import CONFIG_NAME
 from mla_deploy.errors import GateError, InputError
 
 _INDEX = "model.safetensors.index.json"
+Shown = tuple[LayerView, LayerOutputs]
 
 
 def compress(
@@ -81,7 +83,7 @@ def compress(
         with stage_folder(out, FolderStage, needed_bytes=needed * 5 // 4) as stage:
             choice = Choice(form) if asked is None else asked.choose(progress)
             work = _Work(proof, choice, given, stage, dtype)
-            loss, energy, views = work.run(progress)
+            loss, energy, shown = work.run(progress)
             # In fewer bits the form is as exact, its weights are not: the loss says what it is.
             if choice.form.method == "exact" and dtype == "fp32" and loss.mean_kl > EXACT:
                 raise GateError(
@@ -99,7 +101,9 @@ def compress(
                 source=source.facts,
                 energy=tuple(energy),
                 loss=loss,
-                views=tuple(views),
+                views=tuple(view for view, _ in shown),
+                outputs=tuple(outputs for _, outputs in shown),
+                parameters=work.parameters,
                 notes=(*source.notes, *given.notes),
                 seconds=time.perf_counter() - started,
                 budget=share,
@@ -127,10 +131,9 @@ class _Work:
         self.layers = LatentLayers(proof.source, choice.form, dtype)
         self._rounding = rounding_of(choice.form, dtype)
         self._index: dict[str, str] = {}
+        self.parameters = 0
 
-    def run(
-        self, progress: Progress | None
-    ) -> tuple[CompressionLoss, list[float], list[LayerView]]:
+    def run(self, progress: Progress | None) -> tuple[CompressionLoss, list[float], list[Shown]]:
         """Every layer; the loss, the energy that each latent keeps, and what it looks like."""
         embed, norm, head = self.source.trunk()
         rotary = self.source.rotary
@@ -140,7 +143,8 @@ class _Work:
             calibration = [Rows(self.given.calibration, rotary)]
         for rows in (wanted, found, *calibration):
             rows.embed(embed)
-        energy, views = [], []
+        energy: list[float] = []
+        shown: list[Shown] = []
         count = self.source.facts.layers
         for index in range(count):
             if progress is not None:
@@ -151,17 +155,21 @@ class _Work:
             moments = self._moments(index, layer, weights, calibration)
             plan = self.layers.folding(index, weights, moments)
             energy.append(plan.latent.kept)
-            if moments is not None:
-                views.append(layer_view(weights, moments, plan))
             made = self.layers.made(index, layer, weights, plan)
-            wanted.through(layer)
+            heads = head_outputs((layer, made), weights, plan, wanted, self._rounding)
+            seen = None if moments is not None else MomentsOf(weights, index)
+            wanted.through(layer, seen)
             found.through(made, cached=self._rounding)
+            if moments is None and seen is not None:  # nothing was calibrated
+                moments = seen.done()
+            view = layer_view(weights, cast(LayerMoments, moments), plan)
+            shown.append((view, heads.after(wanted, found)))
             self._write(f"model.layers.{index}.", made, index)
         if progress is not None:
             progress("layers", count, count)
         self._write_trunk(embed, norm, head)
         text = self.given.name
-        return compared(text, wanted, found, norm, head), energy, views
+        return compared(text, wanted, found, norm, head), energy, shown
 
     def _moments(
         self, index: int, layer: Any, weights: HeadWeights, rows: list[Rows]
@@ -196,6 +204,7 @@ class _Work:
             file, safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()})
         )
         self._index.update(dict.fromkeys(tensors, file))
+        self.parameters += sum(each.numel() for each in tensors.values())
 
 
 def _checked(

@@ -57,7 +57,7 @@ class Rows:
         `cached`: the layer is one of ours, and attends to rows as such a cache gives them back.
         """
         run: Any = layer
-        options = {} if cached is None else {"cache": _Stored(cached)}
+        options = self.cache_of(cached)
         with torch.no_grad():
             for start in range(0, len(self.hidden_XSD), self.batch):
                 part = slice(start, start + self.batch)
@@ -68,6 +68,10 @@ class Rows:
                     hidden, position_embeddings=self.angles, position_ids=self.positions_1S,
                     **options,
                 )  # fmt: skip
+
+    def cache_of(self, cached: CacheRounding | None) -> dict[str, Any]:
+        """What a layer of ours is given so that it attends to rows of such a cache."""
+        return {} if cached is None else {"cache": _Stored(cached)}
 
     def copied(self, rows: int) -> Rows:
         """The first `rows` of these, from here on by themselves."""
