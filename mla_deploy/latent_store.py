@@ -83,6 +83,12 @@ class LatentStore:
             return 2
         return next((rank // size for size in self.tile_sizes if rank % size == 0), 1)
 
+    def of_kind(self, kind: str) -> LatentStore | None:
+        """How rows of a part or cache tensor of this kind are stored; None: in 16 bits a value."""
+        if kind.startswith("latent"):
+            return self
+        return self.rope_key if kind.startswith("rope_key") else None
+
     def row_bytes(self, rank: int, rope: int = 0) -> int:
         """Bytes of one token: a latent's codes and scales, and a rope key of `rope` values."""
         latent = self.columns(rank) + self.scale_bytes * self.tiles(rank)
@@ -128,6 +134,9 @@ def rows_dtype(cache_dtype: str, dtype: str) -> str:
     return "bf16" if dtype == "bf16" else "fp16"
 
 
-def manifest_entry(store: LatentStore, rank: int) -> dict[str, Any]:
-    """What a bundle's manifest says of its quantised latents."""
-    return {"name": store.name, "zero": store.zero, "tiles": store.tiles(rank), "bits": store.bits}
+def manifest_entry(store: LatentStore, rank: int, rope: int = 0) -> dict[str, Any]:
+    """What a bundle's manifest says of its quantised latents, and of rope keys stored likewise."""
+    entry = {"name": store.name, "zero": store.zero, "tiles": store.tiles(rank), "bits": store.bits}
+    if store.rope_key is None or rope == 0:
+        return entry
+    return {**entry, "rope_key": manifest_entry(store.rope_key, rope)}

@@ -25,7 +25,7 @@ from mla_deploy.compress.loss import token_kls
 from mla_deploy.compress.stream import LayerMoments, Rows
 
 LESS = 0.75  # of the widths, in the second of both cuts
-_STEP = 16  # values that change hands at a time
+_STEPS = 32  # of the usual width, that is dealt out in as many parts
 # Of the usual width: no layer is cut to less or given more than a line through two points tells.
 _LEAST, _MOST = 0.5, 1.5
 
@@ -81,17 +81,18 @@ def spread(usual: int, losses: Doubles, whole: int) -> list[int]:
     fall = (1.0 - LESS) * usual
     slopes = np.maximum(low - high, 0.01) / fall
     lines = [_Line(at + slope * usual, slope) for at, slope in zip(high, slopes, strict=True)]
-    least = max(_STEP, int(_LEAST * usual) // _STEP * _STEP)
+    step = max(2, usual // _STEPS)
+    least = int(_LEAST * usual)
     most = min(whole, int(_MOST * usual))
     widths = [least] * len(lines)
     left = usual * len(lines) - sum(widths)
-    heap = [(-line.gain(least, _STEP), index) for index, line in enumerate(lines)]
+    heap = [(-line.gain(least, step), index) for index, line in enumerate(lines)]
     heapq.heapify(heap)
-    while heap and left >= _STEP:
+    while heap and left >= step:
         _, index = heapq.heappop(heap)
-        if widths[index] + _STEP > most:
+        if widths[index] + step > most:
             continue
-        widths[index] += _STEP
-        left -= _STEP
-        heapq.heappush(heap, (-lines[index].gain(widths[index], _STEP), index))
+        widths[index] += step
+        left -= step
+        heapq.heappush(heap, (-lines[index].gain(widths[index], step), index))
     return widths
