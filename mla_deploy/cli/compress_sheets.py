@@ -50,7 +50,7 @@ def compress_sheets(report: Mapping[str, Any]) -> tuple[Sheet, ...]:
 
 
 def _worst(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The head of each kind that keeps least of its direction, and the layer that is furthest off."""
+    """The head of each kind that keeps least of its direction; the layer furthest off."""
     kinds = {
         "key": [view["key_cosine"] for view in report["views"]],
         "value": [view["value_cosine"] for view in report["views"]],

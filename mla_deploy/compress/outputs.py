@@ -14,7 +14,7 @@ import torch
 
 from mla_deploy.compress.fold import Folding, HeadWeights
 from mla_deploy.compress.key_basis import Doubles
-from mla_deploy.compress.stream import Rows
+from mla_deploy.compress.stream import Rows, cache_options
 from mla_deploy.source.cache import CacheRounding
 
 _ROWS = 8
@@ -96,7 +96,7 @@ def _attended(
         with torch.no_grad():
             out = layer.self_attn(
                 layer.input_layernorm(hidden_BSD), position_embeddings=rows.angles,
-                attention_mask=None, position_ids=rows.positions_1S, **rows.cache_of(cached),
+                attention_mask=None, position_ids=rows.positions_1S, **cache_options(cached),
             )[0]  # fmt: skip
     finally:
         hook.remove()

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 
 from mla_deploy.bundle.folder_stage import FolderStage, stage_folder
-from mla_deploy.compress.budget import Budget, Choice, Progress, rounding_of
+from mla_deploy.compress.budget import Budget, Choice, Progress
 from mla_deploy.compress.candidates import share_of
 from mla_deploy.compress.fold import HeadWeights
 from mla_deploy.compress.heads_model import HeadsModel
@@ -30,8 +30,8 @@ from mla_deploy.compress.outputs import LayerOutputs, head_outputs
 from mla_deploy.compress.plan import METHODS, form_for, reach_of
 from mla_deploy.compress.proof import Proof
 from mla_deploy.compress.report import CompressReport
-from mla_deploy.compress.stream import LayerMoments, MomentsOf, Rows
-from mla_deploy.compress.text import Rations, rations
+from mla_deploy.compress.stream import AttendedRows, LayerMoments, MomentsOf, Rows
+from mla_deploy.compress.text import Rations, fit_rows, rations
 from mla_deploy.compress.told import REPORT_NAME
 from mla_deploy.compress.views import LayerView, layer_view
 from mla_deploy.compress.weight_files import open_weight_files
@@ -129,7 +129,6 @@ class _Work:
         self.source, self._proof = proof.source, proof
         self.choice, self.given, self.stage = choice, given, stage
         self.layers = LatentLayers(proof.source, choice.form, dtype)
-        self._rounding = rounding_of(choice.form, dtype)
         self._index: dict[str, str] = {}
         self.parameters = 0
 
@@ -138,11 +137,10 @@ class _Work:
         embed, norm, head = self.source.trunk()
         rotary = self.source.rotary
         wanted, found = Rows(self.given.judged, rotary), Rows(self.given.judged, rotary)
-        calibration = []
-        if self.given.calibration and not self.choice.moments:
-            calibration = [Rows(self.given.calibration, rotary)]
-        for rows in (wanted, found, *calibration):
-            rows.embed(embed)
+        calibration = self._calibration()
+        for rows in (wanted, found, calibration):
+            if rows is not None:
+                rows.embed(embed)
         energy: list[float] = []
         shown: list[Shown] = []
         count = self.source.facts.layers
@@ -152,14 +150,14 @@ class _Work:
             layer = self.source.layer(index)
             self._proof.layer(layer, index)
             weights = self.source.attention(layer)
-            moments = self._moments(index, layer, weights, calibration)
+            moments, attended = self._learnt(index, layer, weights, calibration)
             plan = self.layers.folding(index, weights, moments)
             energy.append(plan.latent.kept)
-            made = self.layers.made(index, layer, weights, plan)
-            heads = head_outputs((layer, made), weights, plan, wanted, self._rounding)
+            made = self.layers.made(index, layer, plan, weights, attended=attended)
+            heads = head_outputs((layer, made), weights, plan, wanted, self.layers.rounding)
             seen = None if moments is not None else MomentsOf(weights, index)
             wanted.through(layer, seen)
-            found.through(made, cached=self._rounding)
+            found.through(made, cached=self.layers.rounding)
             if moments is None and seen is not None:  # nothing was calibrated
                 moments = seen.done()
             view = layer_view(weights, cast(LayerMoments, moments), plan)
@@ -171,18 +169,27 @@ class _Work:
         text = self.given.name
         return compared(text, wanted, found, norm, head), energy, shown
 
-    def _moments(
-        self, index: int, layer: Any, weights: HeadWeights, rows: list[Rows]
-    ) -> LayerMoments | None:
-        """Statistics on the calibration rows, which go through the layer on the way."""
-        if self.choice.moments:
-            return self.choice.moments[index]
-        if not rows:
+    def _calibration(self) -> Rows | None:
+        """Rows that statistics are taken of, or only those that projections are fitted to."""
+        given, rotary = self.given, self.source.rotary
+        if not self.choice.form.calibrates:
             return None
-        collected = MomentsOf(weights, index)
-        for each in rows:
-            each.through(layer, collected)
-        return collected.done()
+        if not self.choice.moments:
+            return Rows(given.calibration, rotary)
+        return Rows(fit_rows(given), rotary) if self.choice.form.is_fitted else None
+
+    def _learnt(
+        self, index: int, layer: Any, weights: HeadWeights, calibration: Rows | None
+    ) -> tuple[LayerMoments | None, AttendedRows | None]:
+        """Statistics on the calibration rows, which go through the layer on the way, and what its
+        attention did with them."""
+        known = self.choice.moments[index] if self.choice.moments else None
+        if calibration is None:
+            return known, None
+        collected = MomentsOf(weights, index) if known is None else None
+        with AttendedRows(layer, calibration, len(fit_rows(self.given))) as attended:
+            calibration.through(layer, collected)
+        return known if collected is None else collected.done(), attended
 
     def _write(self, prefix: str, module: Any, index: int) -> None:
         dtype = self.layers.dtype
