@@ -27,7 +27,7 @@ from mla_deploy.compress.heads_model import HeadsModel
 from mla_deploy.compress.latent_layers import DTYPES, LatentLayers
 from mla_deploy.compress.loss import EXACT, CompressionLoss, compared
 from mla_deploy.compress.outputs import LayerOutputs, head_outputs
-from mla_deploy.compress.plan import METHODS, form_for, reach_of
+from mla_deploy.compress.plan import METHODS, Form, form_for, reach_of
 from mla_deploy.compress.proof import Proof
 from mla_deploy.compress.report import CompressReport
 from mla_deploy.compress.stream import AttendedRows, LayerMoments, MomentsOf, Rows
@@ -84,14 +84,8 @@ def compress(
             choice = Choice(form) if asked is None else asked.choose(progress)
             work = _Work(proof, choice, given, stage, dtype)
             loss, energy, shown = work.run(progress)
-            # In fewer bits the form is as exact, its weights are not: the loss says what it is.
-            if choice.form.method == "exact" and dtype == "fp32" and loss.mean_kl > EXACT:
-                raise GateError(
-                    "CMP-NOT-EQUAL",
-                    f"the exact form differs from its source by a mean KL of {loss.mean_kl:.3g}, "
-                    f"wanted at most {EXACT:g}: the model computes something Llama's layers do not",
-                    hint="this model class cannot be compressed yet; please report it",
-                )
+            if dtype == "fp32":  # in fewer bits the form is as exact, its weights are not
+                _check_exact(choice.form, loss)
             for name, data in texts.items():
                 stage.write(name, data)
             stage.write(CONFIG_NAME, _json(work.layers.config_fields()))
@@ -212,6 +206,17 @@ class _Work:
         )
         self._index.update(dict.fromkeys(tensors, file))
         self.parameters += sum(each.numel() for each in tensors.values())
+
+
+def _check_exact(form: Form, loss: CompressionLoss) -> None:
+    """Raises: GateError CMP-NOT-EQUAL."""
+    if form.method == "exact" and loss.mean_kl > EXACT:
+        raise GateError(
+            "CMP-NOT-EQUAL",
+            f"the exact form differs from its source by a mean KL of {loss.mean_kl:.3g}, "
+            f"wanted at most {EXACT:g}: the model computes something Llama's layers do not",
+            hint="this model class cannot be compressed yet; please report it",
+        )
 
 
 def _checked(
