@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -89,20 +90,9 @@ def compress(
             for name, data in texts.items():
                 stage.write(name, data)
             stage.write(CONFIG_NAME, _json(work.layers.config_fields()))
-            report = CompressReport(
-                path=Path(out),
-                form=work.layers.form,
-                source=source.facts,
-                energy=tuple(energy),
-                loss=loss,
-                views=tuple(view for view, _ in shown),
-                outputs=tuple(outputs for _, outputs in shown),
-                parameters=work.parameters,
-                notes=(*source.notes, *given.notes),
-                seconds=time.perf_counter() - started,
-                budget=share,
-                weighed=choice.weighed,
-            )
+            seconds = time.perf_counter() - started
+            report = replace(work.report(energy, loss, shown), path=Path(out), seconds=seconds)
+            report = replace(report, budget=share, weighed=choice.weighed)
             told = {**report.to_dict(), "source_digest": files.digest, "path": None}
             stage.write(REPORT_NAME, _json(told))
             stage.publish()
@@ -162,6 +152,23 @@ class _Work:
         self._write_trunk(embed, norm, head)
         text = self.given.name
         return compared(text, wanted, found, norm, head), energy, shown
+
+    def report(
+        self, energy: list[float], loss: CompressionLoss, shown: list[Shown]
+    ) -> CompressReport:
+        """What `run` gave; where and how long is the caller's to say."""
+        return CompressReport(
+            path=Path(),
+            form=self.layers.form,
+            source=self.source.facts,
+            energy=tuple(energy),
+            loss=loss,
+            views=tuple(view for view, _ in shown),
+            outputs=tuple(outputs for _, outputs in shown),
+            parameters=self.parameters,
+            notes=(*self.source.notes, *self.given.notes),
+            seconds=0.0,
+        )
 
     def _calibration(self) -> Rows | None:
         """Rows that statistics are taken of, or only those that projections are fitted to."""
