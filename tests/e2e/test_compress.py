@@ -18,7 +18,7 @@ def test_the_page_runs(tmp_path: Path) -> None:
     told = [told_by(command, tmp_path) for command in commands]
     assert "100 % of the cache" in told[0] and "exact" in told[0]
     assert "50 % of the cache" in told[1]
-    assert "45 % of the cache" in told[3] or "44 % of the cache" in told[3]
+    assert "Weighed for 45 %" in told[3]
     assert "cases passed" in told[5]
     pages = [(tmp_path / name).read_text("utf-8") for name in ("half.html", "again.html")]
     assert pages[0] == pages[1]
