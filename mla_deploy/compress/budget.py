@@ -27,6 +27,7 @@ from mla_deploy.compress.latent_layers import LatentLayers
 from mla_deploy.compress.layer_widths import LESS, Probes, spread
 from mla_deploy.compress.loss import CompressionLoss, compared
 from mla_deploy.compress.plan import Form, form_of
+from mla_deploy.compress.proof import Proof
 from mla_deploy.compress.stream import AttendedRows, LayerMoments, MomentsOf, Rows
 from mla_deploy.compress.text import Rations, fit_rows
 
@@ -71,11 +72,19 @@ class Budget:
     """One choice: a source, a share of its cache, and the rows to learn from and to choose by."""
 
     def __init__(
-        self, source: HeadsModel, given: Rations, budget: float, *, context: int, dtype: str
+        self,
+        source: HeadsModel,
+        proof: Proof,
+        given: Rations,
+        budget: float,
+        *,
+        context: int,
+        dtype: str,
     ) -> None:
         """Raises: InputError CMP-BUDGET."""
         half = "bf16" if dtype == "bf16" else "fp16"
         self.source, self.given, self.context, self.dtype = source, given, context, dtype
+        self._proof = proof
         self.found = candidates(source.facts, budget, context, half)
         layers = source.facts.layers
         self.row_bytes = int(budget * source_bytes(source.facts) / layers)
@@ -115,7 +124,7 @@ class Budget:
 
     def _by_layer(self, cut: Candidate, losses: np.ndarray[Any, Any]) -> list[Candidate]:
         cache, facts = str(cut.form.cache), self.source.facts
-        whole = row_bytes_of((facts.groups * facts.head_dim,) * 2, cache)
+        whole = row_bytes_of(facts.exact_widths, cache)
         form = self._form(spread(self.row_bytes, losses, whole), cache)
         if form is None or len(set(form.layers)) == 1:
             return []
@@ -132,8 +141,7 @@ class Budget:
         for index in range(source.facts.layers):
             _tell(progress, "statistics", index, source.facts.layers)
             layer = source.layer(index)
-            if not index:
-                source.check_trunk(layer)
+            self._proof.layer(layer, index)
             weights = source.attention(layer)
             collected = MomentsOf(weights, index)
             rows.through(layer, collected)

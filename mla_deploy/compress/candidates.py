@@ -76,8 +76,7 @@ def candidates(facts: HeadFacts, budget: float, context: int, half: str) -> tupl
 
 
 def _uniform(facts: HeadFacts, row_bytes: int, context: int, half: str) -> Iterator[Candidate]:
-    keys = facts.groups * facts.head_dim
-    whole = (keys, keys)
+    whole = facts.exact_widths
 
     def form(widths: Widths, cache: str) -> Form:
         return form_of(facts, [widths] * facts.layers, context, cache)
@@ -89,7 +88,7 @@ def _uniform(facts: HeadFacts, row_bytes: int, context: int, half: str) -> Itera
         name
         for name in _STORES
         if row_bytes_of(whole, name) <= row_bytes
-        and not (name == "int8-tile" and STORES[name].tiles(keys) == 1)  # int8 then
+        and not (name == "int8-tile" and STORES[name].tiles(whole[0]) == 1)  # int8 then
     ]
     for name in fitting[:_EXACT_RUN]:
         yield Candidate(f"exact, {name} cache", form(whole, name), is_cut=False)
@@ -101,17 +100,15 @@ def _uniform(facts: HeadFacts, row_bytes: int, context: int, half: str) -> Itera
 
 def widths_within(facts: HeadFacts, row_bytes: int, cache: str) -> Widths | None:
     """(L, R) of a row of at most so many bytes: all there is, or cut."""
-    keys = facts.groups * facts.head_dim
-    if row_bytes_of((keys, keys), cache) <= row_bytes:
-        return keys, keys
+    if row_bytes_of(facts.exact_widths, cache) <= row_bytes:
+        return facts.exact_widths
     return cut_widths(facts, row_bytes, cache)
 
 
 def cut_widths(facts: HeadFacts, row_bytes: int, cache: str) -> Widths | None:
     """(L, R) of the widest row that fits; None where not even one head's latent does."""
-    keys = facts.groups * facts.head_dim
     best: Widths | None = None
-    for rope in range(2, keys + 1, 2):
+    for rope in range(2, facts.turning_values + 1, 2):
         rank = _widest_latent(facts, row_bytes, cache, rope)
         if rank is None:
             break

@@ -64,7 +64,8 @@ class Folding:
     latent: LatentBasis
     mean_F: NDArray[np.complex128]
     stretch: float
-    nope: int  # N; d, or less where no key lies in the latent
+    nope: int  # N; d, or the part of d that never turns
+    table: int | None = None  # frequencies that a layer chooses from; None: all of the basis's
 
     @property
     def rest_Q(self) -> Integers:
@@ -94,13 +95,18 @@ def folded(source: HeadWeights, plan: Folding) -> Mapping[str, Doubles]:
         turning_Rd = np.concatenate(
             (plan.basis.queries_C2K[turned, 0, own], plan.basis.queries_C2K[turned, 1, own])
         )
-        nope_Nd = np.eye(source.head_dim)[: plan.nope] * float(keys > 0)
+        still_Qd = _still_queries(plan, rest, own)
+        used = (
+            np.flatnonzero(np.abs(still_Qd).sum(0)) if plan.nope < source.head_dim else slice(None)
+        )
+        nope_Nd = np.zeros((plan.nope, source.head_dim))
+        w_uk_NL = np.zeros((plan.nope, len(plan.latent.down_LY)))
+        if keys:
+            nope_Nd = np.eye(source.head_dim)[used]
+            w_uk_NL = still_Qd[:, used].T @ plan.latent.up_YL[:keys]
         both_Ed = np.concatenate((nope_Nd, turning_Rd))
         query.append(both_Ed @ weight_dD)
         query_bias.append(both_Ed @ bias_d)
-        w_uk_NL = np.zeros((plan.nope, len(plan.latent.down_LY)))
-        if keys:
-            w_uk_NL = _still_queries(plan, rest, own).T @ plan.latent.up_YL[:keys]
         values = slice(keys + own.start, keys + own.stop)
         expand.append(np.concatenate((w_uk_NL, plan.latent.up_YL[values])))
     mean_value_K = plan.latent.centre_Y[keys:]
@@ -117,10 +123,14 @@ def folded(source: HeadWeights, plan: Folding) -> Mapping[str, Doubles]:
         "kv_b_proj.weight": np.concatenate(expand),
         "o_proj.weight": source.out,
         "o_proj.bias": source.out_bias + source.out @ carried,
-        "rope_select.weight": np.eye(int(plan.basis.frequency_C.max()) + 1)[
-            plan.basis.frequency_C[turned]
-        ],
+        "rope_select.weight": _chosen(plan),
     }
+
+
+def _chosen(plan: Folding) -> Doubles:
+    """[pairs, frequencies]: which of the table's each pair turns with."""
+    columns = int(plan.basis.frequency_C.max()) + 1 if plan.table is None else plan.table
+    return np.asarray(np.eye(columns)[plan.basis.frequency_C[plan.turned_P]])
 
 
 def _still_queries(plan: Folding, rest: Integers, own: slice) -> Doubles:

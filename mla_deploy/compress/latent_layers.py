@@ -29,9 +29,7 @@ class LatentLayers:
 
     def __init__(self, source: HeadsModel, form: Form, dtype: str) -> None:
         self.source, self.form, self.dtype, self._name = source, form, DTYPES[dtype], dtype
-        rotary: Any = source.rotary
-        self._frequencies_F = rotary.inv_freq.double().numpy()
-        self._stretch = float(rotary.attention_scaling)
+        self._frequencies_F, self._stretch = source.frequencies(form.usual.context)
         self.config = MlaLlamaConfig(**self.config_fields())
         self.config._attn_implementation = "sdpa"
         with torch.device("meta"):
@@ -85,8 +83,7 @@ class LatentLayers:
         """config.json of the result."""
         hf, facts, form = self.source.hf, self.source.facts, self.form
         kept = ("vocab_size", "hidden_size", "intermediate_size", "hidden_act", "rms_norm_eps",
-                "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings",
-                "rope_parameters")  # fmt: skip
+                "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")  # fmt: skip
         fields = {name: getattr(hf, name, None) for name in kept}
         first: Any = self.source.first_attention()
         return {
@@ -96,10 +93,10 @@ class LatentLayers:
             "num_hidden_layers": facts.layers,
             "num_attention_heads": facts.heads,
             "num_key_value_heads": facts.heads,
-            "head_dim": facts.head_dim,
+            **self.source.rope_fields(),
             "max_position_embeddings": facts.context,
             "attention_bias": True,
-            "mlp_bias": bool(getattr(hf, "mlp_bias", False)),
+            "mlp_bias": self.source.has_mlp_bias,
             "q_lora_rank": None,
             **_widths(form),
             "qk_nope_head_dim": form.usual.nope,

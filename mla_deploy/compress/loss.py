@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from mla_deploy.compress.stream import Rows
+from mla_deploy.errors import InputError
 
 _CHUNK = 64  # tokens whose logits are in memory at a time
 _DRAWS, _SEED = 1000, 20261126
@@ -62,7 +63,10 @@ class CompressionLoss:
 def compared(
     text: str, source: Rows, found: Rows, norm: torch.nn.Module, head: torch.Tensor
 ) -> CompressionLoss:
-    """The loss from the last hidden states of both: same rows, same norm, same head [vocab, D]."""
+    """The loss from the last hidden states of both: same rows, same norm, same head [vocab, D].
+
+    Raises: InputError CMP-NONFINITE.
+    """
     kl_XT = _room(source)
     same, wanted_nll, found_nll = 0, 0.0, 0.0
     for place, target_T, wanted_TX, given_TX in _predictions(source, found, norm, head):
@@ -71,6 +75,12 @@ def compared(
         wanted_nll -= float(wanted_TX.gather(1, target_T[:, None]).sum())
         found_nll -= float(given_TX.gather(1, target_T[:, None]).sum())
     every = kl_XT.reshape(-1)
+    if not np.isfinite(every).all():
+        raise InputError(
+            "CMP-NONFINITE",
+            f"{np.count_nonzero(~np.isfinite(every))} of {len(every)} predictions are not finite",
+            hint="the checkpoint, or its compressed form in that dtype, overflows",
+        )
     low, high = _interval(kl_XT.mean(1))
     return CompressionLoss(
         text=text,

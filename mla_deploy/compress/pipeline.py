@@ -12,8 +12,9 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import safetensors.torch
@@ -26,7 +27,9 @@ from mla_deploy.compress.fold import HeadWeights
 from mla_deploy.compress.heads_model import HeadsModel
 from mla_deploy.compress.latent_layers import DTYPES, LatentLayers
 from mla_deploy.compress.loss import EXACT, CompressionLoss, compared
+from mla_deploy.compress.outputs import LayerOutputs, head_outputs
 from mla_deploy.compress.plan import METHODS, Form, form_for, reach_of
+from mla_deploy.compress.proof import Proof
 from mla_deploy.compress.report import CompressReport
 from mla_deploy.compress.stream import AttendedRows, LayerMoments, MomentsOf, Rows
 from mla_deploy.compress.text import Rations, fit_rows, rations
@@ -37,6 +40,7 @@ from mla_deploy.config import CONFIG_NAME
 from mla_deploy.errors import GateError, InputError
 
 _INDEX = "model.safetensors.index.json"
+Shown = tuple[LayerView, LayerOutputs]
 
 
 def compress(
@@ -72,28 +76,23 @@ def compress(
             texts, calibrate, vocab=int(source.hf.vocab_size), context=reach,
             calibrates=share is not None or form.calibrates, chooses=share is not None,
         )  # fmt: skip
-        asked = None if share is None else Budget(source, given, share, context=reach, dtype=dtype)
+        proof = Proof(source)
+        asked = None
+        if share is not None:
+            asked = Budget(source, proof, given, share, context=reach, dtype=dtype)
         needed = 4 * sum(int(np.prod(shape)) for shape in files.shapes.values())
         with stage_folder(out, FolderStage, needed_bytes=needed * 5 // 4) as stage:
             choice = Choice(form) if asked is None else asked.choose(progress)
-            work = _Work(source, choice, given, stage, dtype)
-            loss, energy, views = work.run(progress)
-            _check_exact(choice.form, loss)
+            work = _Work(proof, choice, given, stage, dtype)
+            loss, energy, shown = work.run(progress)
+            if dtype == "fp32":  # in fewer bits the form is as exact, its weights are not
+                _check_exact(choice.form, loss)
             for name, data in texts.items():
                 stage.write(name, data)
             stage.write(CONFIG_NAME, _json(work.layers.config_fields()))
-            report = CompressReport(
-                path=Path(out),
-                form=work.layers.form,
-                source=source.facts,
-                energy=tuple(energy),
-                loss=loss,
-                views=tuple(views),
-                notes=given.notes,
-                seconds=time.perf_counter() - started,
-                budget=share,
-                weighed=choice.weighed,
-            )
+            seconds = time.perf_counter() - started
+            report = replace(work.report(energy, loss, shown), path=Path(out), seconds=seconds)
+            report = replace(report, budget=share, weighed=choice.weighed)
             told = {**report.to_dict(), "source_digest": files.digest, "path": None}
             stage.write(REPORT_NAME, _json(told))
             stage.publish()
@@ -105,19 +104,19 @@ class _Work:
 
     def __init__(
         self,
-        source: HeadsModel,
+        proof: Proof,
         choice: Choice,
         given: Rations,
         stage: FolderStage,
         dtype: str,
     ) -> None:
-        self.source, self.choice, self.given, self.stage = source, choice, given, stage
-        self.layers = LatentLayers(source, choice.form, dtype)
+        self.source, self._proof = proof.source, proof
+        self.choice, self.given, self.stage = choice, given, stage
+        self.layers = LatentLayers(proof.source, choice.form, dtype)
         self._index: dict[str, str] = {}
+        self.parameters = 0
 
-    def run(
-        self, progress: Progress | None
-    ) -> tuple[CompressionLoss, list[float], list[LayerView]]:
+    def run(self, progress: Progress | None) -> tuple[CompressionLoss, list[float], list[Shown]]:
         """Every layer; the loss, the energy that each latent keeps, and what it looks like."""
         embed, norm, head = self.source.trunk()
         rotary = self.source.rotary
@@ -126,29 +125,50 @@ class _Work:
         for rows in (wanted, found, calibration):
             if rows is not None:
                 rows.embed(embed)
-        energy, views = [], []
+        energy: list[float] = []
+        shown: list[Shown] = []
         count = self.source.facts.layers
         for index in range(count):
             if progress is not None:
                 progress("layers", index, count)
             layer = self.source.layer(index)
-            if not index:
-                self.source.check_trunk(layer)
+            self._proof.layer(layer, index)
             weights = self.source.attention(layer)
             moments, attended = self._learnt(index, layer, weights, calibration)
             plan = self.layers.folding(index, weights, moments)
             energy.append(plan.latent.kept)
-            if moments is not None:
-                views.append(layer_view(weights, moments, plan))
             made = self.layers.made(index, layer, plan, weights, attended=attended)
-            wanted.through(layer)
+            heads = head_outputs((layer, made), weights, plan, wanted, self.layers.rounding)
+            seen = None if moments is not None else MomentsOf(weights, index)
+            wanted.through(layer, seen)
             found.through(made, cached=self.layers.rounding)
+            if moments is None and seen is not None:  # nothing was calibrated
+                moments = seen.done()
+            view = layer_view(weights, cast(LayerMoments, moments), plan)
+            shown.append((view, heads.after(wanted, found)))
             self._write(f"model.layers.{index}.", made, index)
         if progress is not None:
             progress("layers", count, count)
         self._write_trunk(embed, norm, head)
         text = self.given.name
-        return compared(text, wanted, found, norm, head), energy, views
+        return compared(text, wanted, found, norm, head), energy, shown
+
+    def report(
+        self, energy: list[float], loss: CompressionLoss, shown: list[Shown]
+    ) -> CompressReport:
+        """What `run` gave; where and how long is the caller's to say."""
+        return CompressReport(
+            path=Path(),
+            form=self.layers.form,
+            source=self.source.facts,
+            energy=tuple(energy),
+            loss=loss,
+            views=tuple(view for view, _ in shown),
+            outputs=tuple(outputs for _, outputs in shown),
+            parameters=self.parameters,
+            notes=(*self.source.notes, *self.given.notes),
+            seconds=0.0,
+        )
 
     def _calibration(self) -> Rows | None:
         """Rows that statistics are taken of, or only those that projections are fitted to."""
@@ -192,6 +212,7 @@ class _Work:
             file, safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()})
         )
         self._index.update(dict.fromkeys(tensors, file))
+        self.parameters += sum(each.numel() for each in tensors.values())
 
 
 def _check_exact(form: Form, loss: CompressionLoss) -> None:

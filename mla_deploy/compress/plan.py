@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mla_deploy.compress.even_basis import evened
 from mla_deploy.compress.fold import Folding, HeadWeights, rest_keys
@@ -29,7 +30,8 @@ from mla_deploy.errors import InputError
 from mla_deploy.latent_store import STORES
 
 METHODS = ("exact", "low-rank", "transmla")
-# No key lies in an exact latent; a graph has some width for them all the same, of zeros.
+# Where every key turns, none lies in an exact latent; a graph has some width for them all the same,
+# of zeros.
 _EMPTY_NOPE = 8
 _MOST_FOLD = 4
 
@@ -97,15 +99,19 @@ def form_of(
 ) -> Form:
     """Low-rank layers of (L, R) each; where every key turns in all of them nothing but 16 or fewer
     bits loses anything, and no key lies in a latent."""
-    keys = facts.groups * facts.head_dim
-    nope = _EMPTY_NOPE if all(rope == keys for _, rope in widths) else facts.head_dim
+    nope = _nope(facts, cut=any(rope < facts.turning_values for _, rope in widths))
     stored = cache in STORES
 
     def of(rank: int, rope: int) -> Settings:
-        fitted = rank + rope < 2 * keys
+        fitted = rank + rope < sum(facts.exact_widths)
         return Settings("low-rank", rank, rope, nope, context, is_stored=stored, is_fitted=fitted)
 
     return Form(tuple(of(rank, rope) for rank, rope in widths), cache)
+
+
+def _nope(facts: HeadFacts, *, cut: bool) -> int:
+    """N: all of a head where some of its pairs lost their rotation, else what never had one."""
+    return facts.head_dim if cut else facts.head_dim - facts.turning or _EMPTY_NOPE
 
 
 def form_for(facts: HeadFacts, method: str, rank: int | None, rope: int | None, reach: int) -> Form:
@@ -117,16 +123,16 @@ def _settings(
     facts: HeadFacts, method: str, rank: int | None, rope: int | None, reach: int
 ) -> Settings:
     keys = facts.groups * facts.head_dim
+    whole, most = 2 * keys, facts.turning_values
     if rank is None and rope is None:
-        return Settings("exact", keys, keys, _EMPTY_NOPE, reach)
-    whole = 2 * keys
+        return Settings("exact", whole - most, most, _nope(facts, cut=False), reach)
     turning = _default_rope(facts, method) if rope is None else rope
-    if not 2 <= turning <= keys or turning % 2:
+    if not 2 <= turning <= most or turning % 2:
         raise InputError(
             "CMP-ROPE",
-            f"rope width {turning} is asked for, wanted an even number of 2 to {keys}",
-            hint=f"{keys} values of keys turn in the source: {facts.groups} heads of "
-            f"{facts.head_dim}",
+            f"rope width {turning} is asked for, wanted an even number of 2 to {most}",
+            hint=f"{most} values of keys turn in the source: {facts.turning} of each of "
+            f"{facts.groups} heads",
         )
     kept = whole - turning if rank is None else rank
     if not facts.head_dim <= kept <= whole - turning:
@@ -137,12 +143,12 @@ def _settings(
             hint="a smaller rank than one head's width holds no head; a larger one holds nothing "
             "more",
         )
-    if method == "transmla" and turning != facts.head_dim:
+    if method == "transmla" and turning != facts.turning:
         raise InputError(
             "CMP-ROPE",
-            f"TransMLA keeps the rotation of one head: wanted rope width {facts.head_dim}, "
+            f"TransMLA keeps the rotation of one head: wanted rope width {facts.turning}, "
             f"{turning} is asked for",
-            hint=f"--rope-dim {facts.head_dim}, or --method low-rank",
+            hint=f"--rope-dim {facts.turning}, or --method low-rank",
         )
     fitted = method == "low-rank" and kept + turning < whole
     return Settings(method, kept, turning, facts.head_dim, reach, is_fitted=fitted)
@@ -169,28 +175,39 @@ def folding(
 ) -> Folding:
     """How one layer is written; `moments` are needed for all but the exact form."""
     groups, half = weights.groups, weights.head_dim // 2
-    nope = settings.nope
+    nope, turns = settings.nope, int(np.count_nonzero(frequencies_F > 0))
     if settings.method == "exact" or moments is None:
         basis = plain_basis(groups, half)
-        every = np.arange(basis.pairs)
-        latent = plain_latent(0, groups * weights.head_dim)
-        return Folding(basis, every, latent, np.ones(half, complex), stretch, nope)
+        turned = np.flatnonzero(frequencies_F[basis.frequency_C] > 0)
+        rest = 2 * (basis.pairs - len(turned))
+        latent = plain_latent(0, rest + groups * weights.head_dim)
+        mean_F = _still_as_they_are(np.ones(half, complex), frequencies_F, stretch)
+        return Folding(basis, turned, latent, mean_F, stretch, nope, turns)
     keys = moments.keys(groups)
     if settings.method == "transmla":
-        fold = settings.fold if half % settings.fold == 0 else 1
+        fold = settings.fold if half % settings.fold == turns % settings.fold == 0 else 1
         basis = folded_basis(keys, fold)
-        turned = np.arange(half)  # of the first axis of each frequency
-        mean_F = np.ones(half, complex)
+        turned = np.arange(turns)  # of the first axis of each frequency
+        mean_F = _still_as_they_are(np.ones(half, complex), frequencies_F, stretch)
         latent = _latent(settings, basis, turned, moments, centred=False)
-        return Folding(basis, turned, latent, mean_F, stretch, nope)
+        return Folding(basis, turned, latent, mean_F, stretch, nope, turns)
     basis = balanced_basis(keys)
     mean_F = mean_rotations(frequencies_F, settings.context)
     scores_C = rotation_scores(basis, keys, mean_F)
+    scores_C[frequencies_F[basis.frequency_C] == 0] = -1.0  # there is no rotation to keep
+    mean_F = _still_as_they_are(mean_F, frequencies_F, stretch)
     best = np.argsort(-scores_C, kind="stable")[: settings.rope // 2]
     turned = np.sort(best)
     latent = _latent(settings, basis, turned, moments, centred=True)
-    plan = Folding(basis, turned, latent, mean_F, stretch, nope)
+    plan = Folding(basis, turned, latent, mean_F, stretch, nope, turns)
     return evened(plan, weights, moments) if settings.is_stored else plan
+
+
+def _still_as_they_are(
+    mean_F: NDArray[np.complex128], frequencies_F: Doubles, stretch: float
+) -> NDArray[np.complex128]:
+    """A pair that never turns is not stretched either, which its mean makes up for."""
+    return np.where(frequencies_F > 0, mean_F, 1.0 / stretch**2)
 
 
 def _latent(
@@ -219,6 +236,6 @@ def _latent(
 def _default_rope(facts: HeadFacts, method: str) -> int:
     """A third of the keys' values, as the facts found best at 75 and 50 % of the bytes."""
     if method == "transmla":
-        return facts.head_dim
+        return facts.turning
     third = facts.groups * facts.head_dim // 3
-    return max(2, third - third % 2)
+    return min(max(2, third - third % 2), facts.turning_values)

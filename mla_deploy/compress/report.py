@@ -9,6 +9,7 @@ from typing import Any
 from mla_deploy.compress.budget import Weighed
 from mla_deploy.compress.heads_model import HeadFacts
 from mla_deploy.compress.loss import CompressionLoss
+from mla_deploy.compress.outputs import LayerOutputs
 from mla_deploy.compress.plan import Form
 from mla_deploy.compress.views import LayerView
 
@@ -17,8 +18,8 @@ from mla_deploy.compress.views import LayerView
 class CompressReport:
     """What was written at `path`. Cache sizes are of one token, over all layers.
 
-    `energy`: share of the variance that each layer's latent keeps. `views`: none of an exact form,
-    which keeps everything. `weighed`: what a `budget`, a share of the source's 16-bit cache, chose
+    `energy`: share of the variance that each layer's latent keeps. `views` and `outputs`: layer by
+    layer. `weighed`: what a `budget`, a share of the source's 16-bit cache, chose
     among. Where the form says how its cache is stored, `loss` is with the cache rounded like that.
     """
 
@@ -28,6 +29,8 @@ class CompressReport:
     energy: tuple[float, ...]
     loss: CompressionLoss | None
     views: tuple[LayerView, ...]
+    outputs: tuple[LayerOutputs, ...]
+    parameters: int  # of the result
     notes: tuple[str, ...]
     seconds: float
     budget: float | None = None
@@ -92,6 +95,9 @@ class CompressReport:
                 "query": source.heads, "key": source.groups, "width": source.head_dim,
             },
             "views": [view.to_dict() for view in self.views],
+            "outputs": [each.to_dict() for each in self.outputs],
+            "parameters": self.parameters,
+            "longest_text": source.context,
             "notes": list(self.notes),
             "seconds": round(self.seconds, 3),
         }  # fmt: skip

@@ -40,9 +40,9 @@ class Rows:
     def __init__(self, rows: Sequence[Sequence[int]], rotary: nn.Module, batch: int = 4) -> None:
         self.tokens_XS = torch.tensor(rows, dtype=torch.int64)
         self.batch = batch
-        positions_1S = torch.arange(self.tokens_XS.shape[1])[None]
+        self.positions_1S = torch.arange(self.tokens_XS.shape[1])[None]
         with torch.no_grad():
-            self.angles: Any = rotary(torch.zeros(1, 1, 1), positions_1S)
+            self.angles: Any = rotary(torch.zeros(1, 1, 1), self.positions_1S)
         self.hidden_XSD = torch.empty(0)
 
     def embed(self, embedding: nn.Module) -> None:
@@ -64,7 +64,10 @@ class Rows:
                 hidden = self.hidden_XSD[part]
                 if watch is not None:
                     watch(run.input_layernorm(hidden))
-                self.hidden_XSD[part] = run(hidden, position_embeddings=self.angles, **options)
+                self.hidden_XSD[part] = run(
+                    hidden, position_embeddings=self.angles, position_ids=self.positions_1S,
+                    **options,
+                )  # fmt: skip
 
     def copied(self, rows: int) -> Rows:
         """The first `rows` of these, from here on by themselves."""

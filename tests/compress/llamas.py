@@ -43,7 +43,7 @@ def write_llama(
     """
     torch.manual_seed(seed)
     given = {**SIZES, **fields}
-    if name in ("Qwen2", "Phi3", "Granite"):
+    if name in ("Qwen2", "Phi3", "Granite", "SmolLM3", "StableLm", "Olmo", "Mixtral", "DiffLlama"):
         given.pop("head_dim")
         given["hidden_size"] = 96
     if name == "Phi3":

@@ -20,7 +20,7 @@ from mla_deploy.compress.report import CompressReport
 from mla_deploy.errors import InputError
 from tests.compress.llamas import fields_of, write_llama
 
-SMOL = HeadFacts(heads=9, groups=3, head_dim=64, layers=30, width=576, context=2048)
+SMOL = HeadFacts(heads=9, groups=3, head_dim=64, layers=30, width=576, context=2048, turning=64)
 
 
 @pytest.fixture(scope="module")
