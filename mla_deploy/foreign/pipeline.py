@@ -32,6 +32,7 @@ from mla_deploy.export.pipeline import (
 )
 from mla_deploy.export.trace_layer import CacheForm
 from mla_deploy.export.weights import DTYPES, WeightLayout
+from mla_deploy.foreign.by_place import require_by_place
 from mla_deploy.foreign.facts import foreign_facts
 from mla_deploy.foreign.graph import ForeignGraph
 from mla_deploy.foreign.lowering import finish_foreign, foreign_lowering, runnable
@@ -47,6 +48,7 @@ from mla_deploy.foreign.prove import (
 )
 from mla_deploy.foreign.read import ForeignFile, open_foreign
 from mla_deploy.foreign.recognise import Recognition, recognise
+from mla_deploy.foreign.region import Region
 from mla_deploy.foreign.require import require_mla
 from mla_deploy.foreign.trunk import RaisedForeign, raise_foreign
 from mla_deploy.foreign.weights import ForeignWeights
@@ -107,6 +109,7 @@ def rewrite_model(
         report("recognise", 0, 1)
         recognition = recognise(file.model)
         require_mla(recognition)
+        require_by_place(Region(recognition.graph))
         report("recognise", 1, 1)
         options = _options(
             target=target,
