@@ -24,6 +24,7 @@ from onnx_ir.passes import common as common_passes
 
 from mla_deploy.door import Folder, open_folder
 from mla_deploy.errors import InputError, quoted
+from mla_deploy.foreign.sequences import split_sequences
 
 MAX_PROTO_BYTES = (1 << 31) - 1
 LEAST_OPSET, MOST_OPSET = 13, 26
@@ -173,6 +174,7 @@ class ForeignFile:
             if model.functions:
                 common_passes.InlinePass()(model)
             common_passes.IdentityEliminationPass()(model)
+            split_sequences(model)
             common_passes.ClearMetadataAndDocStringPass()(model)
             common_passes.NameFixPass()(model)
             common_passes.TopologicalSortPass()(model)

@@ -172,7 +172,10 @@ class _Inference:
         if key not in self._schemas:
             version = self._versions.get(node.domain, 1)
             try:
-                self._schemas[key] = defs.get_schema(node.op_type, version, node.domain)
+                found = defs.get_schema(node.op_type, version, node.domain)
+                if not found.has_type_and_shape_inference_function:
+                    found = defs.get_schema(node.op_type, domain=node.domain)
+                self._schemas[key] = found  # LessOrEqual tells its shape since opset 16 only
             except defs.SchemaError:
                 self._schemas[key] = None
         return self._schemas[key]
