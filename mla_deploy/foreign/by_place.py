@@ -1,8 +1,9 @@
-"""Tables of positions must say of a place what they say of it in any other call.
+"""Whether tables of positions say of a place what they say of it in any other call.
 
-Here the rows of one call stand at different places, and each is placed by itself (`places.py`). A
-table that also looks at how many tokens there are, as frequencies that switch beyond a length do,
-would be another one. That is computed, not believed: some places alone, the same among many.
+Here the rows of one call stand at different places, and all are placed at once (`places.py`). A
+table that also looks at how many tokens there are, as longrope's does, goes by the longest row of a
+call: right for each row alone, and for rows that are all on one side of its turning point. That is
+computed, not believed: some places alone, the same among many.
 """
 
 from __future__ import annotations
@@ -25,14 +26,20 @@ _AT_ONCE = 1 << 26  # numbers of tables that are held together
 _CLOSE = 1e-5
 
 
-def require_by_place(region: Region) -> None:
-    """Raises: InputError REW-POSITION for a table that changes with the number of tokens."""
+def switches(region: Region) -> tuple[str, ...]:
+    """A note, if there is a table that changes with the number of tokens. Raises: REW-POSITION."""
     graph = region.graph
     tables = [value for value in _tables(graph) if graph.shape(value, Sizes(1, 1, 0)) is not None]
     most = min(graph.most_tokens or _MOST, _MOST)
     for length in dict.fromkeys((min(_SOME, most), *_lengths(graph, tables, most))):
         for group in _groups(graph, _concerned(graph, tables, length), length):
-            _require_alike(region, group, length)
+            found = _other(region, group, length)
+            if found is not None:
+                return (
+                    f"{shown(found)} changes with the number of tokens, below {length}: rows of a "
+                    "batch must all be shorter than that, or all longer",
+                )
+    return ()
 
 
 def _tables(graph: ForeignGraph) -> Iterator[ir.Value]:
@@ -76,8 +83,8 @@ def _groups(
         yield group
 
 
-def _require_alike(region: Region, tables: Sequence[ir.Value], length: int) -> None:
-    """`length` tokens at once against the first of them, and the last, by themselves."""
+def _other(region: Region, tables: Sequence[ir.Value], length: int) -> ir.Value | None:
+    """`length` tokens at once against the first of them, and the last: a table that differs."""
     graph = region.graph
     few = min(_FEW, length)
     whole = _computed(region, tables, Sizes(1, length, 0))
@@ -91,7 +98,8 @@ def _require_alike(region: Region, tables: Sequence[ir.Value], length: int) -> N
             axis = (graph.axes(value) or ()).index("S")
             part = wanted.take(np.arange(first, first + few), axis=axis)
             if not np.allclose(part, found, rtol=_CLOSE, atol=_CLOSE, equal_nan=True):
-                raise _refused(value, first, length, sizes)
+                return value
+    return None
 
 
 def _computed(region: Region, tables: Sequence[ir.Value], sizes: Sizes) -> list[np.ndarray]:
@@ -110,14 +118,3 @@ def _computed(region: Region, tables: Sequence[ir.Value], sizes: Sizes) -> list[
             ) from None
         found.update(zip(rest, made, strict=True))
     return [np.asarray(found[value]) for value in tables]
-
-
-def _refused(value: ir.Value, place: int, length: int, sizes: Sizes) -> InputError:
-    return InputError(
-        "REW-POSITION",
-        f"{shown(value)} says something else of position {place} where {sizes.past + sizes.new} "
-        f"tokens were met than where {length} were: it changes with the number of tokens",
-        hint="frequencies that switch beyond a length cannot stand in one graph for rows of "
-        "different lengths; export the model for one of the lengths",
-        node=shown(value),
-    )
