@@ -66,7 +66,8 @@ def sections(parsed: Mapping[str, Any]) -> Sections:
     if _lacks_value_width(text):
         text["v_head_dim"] = text["hidden_size"] // text["num_attention_heads"]
         notes.append("v_head_dim is not given; hidden_size / num_attention_heads is taken")
-    own_code = any("auto_map" in part for part in (parsed, parsed.get("text_config") or {}))
+    parts = (parsed, parsed.get("text_config"))
+    own_code = any("auto_map" in part for part in parts if isinstance(part, dict))
     return Sections(text, whole, towers, wrapped, own_code, tuple(notes))
 
 

@@ -136,6 +136,11 @@ def test_a_wrapper_is_stripped_to_its_text_model() -> None:
     assert "only the text model (text_config) is used" in config.notes
 
 
+@pytest.mark.parametrize("inner", [-1, 1.5, True, "x", [1]])
+def test_a_text_config_that_is_no_object_is_left_alone(inner: object) -> None:
+    assert parsed(text_config=inner).model_type == parsed().model_type
+
+
 def test_keys_that_could_load_code_are_dropped_and_named() -> None:
     config = parsed(
         _attn_implementation_internal="evil",

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mla_deploy.errors import InputError, quoted
-from mla_deploy.foreign.sizes import Known, Shape, known_values
+from mla_deploy.foreign.sizes import UNBOUNDED, Known, Shape, known_values
 
 # Sizes that no axis of a model has, far enough apart that their sums and products are told apart.
 ROWS, NEW, PAST = 10007, 100003, 1000003
@@ -78,16 +78,27 @@ class ForeignGraph:
     @cached_property
     def most_tokens(self) -> int | None:
         """The rows of the shortest table that positions are looked up in, None without any."""
-        found = []
+        found: list[int] = []
         for node in self.model.graph:
-            table = node.inputs[0] if node.inputs else None
-            if table is None or table.const_value is None or not node.outputs:
+            if node.op_type not in ("Gather", "Slice") or node.outputs[0] not in self.positional:
                 continue
-            if node.outputs[0] not in self.positional or node.op_type not in ("Gather", "Slice"):
-                continue
-            axis = node.attributes.get_int("axis", 0) if node.op_type == "Gather" else 0
-            found.append(int(table.const_value.shape.numpy()[axis]))
+            table = node.inputs[0]
+            if table is not None and table not in self.positional and table in self.known.shapes:
+                shape = self.known.shapes[table]
+                found.extend(shape[axis] for axis in self._looked_up(node, len(shape)))
         return min(found, default=None)
+
+    def _looked_up(self, node: ir.Node, rank: int) -> list[int]:
+        """Axes of a table along which so many rows are taken as there are tokens."""
+        if node.op_type == "Gather":
+            return [node.attributes.get_int("axis", 0)]
+        places = [self.known.values.get(v) if v is not None else None for v in node.inputs[1:4]]
+        ends = places[1] if len(places) > 1 else None
+        if ends is None:  # computed of what is not known here
+            return [0]
+        axes = places[2] if len(places) > 2 and places[2] is not None else np.arange(ends.size)
+        cut = zip(axes.reshape(-1), ends.reshape(-1), strict=False)
+        return [int(axis) % rank for axis, end in cut if NEW <= end < UNBOUNDED]
 
     def depends(self, value: ir.Value) -> bool:
         """Whether tokens, new or cached, decide a value."""

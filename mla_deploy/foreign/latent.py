@@ -36,6 +36,7 @@ _SUMS = SAME | VIEWS | {
 _SCALES = PRODUCTS | {"Gemm", "Mul", "Div"}
 # Which operand the tokens may decide, where not every one.
 _FIRST_ONLY = {"Div", "Slice", "Gather", "Expand", "Reshape", "Tile", "GatherND", "GatherElements"}
+_SAME_NUMBERS = SAME | VIEWS | {"Transpose", "Mul", "Div"}
 _LINEAR_ERROR = 1e-4
 _ZERO = 1e-6  # of the largest number, where a bias was taken off
 
@@ -75,6 +76,7 @@ def latent_of(region: Region, site: Site) -> Latent:
     graph = region.graph
     operands = [*(score.key for score in site.scores), site.value]
     rows = _narrowest(graph, site, [operand.value for operand in operands])
+    _require_own(graph, site, rows)
     made = _made(region, site, rows, operands)
     heads = max(score.query.count(graph) for score in site.scores)
     key_HEW = np.concatenate([_all_heads(matrix, heads) for matrix, _ in made[:-1]], axis=1)
@@ -97,6 +99,37 @@ def latent_of(region: Region, site: Site) -> Latent:
             f"{heads} heads: full or grouped heads, no latent",
         )
     return _canonical(site, rows, key_HEW, (value_HVW, bias_HV))
+
+
+def _require_own(graph: ForeignGraph, site: Site, rows: Sequence[ir.Value]) -> None:
+    """A latent is for keys and values alone. What queries are made of too is the layer's input:
+    narrower than all heads together, and no latent.
+    """
+    wanted, seen = {_same_numbers(graph, value) for value in rows}, set[ir.Value]()
+    waiting = [score.query.value for score in site.scores]
+    while waiting:
+        value = waiting.pop()
+        if value in wanted:
+            raise Stop(
+                "latent",
+                value,
+                "queries, keys and values are all made from it: full or grouped heads, no latent",
+            )
+        node = value.producer()
+        if value in seen or node is None or value not in graph.from_ids:
+            continue
+        seen.add(value)
+        waiting.extend(each for each in node.inputs if each is not None)
+
+
+def _same_numbers(graph: ForeignGraph, value: ir.Value) -> ir.Value:
+    """Where a value was before it was moved or scaled."""
+    while (node := value.producer()) is not None:
+        inputs = [each for each in node.inputs if each in graph.from_ids]
+        if node.op_type not in _SAME_NUMBERS or len(inputs) != 1 or inputs[0] is None:
+            break
+        value = inputs[0]
+    return value
 
 
 def _all_heads(part: np.ndarray, heads: int) -> np.ndarray:

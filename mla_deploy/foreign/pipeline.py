@@ -32,6 +32,7 @@ from mla_deploy.export.pipeline import (
 )
 from mla_deploy.export.trace_layer import CacheForm
 from mla_deploy.export.weights import DTYPES, WeightLayout
+from mla_deploy.foreign.by_place import switches
 from mla_deploy.foreign.facts import foreign_facts
 from mla_deploy.foreign.graph import ForeignGraph
 from mla_deploy.foreign.lowering import finish_foreign, foreign_lowering, runnable
@@ -47,6 +48,7 @@ from mla_deploy.foreign.prove import (
 )
 from mla_deploy.foreign.read import ForeignFile, open_foreign
 from mla_deploy.foreign.recognise import Recognition, recognise
+from mla_deploy.foreign.region import Region
 from mla_deploy.foreign.require import require_mla
 from mla_deploy.foreign.trunk import RaisedForeign, raise_foreign
 from mla_deploy.foreign.weights import ForeignWeights
@@ -178,9 +180,9 @@ def _build(
     report("original", 1, 1)
     dtype = weights_dtype(file.model)
     cache = CacheForm(options.cache_layout == "fused", options.cache == "growing")
-    config = foreign_facts(recognition)
+    config, notes = foreign_facts(recognition), switches(Region(recognition.graph))
     raised = raise_foreign(recognition, cache, options.all_logits, dtype)
-    source = foreign_source(file, config)
+    source = foreign_source(file, config, notes)
     lowering = foreign_lowering(raised.trace, options, opset)
     form = GraphForm(
         config=source.config,
@@ -298,7 +300,9 @@ def weights_dtype(model: ir.Model) -> str:
     return max(counts, key=lambda name: counts[name])
 
 
-def foreign_source(file: ForeignFile, config: MlaConfig) -> ForeignSource:
+def foreign_source(
+    file: ForeignFile, config: MlaConfig, notes: tuple[str, ...] = ()
+) -> ForeignSource:
     """The file as a manifest tells of it."""
     producer = " ".join(filter(None, (file.model.producer_name, file.model.producer_version)))
     return ForeignSource(
@@ -306,7 +310,7 @@ def foreign_source(file: ForeignFile, config: MlaConfig) -> ForeignSource:
         config=config,
         files=file.files,
         total_bytes=file.total_bytes,
-        notes=(f"rewritten from an ONNX graph of {quoted(producer or 'unknown')}",),
+        notes=(f"rewritten from an ONNX graph of {quoted(producer or 'unknown')}", *notes),
     )
 
 

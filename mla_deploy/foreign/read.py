@@ -24,6 +24,7 @@ from onnx_ir.passes import common as common_passes
 
 from mla_deploy.door import Folder, open_folder
 from mla_deploy.errors import InputError, quoted
+from mla_deploy.foreign.sequences import split_sequences
 
 MAX_PROTO_BYTES = (1 << 31) - 1
 LEAST_OPSET, MOST_OPSET = 13, 26
@@ -55,6 +56,7 @@ class ForeignFile:
         self._folder, self._held = folder, held
         self._data: dict[str, DataFile] = {}
         model = _parsed(path.name, proto)
+        _check_names(path.name, model)
         _check_operators(model)
         for tensor, top in _tensors(model):
             self._check_tensor(tensor, top)
@@ -173,6 +175,7 @@ class ForeignFile:
             if model.functions:
                 common_passes.InlinePass()(model)
             common_passes.IdentityEliminationPass()(model)
+            split_sequences(model)
             common_passes.ClearMetadataAndDocStringPass()(model)
             common_passes.NameFixPass()(model)
             common_passes.TopologicalSortPass()(model)
@@ -274,6 +277,26 @@ def _parsed(name: str, proto: bytes) -> onnx.ModelProto:
             hint=f"export the model with opset {LEAST_OPSET} or later, or upgrade mla-deploy",
         )
     return model
+
+
+def _check_names(name: str, model: onnx.ModelProto) -> None:
+    """Protobuf gives a name that is no text as bytes, and takes it from nobody."""
+    if not all(isinstance(text, str) for text in _names(model)):
+        raise InputError("ONNX-FILE", f"{quoted(name)} holds a name that is no UTF-8", hint=_AGAIN)
+
+
+def _names(model: onnx.ModelProto) -> Iterator[str]:
+    graphs = [model.graph]
+    for node in _nodes(model):
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+        for attribute in node.attribute:
+            yield from (attribute.name, attribute.ref_attr_name)
+            graphs.extend((attribute.g, *attribute.graphs))
+    yield from (tensor.name for tensor, _ in _tensors(model))
+    for graph in graphs:
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            yield value.name
+            yield from (dim.dim_param for dim in value.type.tensor_type.shape.dim)
 
 
 def _check_operators(model: onnx.ModelProto) -> None:

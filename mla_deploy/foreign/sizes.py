@@ -20,7 +20,7 @@ from onnx.reference import ReferenceEvaluator
 Shape = tuple[int, ...]
 # Elements of a value that is worth computing: shapes, scales, inverse frequencies.
 SMALL = 4096
-_UNBOUNDED = 1 << 31  # an end of a slice from here on means all
+UNBOUNDED = 1 << 31  # an end of a slice from here on means all
 # Operators whose first result is as their first input, in domains without schemas here.
 _LIKE_FIRST = {
     "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "FastGelu", "QuickGelu",
@@ -172,7 +172,10 @@ class _Inference:
         if key not in self._schemas:
             version = self._versions.get(node.domain, 1)
             try:
-                self._schemas[key] = defs.get_schema(node.op_type, version, node.domain)
+                found = defs.get_schema(node.op_type, version, node.domain)
+                if not found.has_type_and_shape_inference_function:
+                    found = defs.get_schema(node.op_type, domain=node.domain)
+                self._schemas[key] = found  # LessOrEqual tells its shape since opset 16 only
             except defs.SchemaError:
                 self._schemas[key] = None
         return self._schemas[key]
@@ -255,16 +258,28 @@ def _cut_table(known: Known, node: ir.Node) -> bool:
     if table is None or table not in known.shapes or len(found) != 3:
         return False
     starts, ends, axes = found
-    if starts is None or ends is None or axes is None or ends.size != 1:
+    if starts is None or ends is None or axes is None:
         return False
-    start, end, axis = (int(each.reshape(-1)[0]) for each in (starts, ends, axes))
-    shape = list(known.shapes[table])
-    if not max(start, shape[axis]) < end < _UNBOUNDED or start < 0:
+    is_written = places[1] is None or places[1].const_value is not None
+    if is_written or not starts.size == ends.size == axes.size or not _by_one(known, node):
         return False
-    shape[axis] = end - start
+    shape, grown = list(known.shapes[table]), False
+    cuts = (each.reshape(-1).tolist() for each in (starts, ends, axes))
+    for start, end, axis in zip(*cuts, strict=True):
+        is_longer = start >= 0 and max(start, shape[axis]) < end < UNBOUNDED
+        grown |= is_longer
+        shape[axis] = end - start if is_longer else len(range(shape[axis])[start:end])
+    if not grown:
+        return False
     known.shapes[node.outputs[0]] = tuple(shape)
     known.dtypes[node.outputs[0]] = known.dtypes[table]
     return True
+
+
+def _by_one(known: Known, node: ir.Node) -> bool:
+    given = node.inputs[4] if len(node.inputs) > 4 else None
+    steps = known.values.get(given) if given is not None else np.array(1)
+    return steps is not None and bool((steps == 1).all())
 
 
 def _put(known: Known, value: ir.Value, array: np.ndarray) -> None:

@@ -77,7 +77,7 @@ def active_parameters(config: MlaConfig, tensors: tuple[Tensor, ...]) -> int:
     """Those that one token is multiplied with: no embedding, unless it is the head as well."""
     tied, chosen = is_tied(tensors), expected_experts(config, 1)
     return sum(
-        round(tensor.elements * chosen / tensor.copies if tensor.part == "experts"
+        round(tensor.elements * chosen / max(1, tensor.copies) if tensor.part == "experts"
               else tensor.elements)
         for tensor in tensors
         if tensor.part != "embedding" or tied

@@ -115,6 +115,31 @@ def _with_identities(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
+def _as_sequences(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Parts are cut into a sequence, as torch writes them without optimisation; halves by size."""
+    known = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in model.graph.value_info}
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type != "Split" or len(node.input) < 2 or node.input[1] not in known:
+            nodes.append(node)
+            continue
+        sizes, (axis,) = known[node.input[1]], [a.i for a in node.attribute if a.name == "axis"]
+        by_size = len(set(sizes.tolist())) == 1 and node.input[0] in shapes
+        name = f"{node.output[0]}.parts"
+        given = sizes[0] if by_size else sizes
+        model.graph.initializer.append(numpy_helper.from_array(np.array(given), f"{name}.sizes"))
+        cut = [node.input[0], f"{name}.sizes"]
+        nodes.append(helper.make_node("SplitToSequence", cut, [name], axis=axis))
+        for place, part in enumerate(node.output):
+            index = np.array(place - len(sizes) if place else 0)
+            model.graph.initializer.append(numpy_helper.from_array(index, f"{part}.place"))
+            nodes.append(helper.make_node("SequenceAt", [name, f"{part}.place"], [part]))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
+
+
 def _external(model: onnx.ModelProto, path: Path) -> None:
     onnx.save(model, str(path), save_as_external_data=True, size_threshold=1024,
               location=f"{path.name}.data")  # fmt: skip
@@ -135,6 +160,7 @@ DISGUISES: dict[str, Callable[[onnx.ModelProto, Path], None]] = {
     "halves": _saved(_stored_as_halves),
     "quantized": _saved(_quantized),
     "identities": _saved(_with_identities),
+    "sequences": _saved(_as_sequences),
     "external": _external,
     "external-each": _external_each,
     "opset-21": _at_opset(21),

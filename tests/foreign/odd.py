@@ -171,6 +171,8 @@ class Absorbed(WrittenModel):
 class Window(WrittenModel):
     """Not causal: a token sees the four before it only."""
 
+    far = 4
+
     def _mask(self, places: str, total: str) -> str:
         w, low = self.w, self.w.number(np.finfo(self.kind).min, self.kind)
         every = w.op("Range", w.number(0, np.int64), total, w.number(1, np.int64))
@@ -178,8 +180,59 @@ class Window(WrittenModel):
             "Sub", w.op("Unsqueeze", places, w.ints(1)), w.op("Unsqueeze", every, w.ints(0))
         )
         far = w.op("Or", w.op("Less", back, w.number(0, np.int64)),
-                   w.op("Greater", back, w.number(4, np.int64)))  # fmt: skip
+                   w.op("Greater", back, w.number(self.far, np.int64)))  # fmt: skip
         return w.op("Where", far, low, w.number(0, self.kind))
+
+
+class FarWindow(Window):
+    """A window that no short text shows."""
+
+    far = 2000
+
+    def __init__(self, spelling: Spelling) -> None:
+        super().__init__(spelling)
+        self.tables = tuple(np.resize(table, (4096, table.shape[1])) for table in self.tables)
+
+
+class MaskTable(WrittenModel):
+    """Rows and columns of a table say who sees whom, as GPT-2 has it."""
+
+    def _mask(self, places: str, total: str) -> str:
+        w = self.w
+        length = len(self.tables[0])
+        table = w.weight(np.triu(np.full((1, 1, length, length), -3e38, self.kind), 1))
+        new, ends = w.op("Shape", places), w.op("Unsqueeze", total, w.ints(0))
+        rows = w.op("Slice", table, w.op("Sub", ends, new), ends, w.ints(2))
+        return w.op("Slice", rows, w.ints(0), ends, w.ints(3))
+
+
+class NarrowWindowTable(MaskTable):
+    """Not causal: the table hides what is 70 tokens back."""
+
+    def _mask(self, places: str, total: str) -> str:
+        w, length = self.w, len(self.tables[0])
+        far = np.tril(np.full((1, 1, length, length), -3e38, self.kind), -70)
+        new, ends = w.op("Shape", places), w.op("Unsqueeze", total, w.ints(0))
+        cut = [w.op("Sub", ends, new), w.ints(0)]
+        starts, stops = w.op("Concat", *cut, axis=0), w.op("Concat", ends, ends, axis=0)
+        window = w.op("Slice", w.weight(far), starts, stops, w.ints(2, 3))
+        return w.op("Add", super()._mask(places, total), window)
+
+
+class FullHeads(WrittenModel):
+    """Not MLA: keys and values of the layer's input, which is narrower than all heads together."""
+
+    def _projected(self, name: str, x: str) -> tuple[str, str, str]:
+        query, _, rope_key = super()._projected(name, x)
+        return query, x, rope_key
+
+    def _norm(self, x: str, name: str) -> str:
+        return x if name.endswith("kv_a_layernorm.weight") else super()._norm(x, name)
+
+    def _kv_b(self, name: str) -> np.ndarray:
+        c = self.config
+        shape = (c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim, c.hidden_size)
+        return np.random.default_rng(len(name)).standard_normal(shape).astype(self.kind)
 
 
 class SinkScore(WrittenModel):
@@ -197,6 +250,9 @@ _LATENT = Spelling(cache="latent")
 # name -> what it is written as, and the step at which its recognition must stop
 NOT_MLA: dict[str, tuple[type[WrittenModel], str]] = {
     "window": (Window, "mask"),
+    "far-window": (FarWindow, "mask"),
+    "window-table": (NarrowWindowTable, "mask"),
+    "full-heads": (FullHeads, "latent"),
     "sink-score": (SinkScore, "scores"),
 }
 # name -> how it is written, on what spelling
@@ -213,6 +269,8 @@ ODD: dict[str, tuple[type[WrittenModel], Spelling]] = {
     "one-row": (OneRow, _LATENT),
     "scaled-latent": (ScaledLatent, _LATENT),
     "absorbed": (Absorbed, _LATENT),
+    "mask-table": (MaskTable, Spelling()),
+    "mask-table-cached": (MaskTable, _LATENT),
     "padded": (WrittenModel, Spelling(cache="expanded", padded=True)),
     "one-batch-row": (WrittenModel, Spelling(batch="one")),
     "half-source-fp16": (WrittenModel, Spelling(source="v3-half", dtype="fp16", kv_b="einsum")),

@@ -139,6 +139,23 @@ def test_what_is_no_model_is_refused(content: bytes, tmp_path: Path) -> None:
     assert refusal.value.code == "ONNX-FILE"
 
 
+@pytest.mark.parametrize("part", ["node", "input", "initializer", "value_info"])
+def test_a_name_that_is_no_text_is_refused(part: str, tmp_path: Path) -> None:
+    """Protobuf parses it and gives it back as it is."""
+    model = onnx.load(str(stored_graph("torch-18-eager").path))
+    named = getattr(model.graph, part)[1 if part == "node" else 0]
+    name, texts = "qqqqqqqq", named.output if part == "node" else None
+    if texts is None:
+        named.name = name
+    else:
+        texts[0] = name
+    raw = model.SerializeToString().replace(name.encode(), b"qqq\xee\xffqqq")
+    (tmp_path / "model.onnx").write_bytes(raw)
+    with pytest.raises(InputError, match="no UTF-8") as refusal:
+        rewrite_model(tmp_path / "model.onnx", tmp_path / "bundle")
+    assert refusal.value.code == "ONNX-FILE"
+
+
 def test_every_truncation_is_a_coded_refusal(tmp_path: Path) -> None:
     whole = stored_graph("torch-18-eager").path.read_bytes()
     path = tmp_path / "model.onnx"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -160,3 +161,12 @@ def test_a_config_does_what_it_says() -> None:
     counts = [sum(t.elements for t in model_tensors(each)) for each in (whole, half)]
     embedding = 128256 * 2048
     assert counts[1] - embedding == pytest.approx((counts[0] - embedding) / 2, rel=1e-4)
+
+
+def test_a_model_without_routed_experts_is_planned_for(tmp_path: Path) -> None:
+    """Its sparse layers have shared experts only."""
+    raw = dict(find_model("deepseek-v2-lite").config.raw, n_routed_experts=0)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    found = plan(tmp_path / "config.json", device="h100")
+    whole = plan("deepseek-v2-lite", device="h100").model.parameters
+    assert found.model.parameters == whole - SPARSE * EXPERTS * WIDTH * (3 * INNER + 1)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from mla_deploy.errors import InputError
 from mla_deploy.source.user.attention import HIDDEN, Mask, Site
-from mla_deploy.source.user.graph import ATEN, UserGraph, Values
+from mla_deploy.source.user.graph import ATEN, UserGraph, Values, needed
 
 # Two lengths: a mask that is causal for one of them by chance is not for the other.
 _LENGTHS = (5, 12)
+_FEW, _MOST_SQUARE, _MOST = 4, 8194, 1 << 17
+# What a number does where it says how far a token sees.
+_DECIDING = {
+    "lt", "le", "gt", "ge", "eq", "sub", "add", "rsub", "triu", "tril", "floor_divide", "div",
+    "remainder", "clamp",
+}  # fmt: skip
 # Operators that broadcast: a table may be one of their operands.
 _ELEMENTWISE = {
     ATEN.add.Tensor, ATEN.sub.Tensor, ATEN.mul.Tensor, ATEN.div.Tensor, ATEN.where.self,
@@ -25,7 +33,7 @@ def require_causal(graph: UserGraph, site: Site) -> None:
 
     Raises: InputError SRC-RAISE, which says who sees what.
     """
-    for tokens in _LENGTHS:
+    for tokens in _lengths(graph, site):
         future_ST = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
         hidden_ST = future_ST.clone() if site.is_causal else torch.zeros_like(future_ST)
         for mask in site.masks:
@@ -42,6 +50,77 @@ def require_causal(graph: UserGraph, site: Site) -> None:
                 "two-way attention are not",
                 attention=site.index,
             )
+
+
+def _lengths(graph: UserGraph, site: Site) -> list[int]:
+    """Numbers of tokens at which the masks are computed. Raises: InputError SRC-RAISE."""
+    most = graph.most_tokens or _MOST
+    masks = [mask.node for mask in site.masks]
+    found = {*_LENGTHS, *(point + 2 for point in turning_points(graph, masks))}
+    far = [n for n in turning_points(graph, masks, only_deciding=True) if n + 2 > _MOST_SQUARE]
+    if far and far[0] < most:
+        raise InputError(
+            "SRC-RAISE",
+            f"the mask of attention {site.index} may change at {far[0]} tokens; a mask of so many "
+            "is not computed",
+            hint="only causal attention over all tokens is known in a module",
+            attention=site.index,
+        )
+    return sorted({min(each, most) for each in found if each <= _MOST_SQUARE})
+
+
+def turning_points(
+    graph: UserGraph, values: Sequence[fx.Node], *, only_deciding: bool = False
+) -> list[int]:
+    """Whole numbers above 1 that `values` are computed from, and rows of buffers, in order.
+
+    Windows, chunks and switches of frequencies stand there as numbers of tokens.
+    """
+    found: set[int] = set()
+    for node in needed(graph, list(values), {}):
+        name = getattr(node.target, "__name__", "").partition(".")[0]
+        if node.op == "placeholder" and not only_deciding and node in graph.weights:
+            found.update(graph.weight(node).shape)
+        elif node.op == "call_function" and (name in _DECIDING or not only_deciding):
+            flat = pytree.tree_leaves((node.args, node.kwargs))
+            numbers = [each for each in flat if isinstance(each, (int, float))]
+            found.update(int(abs(each)) for each in numbers if abs(each) < _MOST)
+    return sorted(number for number in found if number > 1)
+
+
+def require_by_place(graph: UserGraph) -> None:
+    """Tables must say of a place what they say of it among more tokens. Raises: SRC-RAISE."""
+    read = {
+        parent
+        for node in graph.nodes
+        if node in graph.from_tokens
+        for parent in node.all_input_nodes
+        if graph.is_table(parent) and graph.axes(parent).count("S") == 1
+    }
+    most = graph.most_tokens or _MOST
+    for table in (node for node in graph.nodes if node in read):
+        axis = graph.axes(table).index("S")
+        few = _table(graph, table, min(_FEW, most))
+        for point in turning_points(graph, [table]):
+            if few.shape[axis] < point + 2 <= most:
+                part = _table(graph, table, point + 2).narrow(axis, 0, few.shape[axis])
+                if not torch.allclose(part.to(few.dtype), few, rtol=1e-5, atol=1e-5):
+                    raise _switches(table, point)
+
+
+def _table(graph: UserGraph, table: fx.Node, tokens: int) -> torch.Tensor:
+    value: torch.Tensor = Values(graph, graph.weight, sizes=(1, tokens)).of(table)
+    return value.float()
+
+
+def _switches(table: fx.Node, tokens: int) -> InputError:
+    return InputError(
+        "SRC-RAISE",
+        f"{table.name} says something else of the first positions where more than {tokens} tokens "
+        "were met: it changes with the number of tokens",
+        hint="frequencies that switch beyond a length cannot serve rows of different lengths",
+        node=table.name,
+    )
 
 
 def _hidden(graph: UserGraph, mask: Mask, tokens: int) -> torch.Tensor:

@@ -21,7 +21,7 @@ from mla_deploy.source.user.graph import (
     trace_user_module,
 )
 from mla_deploy.source.user.latent import Latent, as_heads, latent_of, taken_rows
-from mla_deploy.source.user.positions import placed_table, require_causal
+from mla_deploy.source.user.positions import placed_table, require_by_place, require_causal
 
 # Where attention happens: (attention's index, query [B, H, S, E], latent [B, S, L], rope key
 # [B, S, R]) -> out [B, H, S, V], the values' bias included.
@@ -107,6 +107,7 @@ def raise_module(source: UserModule) -> RaisedModule:
     sites = attention_sites(graph)
     for site in sites:
         require_causal(graph, site)
+    require_by_place(graph)
     raised = RaisedModule(source, graph, sites, tuple(latent_of(graph, site) for site in sites))
     _prove(raised)
     return raised

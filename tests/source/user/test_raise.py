@@ -112,6 +112,8 @@ class Changed(models.Lm):  # type: ignore[name-defined]
         if self.wrong == "sum over tokens":
             x = x + x.cumsum(1)
         cos, sin = models.computed(tokens.shape[1])
+        if self.wrong == "switch":
+            cos = torch.where(torch.arange(tokens.shape[1]).max() >= 600, cos * 0.5, cos)
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = x + layer.w_o(self.attend(layer, norm(x), cos, sin))
         return self.head(x)
@@ -130,6 +132,10 @@ class Changed(models.Lm):  # type: ignore[name-defined]
         mask = models.causal(x.shape[1])
         if self.wrong == "window":
             mask = mask + torch.full_like(mask, float("-inf")).tril(-4)
+        if self.wrong == "far window":
+            mask = mask + torch.full_like(mask, float("-inf")).tril(-300)
+        if self.wrong == "wide window":
+            mask = mask + torch.full_like(mask, float("-inf")).tril(-20000)
         if self.wrong == "both ways":
             mask = torch.zeros_like(mask)
         if self.wrong == "bias by distance":
@@ -143,6 +149,9 @@ class Changed(models.Lm):  # type: ignore[name-defined]
     [
         ("cap", "SRC-RAISE", "aten.tanh.default"),
         ("window", "SRC-RAISE", "token 4 does not see token 0"),
+        ("far window", "SRC-RAISE", "token 300 does not see token 0"),
+        ("wide window", "SRC-RAISE", "may change at 20000 tokens"),
+        ("switch", "SRC-RAISE", "changes with the number of tokens"),
         ("both ways", "SRC-RAISE", "token 0 sees token 1"),
         ("bias by distance", "SRC-RAISE", "wanted 0 or -inf"),
         ("sum over tokens", "SRC-RAISE", "relative error"),
