@@ -26,6 +26,7 @@ from mla_deploy.export.calibration.calibrate import calibrate
 from mla_deploy.export.calibration.text import CalibrationText, calibration_text
 from mla_deploy.export.copied import copy_kept
 from mla_deploy.export.in_place import Kept, files_section, keep, own_dtype, require_plain_files
+from mla_deploy.export.joined import graph_bytes, write_joined
 from mla_deploy.export.keep import WAYS, kept_dtype, require_keepable
 from mla_deploy.export.lowered import any_capacity, lowered
 from mla_deploy.export.manifest import Source, manifest_of
@@ -226,18 +227,21 @@ def build_bundle(
         stage.require_space(layout.total_bytes)
     _calibrate(config, weights, options, layout, text=text, report=report)
     write_weights(weights, layout, stage, report)
+    protos = {}
     for name, graph in graphs.items():
         bind_weights(graph.model, layout, stage.path, stage.named("weights"))
         point_in_place(graph.model, kept, place)
-        proto = ir.to_proto(graph.model)
+        protos[name] = ir.to_proto(graph.model)
         if name == "decode":
-            checked = any_capacity(proto, options.capacity)
+            checked = any_capacity(protos[name], options.capacity)
             require_latent_only(checked, _most_heads(config), widest_row(trace))
-        stage.write_bytes(stage.named(f"{name}.onnx"), proto.SerializeToString(deterministic=True))
+        stage.write_bytes(stage.named(f"{name}.onnx"), graph_bytes(protos[name]))
     report("publish", 0, 1)
     manifest = manifest_of(
         source, options, trace, graphs, layout=layout, weights=weights, named=stage.named
     )
+    if options.plan is not None and find_target(options.target).release is None:
+        manifest.update(write_joined(stage, protos))
     if options.in_place and checkpoint is not None:
         manifest["in_place"] = files_section(checkpoint.checkpoint, _TEXTS, kept)
     bundle = stage.publish(manifest)
