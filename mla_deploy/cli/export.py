@@ -39,8 +39,9 @@ from mla_deploy.cli.verb import choice, verb
 @choice("--cache-layout", "fused|split", "Latent and rope key in one tensor, or in two.  [fused]")
 @choice(
     "--cache-dtype",
-    "fp32|fp16|bf16|int8|int8-tile|fp8|int4",
-    "Of the cache alone; the last four store latents as codes with scales.  [--dtype]",
+    "fp32|fp16|bf16|int8|int8-tile|int8-all|fp8|int4|int4-all",
+    "Of the cache alone; from int8 on latents are codes with scales, of -all rope keys too.  "
+    "[latent_cache_dtype of config.json, else --dtype]",
 )
 @click.option("--calibrate", metavar="TEXT", help="Fit --weights to this text: see quantize.")
 @click.option("--rotate-latent", is_flag=True, help="So that no channel of a latent stands out.")
@@ -63,7 +64,7 @@ def export(
     if (checkpoint is None) != bool(options.get("module")):
         raise click.UsageError("one of CHECKPOINT and --module is needed.")
     import mla_deploy
-    from mla_deploy.cli.bundle_sheets import bundle_result, bundle_sheets
+    from mla_deploy.cli.bundle_sheets import bundle_result, bundle_sheets, stored_words
     from mla_deploy.cli.loss_sheets import loss_of, loss_sheets, loss_words
 
     started = perf_counter()
@@ -74,5 +75,5 @@ def export(
     result = {**bundle_result(bundle), "export_seconds": round(seconds, 3), "loss": loss}
     model, size = result["model"]["model_type"], byte_text(result["total_bytes"])
     summary = f"exported {model} to {out or checkpoint} in {seconds:.1f} s: "
-    summary += f"{result['target']}, {result['dtype']}, {size}{loss_words(loss, bundle)}"
+    summary += f"{result['target']}, {stored_words(bundle)}, {size}{loss_words(loss, bundle)}"
     return Outcome(summary, result, (*loss_sheets(loss, bundle), *bundle_sheets(bundle)))

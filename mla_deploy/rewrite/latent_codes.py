@@ -1,4 +1,4 @@
-"""The arithmetic of `latent_store.py` as nodes of a graph.
+"""The arithmetic of `latent_store.py` as nodes of a graph; scales are in fp32 here.
 
 `op` is a rule's builder or a `Body`: what reads a cache is made inside the branch that reads it.
 """
@@ -12,19 +12,19 @@ from typing import Any
 import onnx_ir as ir
 
 from mla_deploy.latent_store import TINY, LatentStore
-from mla_deploy.rewrite.rule import ints, nibbles, number
+from mla_deploy.rewrite.rule import ints, nibbles, number, required
 from mla_deploy.source.latent_values import e4m3_values
 
 _FLOAT, _UINT8 = ir.DataType.FLOAT, ir.DataType.UINT8
 
 
 def encode(op: Any, rows_BSL: ir.Value, store: LatentStore, rank: int) -> tuple[ir.Value, ir.Value]:
-    """codes [B, S, columns] uint8, scales [B, S, tiles] fp32."""
+    """codes [B, S, columns] uint8, scales [B, S, tiles] in fp32, rounded as they are stored."""
     tiles, tiled, axis = store.tiles(rank), rows_BSL, 2
     if tiles > 1:
         tiled, axis = op.Reshape(rows_BSL, ints(op, [0, 0, tiles, rank // tiles])), 3
     peaks = op.ReduceMax(op.Abs(tiled), ints(op, [axis]), keepdims=1)
-    scales_BSG = op.Div(op.Max(peaks, number(op, TINY)), number(op, store.steps))
+    scales_BSG = _scales(op, peaks, store)
     ratios = op.Div(tiled, scales_BSG)
     if tiles > 1:
         ratios = op.Reshape(ratios, ints(op, [0, 0, rank]))
@@ -39,20 +39,32 @@ def encode(op: Any, rows_BSL: ir.Value, store: LatentStore, rank: int) -> tuple[
     return op.Cast(codes, to=_UINT8), scales_BSG
 
 
+def _scales(op: Any, peaks: ir.Value, store: LatentStore) -> ir.Value:
+    least, steps = number(op, store.least_scale), number(op, store.steps)
+    if store.scale_dtype == "fp32":
+        return required(op.Div(op.Max(peaks, least), steps))
+    half = op.Cast(op.Max(op.Div(peaks, steps), least), to=ir.DataType.FLOAT16)
+    return required(op.Cast(half, to=_FLOAT))
+
+
 def decode(
     op: Any, codes_B1TC: ir.Value, scales_B1TG: ir.Value, store: LatentStore, rank: int
 ) -> ir.Value:
     """Rows [B, 1, T, L] in fp32."""
-    if store.is_float:
-        table = op.Constant(value=ir.tensor(e4m3_values()))
-        values = op.Gather(table, op.Cast(codes_B1TC, to=ir.DataType.INT32))
-    else:
+    tiles = store.tiles(rank)
+    if not store.is_float:
         unpacked = _unpacked(op, codes_B1TC, store)
         whole = unpacked[0] if len(unpacked) == 1 else op.Concat(*unpacked, axis=3)
-        values = op.Sub(op.Cast(whole, to=_FLOAT), number(op, store.zero))
-    tiles = store.tiles(rank)
+        zero = ir.tensor([store.zero], _UINT8)
+        zeros_B1TG = op.ConstantOfShape(op.Shape(scales_B1TG), value=zero)
+        # In one pass; widening, subtracting and multiplying took 1.5 to 2.1 times as long.
+        return required(
+            op.DequantizeLinear(whole, scales_B1TG, zeros_B1TG, axis=3, block_size=rank // tiles)
+        )
+    table = op.Constant(value=ir.tensor(e4m3_values()))
+    values = op.Gather(table, op.Cast(codes_B1TC, to=ir.DataType.INT32))
     if tiles == 1:
-        return op.Mul(values, scales_B1TG)
+        return required(op.Mul(values, scales_B1TG))
     # Batch and rows fold: a Reshape copies at most the axes that lie where they did.
     tiled = op.Reshape(values, ints(op, [0, 0, -1, tiles, rank // tiles]))
     return op.Reshape(op.Mul(tiled, op.Unsqueeze(scales_B1TG, ints(op, [4]))),
