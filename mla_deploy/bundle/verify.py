@@ -126,21 +126,6 @@ class Bundle:
         """The verified path of one of the two graphs. Raises as `file`."""
         return self.file(self.manifest["io"][graph]["file"])
 
-    @property
-    def joined(self) -> Path | None:
-        """The verified path of both graphs in one file, where there is one.
-
-        None too where a graph is another than it was made of. Raises as `file`.
-        """
-        section = self.manifest.get("joined")
-        if section is None or any(
-            self.files[self.manifest["io"][graph]["file"]].sha256 != sha256
-            for graph, sha256 in section["made_of"].items()
-            if graph in self.manifest["io"]
-        ):
-            return None
-        return self.file(section["file"])
-
     def inputs(self, graph: Literal["prefill", "decode"]) -> tuple[GraphValue, ...]:
         """The inputs of one of the two graphs, in graph order."""
         return graph_values(self.manifest, graph, "inputs")

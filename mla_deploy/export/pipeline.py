@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import onnx_ir as ir
 
@@ -227,26 +227,33 @@ def build_bundle(
         stage.require_space(layout.total_bytes)
     _calibrate(config, weights, options, layout, text=text, report=report)
     write_weights(weights, layout, stage, report)
-    protos = {}
-    for name, graph in graphs.items():
+    for graph in graphs.values():
         bind_weights(graph.model, layout, stage.path, stage.named("weights"))
         point_in_place(graph.model, kept, place)
-        protos[name] = ir.to_proto(graph.model)
-        if name == "decode":
-            checked = any_capacity(protos[name], options.capacity)
-            require_latent_only(checked, _most_heads(config), widest_row(trace))
-        stage.write_bytes(stage.named(f"{name}.onnx"), graph_bytes(protos[name]))
+    protos = {name: ir.to_proto(graph.model) for name, graph in graphs.items()}
+    checked = any_capacity(protos["decode"], options.capacity)
+    require_latent_only(checked, _most_heads(config), widest_row(trace))
+    joined = _write_graphs(stage, options, protos)
     report("publish", 0, 1)
     manifest = manifest_of(
         source, options, trace, graphs, layout=layout, weights=weights, named=stage.named
     )
-    if options.plan is not None and find_target(options.target).release is None:
-        manifest.update(write_joined(stage, protos))
+    manifest.update(joined)
     if options.in_place and checkpoint is not None:
         manifest["in_place"] = files_section(checkpoint.checkpoint, _TEXTS, kept)
     bundle = stage.publish(manifest)
     report("publish", 1, 1)
     return bundle
+
+
+def _write_graphs(
+    stage: Stage, options: ExportOptions, graphs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Both ModelProtos, and of a CPU's quantised bundle the joined one; what the manifest says."""
+    for name, graph in graphs.items():
+        stage.write_bytes(stage.named(f"{name}.onnx"), graph_bytes(graph))
+    is_packed = options.plan is not None and find_target(options.target).release is None
+    return write_joined(stage, graphs) if is_packed else {}
 
 
 def _text(source: Described, options: ExportOptions) -> CalibrationText | None:

@@ -23,12 +23,13 @@ def run_bound(session: Any, binding: Any, *, gives_back: bool = False) -> None:
 
     Raises: EnvironmentFailure RUN-MEMORY, GateError RUN-STEP.
     """
-    options = None
-    if gives_back:
-        options = ort.RunOptions()
-        options.add_run_config_entry(*_SHRINK)
     try:
-        session.run_with_iobinding(binding, options)
+        if gives_back:
+            options = ort.RunOptions()
+            options.add_run_config_entry(*_SHRINK)
+            session.run_with_iobinding(binding, options)
+        else:
+            session.run_with_iobinding(binding)
     except Exception as problem:  # onnxruntime's own classes, all straight from Exception
         if any(sign in str(problem) for sign in _ALLOCATION):
             raise EnvironmentFailure(

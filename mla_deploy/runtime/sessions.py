@@ -19,6 +19,7 @@ import numpy as np
 import onnxruntime as ort
 
 from mla_deploy.bundle import Bundle
+from mla_deploy.bundle.joined import joined_graph
 from mla_deploy.door import open_folder
 from mla_deploy.errors import (
     IncompatibleError,
@@ -72,10 +73,11 @@ class GraphSessions:
                 self.private_bytes += max(0, anonymous_bytes() - before)
             return self._sessions[graph]
 
-    def choose(self, binding: Any, graph: Graph) -> None:
-        """Bind which graph a run is of, where one session has both."""
+    def choose(self, binding: Any, graph: Graph) -> bool:
+        """Whether one session has both graphs; if so, bind which of them a run is of."""
         if self._joined is not None:
             bind(binding.bind_input, EXPANDED, np.bool_, _IS_EXPANDED[graph])
+        return self._joined is not None
 
     def opened(self) -> tuple[Graph, ...]:
         """The graphs that have a session by now."""
@@ -96,7 +98,7 @@ class GraphSessions:
 
     def _opened_joined(self) -> ort.InferenceSession | None:
         """A session of both graphs; None where each is to have its own."""
-        path = self.bundle.joined if self.joins else None
+        path = joined_graph(self.bundle) if self.joins else None
         return None if path is None else self._open(str(path), path.name, "decode")
 
     def _opened(self, graph: Graph) -> ort.InferenceSession:

@@ -80,10 +80,9 @@ class ProbedSessions(GraphSessions):
             self._probed = _Session(super().session(graph), list(map(_probe, self._indices)))
         return self._probed
 
-    def choose(self, binding: Any, graph: Graph) -> None:
+    def choose(self, binding: Any, graph: Graph) -> bool:
         """As the base's; the probed graph has a session of its own."""
-        if graph != self._graph:
-            self._base.choose(binding, graph)
+        return graph != self._graph and self._base.choose(binding, graph)
 
     def held(self, index: int) -> Floats | None:
         """What point `index` held after the last run; None before one."""

@@ -14,6 +14,7 @@ import pytest
 
 import mla_deploy
 from mla_deploy.bundle import Bundle, open_bundle, stage_bundle
+from mla_deploy.bundle.joined import joined_graph
 from mla_deploy.errors import IntegrityError
 from mla_deploy.runtime import OnnxRunner
 from mla_deploy.runtime.sessions import GraphSessions, anonymous_bytes
@@ -53,21 +54,21 @@ def test_it_computes_what_each_graph_does(plan: str, graph: Any) -> None:
 def test_it_is_there_for_every_kind_of_layer(family: str) -> None:
     """Chosen tokens, states, two attentions a layer."""
     bundle = exported_family(family, {"weights": "int4"}).bundle
-    assert bundle.joined is not None
+    assert joined_graph(bundle) is not None
     joined, apart = GraphSessions(bundle, threads=1), Apart(bundle, threads=1)
     for found, wanted in zip(logits(joined, "prefill"), logits(apart, "prefill"), strict=True):
         np.testing.assert_array_equal(found, wanted)
 
 
 def test_float_bundles_map_their_weights_and_need_none() -> None:
-    assert exported().bundle.joined is None
+    assert joined_graph(exported().bundle) is None
 
 
 def test_it_does_not_count_beside_another_graph(tmp_path: Path) -> None:
     """One graph edited, the joined one left: a session of it would still give the right numbers."""
     bundle = exported(weights="int4").bundle
     wrong = write_mutant(bundle, MUTANTS[0], tmp_path / "wrong")
-    assert "joined.onnx" in wrong.files and wrong.joined is None
+    assert "joined.onnx" in wrong.files and joined_graph(wrong) is None
     sessions = GraphSessions(wrong, threads=1)
     first = logits(sessions, None)[0]
     assert not sessions.is_joined
