@@ -7,6 +7,7 @@ The interval is of the mean KL, by resampling whole rows, whose tokens depend on
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,28 +63,18 @@ def compared(
     text: str, source: Rows, found: Rows, norm: torch.nn.Module, head: torch.Tensor
 ) -> CompressionLoss:
     """The loss from the last hidden states of both: same rows, same norm, same head [vocab, D]."""
-    kls: list[NDArray[np.float64]] = []
+    kl_XT = _room(source)
     same, wanted_nll, found_nll = 0, 0.0, 0.0
-    with torch.no_grad():
-        for wanted_SD, found_SD, tokens_S in zip(
-            source.hidden_XSD, found.hidden_XSD, source.tokens_XS, strict=True
-        ):
-            row = []
-            for start in range(0, len(tokens_S) - 1, _CHUNK):
-                stop = min(start + _CHUNK, len(tokens_S) - 1)
-                target_T = tokens_S[start + 1 : stop + 1]
-                wanted = _log_probabilities(norm(wanted_SD[start:stop]) @ head.T)
-                given = _log_probabilities(norm(found_SD[start:stop]) @ head.T)
-                row.append((wanted.exp() * (wanted - given)).sum(-1).numpy())
-                same += int((wanted.argmax(-1) == given.argmax(-1)).sum())
-                wanted_nll -= float(wanted.gather(1, target_T[:, None]).sum())
-                found_nll -= float(given.gather(1, target_T[:, None]).sum())
-            kls.append(np.concatenate(row))
-    every = np.concatenate(kls)
-    low, high = _interval(np.array([row.mean() for row in kls]))
+    for place, target_T, wanted_TX, given_TX in _predictions(source, found, norm, head):
+        kl_XT[place] = _divergence(wanted_TX, given_TX)
+        same += int((wanted_TX.argmax(-1) == given_TX.argmax(-1)).sum())
+        wanted_nll -= float(wanted_TX.gather(1, target_T[:, None]).sum())
+        found_nll -= float(given_TX.gather(1, target_T[:, None]).sum())
+    every = kl_XT.reshape(-1)
+    low, high = _interval(kl_XT.mean(1))
     return CompressionLoss(
         text=text,
-        rows=len(kls),
+        rows=len(kl_XT),
         tokens=len(every),
         mean_kl=max(0.0, float(every.mean())),
         kl_low=low,
@@ -93,6 +84,45 @@ def compared(
         perplexity_source=math.exp(wanted_nll / len(every)),
         perplexity=math.exp(found_nll / len(every)),
     )
+
+
+def token_kls(
+    source: Rows, found: Rows, norm: torch.nn.Module, head: torch.Tensor, *, every: int = 1
+) -> NDArray[np.float64]:
+    """KL of predicted tokens of all rows; of one in `every`."""
+    source, found = source.thinned(every), found.thinned(every)
+    kl_XT = _room(source)
+    for place, _, wanted_TX, given_TX in _predictions(source, found, norm, head):
+        kl_XT[place] = _divergence(wanted_TX, given_TX)
+    return kl_XT
+
+
+def _room(source: Rows) -> NDArray[np.float64]:
+    """For a number of each predicted token. Small arrays of their own, one after each of many large
+    ones, would hold the heap apart: gigabytes, on 20,000 tokens."""
+    rows, tokens = source.tokens_XS.shape
+    return np.empty((rows, tokens - 1))
+
+
+def _predictions(
+    source: Rows, found: Rows, norm: torch.nn.Module, head: torch.Tensor
+) -> Iterator[tuple[tuple[int, slice], torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Where, next tokens, log probabilities [T, vocab] of both; few tokens at a time."""
+    with torch.no_grad():
+        for row, (wanted_SD, found_SD, tokens_S) in enumerate(
+            zip(source.hidden_XSD, found.hidden_XSD, source.tokens_XS, strict=True)
+        ):
+            for start in range(0, len(tokens_S) - 1, _CHUNK):
+                stop = min(start + _CHUNK, len(tokens_S) - 1)
+                wanted_TX = _log_probabilities(norm(wanted_SD[start:stop]) @ head.T)
+                given_TX = _log_probabilities(norm(found_SD[start:stop]) @ head.T)
+                place = row, slice(start, stop)
+                yield place, tokens_S[start + 1 : stop + 1], wanted_TX, given_TX
+
+
+def _divergence(wanted_TX: torch.Tensor, given_TX: torch.Tensor) -> NDArray[np.float64]:
+    found: NDArray[np.float64] = (wanted_TX.exp() * (wanted_TX - given_TX)).sum(-1).numpy()
+    return found
 
 
 def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:

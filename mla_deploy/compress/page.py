@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from mla_deploy.compress.choice_page import choice_facts
 from mla_deploy.shapes import byte_text
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def page(report: Facts) -> bytes:
         middle=13 * len(stripes) + 2,
         memory=list(_memory(report)),
         loss=list(_loss(loss)),
+        **choice_facts(report),
         **(_drawn(report, worst) if views else {}),
     )  # fmt: skip
     return text.encode("utf-8", "replace")
@@ -84,11 +86,9 @@ def _drawn(report: Facts, worst: int) -> dict[str, Any]:
 def _tiles(report: Facts) -> Iterator[tuple[str, str, str]]:
     loss = report["loss"]
     share = f"{100 * report['cache_share']:.0f} %"
-    yield (
-        "cache",
-        share,
-        f"{report['cached_values']:,} of {report['cached_values_source']:,} values",
-    )
+    kind, unit = ("bytes", "bytes a token") if report["cache_dtype"] else ("values", "values")
+    sizes = report[f"cached_{kind}"], report[f"cached_{kind}_source"]
+    yield "cache", share, f"{sizes[0]:,} of {sizes[1]:,} {unit}"
     told = f"95 %: {loss['kl_low']:.2g} to {loss['kl_high']:.2g}"
     yield "mean KL", f"{loss['mean_kl']:.2g}", told
     yield (

@@ -3,6 +3,7 @@
 Layer by layer: the source's weights are read, statistics of its keys, queries and values taken on a
 calibration text, the projections folded (`fold.py`), and the new layer written. Rows of another
 part of the text go through both models side by side, so the loss is known at the end of one pass.
+A budget of bytes chooses a form first (`budget.py`).
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,66 +20,23 @@ import safetensors.torch
 import torch
 
 from mla_deploy.bundle.folder_stage import FolderStage, stage_folder
-from mla_deploy.compress.fold import folded
+from mla_deploy.compress.budget import Budget, Choice, Progress
+from mla_deploy.compress.candidates import share_of
+from mla_deploy.compress.fold import HeadWeights
 from mla_deploy.compress.heads_model import HeadsModel
+from mla_deploy.compress.latent_layers import DTYPES, LatentLayers
 from mla_deploy.compress.loss import EXACT, CompressionLoss, compared
-from mla_deploy.compress.plan import METHODS, Settings, folding, settings_for
-from mla_deploy.compress.stream import LayerMoments, MomentsOf, Rows
-from mla_deploy.compress.text import Rations, rations
+from mla_deploy.compress.plan import METHODS, Form, form_for, reach_of
+from mla_deploy.compress.report import CompressReport
+from mla_deploy.compress.stream import AttendedRows, LayerMoments, MomentsOf, Rows
+from mla_deploy.compress.text import Rations, fit_rows, rations
 from mla_deploy.compress.told import REPORT_NAME
 from mla_deploy.compress.views import LayerView, layer_view
 from mla_deploy.compress.weight_files import open_weight_files
 from mla_deploy.config import CONFIG_NAME
 from mla_deploy.errors import GateError, InputError
-from mla_deploy.source.mla_llama import (
-    ARCHITECTURE,
-    MODEL_TYPE,
-    MlaLlamaConfig,
-    MlaLlamaForCausalLM,
-)
 
 _INDEX = "model.safetensors.index.json"
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class CompressReport:
-    """What `compress` returns. Cache sizes are values per token, over all layers."""
-
-    path: Path
-    method: str
-    layers: int
-    rank: int
-    rope: int
-    cached_values_source: int
-    cached_values: int
-    energy: tuple[float, ...]  # kept by the latent, layer by layer
-    loss: CompressionLoss | None
-    views: tuple[LayerView, ...]  # layer by layer; none of an exact form, which keeps everything
-    head_dim: int
-    groups: int
-    heads: int
-    notes: tuple[str, ...]
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "path": str(self.path),
-            "method": self.method,
-            "layers": self.layers,
-            "kv_lora_rank": self.rank,
-            "qk_rope_head_dim": self.rope,
-            "cached_values_source": self.cached_values_source,
-            "cached_values": self.cached_values,
-            "cache_share": self.cached_values / self.cached_values_source,
-            "energy_kept": list(self.energy),
-            "loss": None if self.loss is None else self.loss.to_dict(),
-            "source_heads": {"query": self.heads, "key": self.groups, "width": self.head_dim},
-            "views": [view.to_dict() for view in self.views],
-            "notes": list(self.notes),
-            "seconds": round(self.seconds, 3),
-        }
 
 
 def compress(
@@ -88,6 +45,7 @@ def compress(
     *,
     rank: int | None = None,
     rope_dim: int | None = None,
+    budget: float | str | None = None,
     method: str = "low-rank",
     calibrate: str | os.PathLike[str] | None = None,
     context: int | None = None,
@@ -97,36 +55,45 @@ def compress(
     """Write `checkpoint`, a Llama-like model in a folder or a GGUF file, to `out` in MLA form.
 
     Without `rank` and `rope_dim` the result is exact, and caches as many values as the source.
+    `budget`, 0.5 or "50%", is a share of the bytes that the source caches in 16 bits: forms that
+    fit are run, and the one that loses least is written, with how its cache is to be stored.
     Raises: InputError CMP-*, CFG-*, CKPT-*, FILE-*; BusyError BUN-EXISTS; EnvironmentFailure ENV-*.
     """
     started = time.perf_counter()
-    if method not in METHODS[1:]:
-        raise InputError("CMP-METHOD", f"method {method!r} is not known, wanted low-rank, transmla")
-    if dtype not in _DTYPES:
-        raise InputError("CMP-DTYPE", f"dtype {dtype!r} is not known, wanted {', '.join(_DTYPES)}")
+    share = _checked(budget, rank, rope_dim, method)
+    if dtype not in DTYPES:
+        raise InputError("CMP-DTYPE", f"dtype {dtype!r} is not known, wanted {', '.join(DTYPES)}")
     with torch.inference_mode(), open_weight_files(Path(checkpoint)) as files:
         source = HeadsModel(files)
-        settings = settings_for(source.facts, method, rank, rope_dim, context)
+        reach = reach_of(source.facts, context)
+        form = form_for(source.facts, method, rank, rope_dim, reach)
         texts = dict(files.texts())
         given = rations(
-            texts, calibrate, vocab=int(source.hf.vocab_size), context=settings.context,
-            calibrates=settings.calibrates,
+            texts, calibrate, vocab=int(source.hf.vocab_size), context=reach,
+            calibrates=share is not None or form.calibrates, chooses=share is not None,
         )  # fmt: skip
+        asked = None if share is None else Budget(source, given, share, context=reach, dtype=dtype)
         needed = 4 * sum(int(np.prod(shape)) for shape in files.shapes.values())
         with stage_folder(out, FolderStage, needed_bytes=needed * 5 // 4) as stage:
-            work = _Work(source, settings, given, stage, _DTYPES[dtype])
+            choice = Choice(form) if asked is None else asked.choose(progress)
+            work = _Work(source, choice, given, stage, dtype)
             loss, energy, views = work.run(progress)
-            if settings.method == "exact" and loss.mean_kl > EXACT:
-                raise GateError(
-                    "CMP-NOT-EQUAL",
-                    f"the exact form differs from its source by a mean KL of {loss.mean_kl:.3g}, "
-                    f"wanted at most {EXACT:g}: the model computes something Llama's layers do not",
-                    hint="this model class cannot be compressed yet; please report it",
-                )
+            _check_exact(choice.form, loss)
             for name, data in texts.items():
                 stage.write(name, data)
-            stage.write(CONFIG_NAME, _json(work.config_fields()))
-            report = work.report(Path(out), loss, energy, views, started)
+            stage.write(CONFIG_NAME, _json(work.layers.config_fields()))
+            report = CompressReport(
+                path=Path(out),
+                form=work.layers.form,
+                source=source.facts,
+                energy=tuple(energy),
+                loss=loss,
+                views=tuple(views),
+                notes=given.notes,
+                seconds=time.perf_counter() - started,
+                budget=share,
+                weighed=choice.weighed,
+            )
             told = {**report.to_dict(), "source_digest": files.digest, "path": None}
             stage.write(REPORT_NAME, _json(told))
             stage.publish()
@@ -139,20 +106,13 @@ class _Work:
     def __init__(
         self,
         source: HeadsModel,
-        settings: Settings,
+        choice: Choice,
         given: Rations,
         stage: FolderStage,
-        dtype: torch.dtype,
+        dtype: str,
     ) -> None:
-        self.source, self.settings, self.given = source, settings, given
-        self.stage, self.dtype = stage, dtype
-        rotary: Any = source.rotary
-        self.frequencies_F = rotary.inv_freq.double().numpy()
-        self.stretch = float(rotary.attention_scaling)
-        self.config = MlaLlamaConfig(**self.config_fields())
-        self.config._attn_implementation = "sdpa"
-        with torch.device("meta"):
-            self._empty: Any = MlaLlamaForCausalLM(self.config)
+        self.source, self.choice, self.given, self.stage = source, choice, given, stage
+        self.layers = LatentLayers(source, choice.form, dtype)
         self._index: dict[str, str] = {}
 
     def run(
@@ -162,9 +122,10 @@ class _Work:
         embed, norm, head = self.source.trunk()
         rotary = self.source.rotary
         wanted, found = Rows(self.given.judged, rotary), Rows(self.given.judged, rotary)
-        calibration = [Rows(self.given.calibration, rotary)] if self.given.calibration else []
-        for rows in (wanted, found, *calibration):
-            rows.embed(embed)
+        calibration = self._calibration()
+        for rows in (wanted, found, calibration):
+            if rows is not None:
+                rows.embed(embed)
         energy, views = [], []
         count = self.source.facts.layers
         for index in range(count):
@@ -174,16 +135,14 @@ class _Work:
             if not index:
                 self.source.check_trunk(layer)
             weights = self.source.attention(layer)
-            moments = _moments(weights, layer, calibration, index)
-            plan = folding(self.settings, weights, moments, self.frequencies_F, self.stretch)
+            moments, attended = self._learnt(index, layer, weights, calibration)
+            plan = self.layers.folding(index, weights, moments)
             energy.append(plan.latent.kept)
             if moments is not None:
                 views.append(layer_view(weights, moments, plan))
-            attention = {f"self_attn.{k}": torch.from_numpy(v).float()
-                         for k, v in folded(weights, plan).items()}  # fmt: skip
-            made = self._made(index, layer, attention)
+            made = self.layers.made(index, layer, plan, weights, attended=attended)
             wanted.through(layer)
-            found.through(made)
+            found.through(made, cached=self.layers.rounding)
             self._write(f"model.layers.{index}.", made, index)
         if progress is not None:
             progress("layers", count, count)
@@ -191,83 +150,41 @@ class _Work:
         text = self.given.name
         return compared(text, wanted, found, norm, head), energy, views
 
-    def report(
-        self,
-        out: Path,
-        loss: CompressionLoss,
-        energy: list[float],
-        views: list[LayerView],
-        started: float,
-    ) -> CompressReport:
-        """What was done, once every layer is written."""
-        facts, settings = self.source.facts, self.settings
-        return CompressReport(
-            path=out,
-            method=settings.method,
-            layers=facts.layers,
-            rank=settings.rank,
-            rope=settings.rope,
-            cached_values_source=2 * facts.layers * facts.groups * facts.head_dim,
-            cached_values=facts.layers * (settings.rank + settings.rope),
-            energy=tuple(energy),
-            loss=loss,
-            views=tuple(views),
-            head_dim=facts.head_dim,
-            groups=facts.groups,
-            heads=facts.heads,
-            notes=self.given.notes,
-            seconds=time.perf_counter() - started,
-        )
+    def _calibration(self) -> Rows | None:
+        """Rows that statistics are taken of, or only those that projections are fitted to."""
+        given, rotary = self.given, self.source.rotary
+        if not self.choice.form.calibrates:
+            return None
+        if not self.choice.moments:
+            return Rows(given.calibration, rotary)
+        return Rows(fit_rows(given), rotary) if self.choice.form.is_fitted else None
 
-    def config_fields(self) -> dict[str, Any]:
-        """config.json of the result."""
-        hf, facts, settings = self.source.hf, self.source.facts, self.settings
-        kept = ("vocab_size", "hidden_size", "intermediate_size", "hidden_act", "rms_norm_eps",
-                "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings",
-                "rope_parameters")  # fmt: skip
-        fields = {name: getattr(hf, name, None) for name in kept}
-        first: Any = self.source.first_attention()
-        return {
-            **{key: value for key, value in fields.items() if value is not None},
-            "model_type": MODEL_TYPE,
-            "architectures": [ARCHITECTURE],
-            "num_hidden_layers": facts.layers,
-            "num_attention_heads": facts.heads,
-            "num_key_value_heads": facts.heads,
-            "head_dim": facts.head_dim,
-            "max_position_embeddings": facts.context,
-            "attention_bias": True,
-            "mlp_bias": bool(getattr(hf, "mlp_bias", False)),
-            "q_lora_rank": None,
-            "kv_lora_rank": settings.rank,
-            "qk_rope_head_dim": settings.rope,
-            "qk_nope_head_dim": settings.nope(facts.head_dim),
-            "v_head_dim": facts.head_dim,
-            "softmax_scale": float(first.scaling),
-            "dtype": str(self.dtype).removeprefix("torch."),
-        }
-
-    def _made(self, index: int, layer: Any, attention: Mapping[str, torch.Tensor]) -> Any:
-        """The layer in its new form, with weights."""
-        made = self._empty.model.layers[index].to_empty(device="cpu")
-        state = dict(attention)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            state[f"{name}.weight"] = getattr(layer, name).weight
-        for name, weight in self.source.gated_mlp(layer).items():
-            state[f"mlp.{name}"] = weight
-        made.load_state_dict({k: v.to(self.dtype).float() for k, v in state.items()}, strict=True)
-        return made.requires_grad_(False)
+    def _learnt(
+        self, index: int, layer: Any, weights: HeadWeights, calibration: Rows | None
+    ) -> tuple[LayerMoments | None, AttendedRows | None]:
+        """Statistics on the calibration rows, which go through the layer on the way, and what its
+        attention did with them."""
+        known = self.choice.moments[index] if self.choice.moments else None
+        if calibration is None:
+            return known, None
+        collected = MomentsOf(weights, index) if known is None else None
+        with AttendedRows(layer, calibration, len(fit_rows(self.given))) as attended:
+            calibration.through(layer, collected)
+        return known if collected is None else collected.done(), attended
 
     def _write(self, prefix: str, module: Any, index: int) -> None:
-        tensors = {f"{prefix}{n}": p.to(self.dtype) for n, p in module.named_parameters()}
+        dtype = self.layers.dtype
+        tensors = {f"{prefix}{n}": p.to(dtype) for n, p in module.named_parameters()}
         self._put(f"model-{index + 1:05d}.safetensors", tensors)
-        module.to("meta")
+        self.layers.release(module)
 
     def _write_trunk(self, embed: Any, norm: Any, head: torch.Tensor) -> None:
         tensors = {"model.embed_tokens.weight": embed.weight, "model.norm.weight": norm.weight}
         if not self.source.tied:
             tensors["lm_head.weight"] = head
-        self._put("model-00000.safetensors", {k: v.to(self.dtype) for k, v in tensors.items()})
+        self._put(
+            "model-00000.safetensors", {k: v.to(self.layers.dtype) for k, v in tensors.items()}
+        )
         self.stage.write(_INDEX, _json({"metadata": {}, "weight_map": self._index}))
 
     def _put(self, file: str, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -277,14 +194,35 @@ class _Work:
         self._index.update(dict.fromkeys(tensors, file))
 
 
-def _moments(weights: Any, layer: Any, rows: list[Rows], index: int) -> LayerMoments | None:
-    """Statistics on the calibration rows, which go through the layer on the way."""
-    if not rows:
+def _check_exact(form: Form, loss: CompressionLoss) -> None:
+    """Raises: GateError CMP-NOT-EQUAL."""
+    if form.method == "exact" and loss.mean_kl > EXACT:
+        raise GateError(
+            "CMP-NOT-EQUAL",
+            f"the exact form differs from its source by a mean KL of {loss.mean_kl:.3g}, "
+            f"wanted at most {EXACT:g}: the model computes something Llama's layers do not",
+            hint="this model class cannot be compressed yet; please report it",
+        )
+
+
+def _checked(
+    budget: float | str | None, rank: int | None, rope_dim: int | None, method: str
+) -> float | None:
+    """The budget as a share. Raises: InputError CMP-METHOD, CMP-BUDGET."""
+    if method not in METHODS[1:]:
+        raise InputError("CMP-METHOD", f"method {method!r} is not known, wanted low-rank, transmla")
+    if budget is None:
         return None
-    collected = MomentsOf(weights, index)
-    for each in rows:
-        each.through(layer, collected)
-    return collected.done()
+    given = {"rank": rank is not None, "rope_dim": rope_dim is not None,
+             "method transmla": method == "transmla"}  # fmt: skip
+    others = [name for name, is_given in given.items() if is_given]
+    if others:
+        raise InputError(
+            "CMP-BUDGET",
+            f"a budget is given together with {' and '.join(others)}, which it would choose",
+            hint="give a budget alone, or widths without one",
+        )
+    return share_of(budget)
 
 
 def _json(content: Any) -> bytes:

@@ -5,10 +5,13 @@ Sizes are in values cached per token and layer: the source keeps 2 g d, the resu
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from mla_deploy.compress.even_basis import evened
 from mla_deploy.compress.fold import Folding, HeadWeights, rest_keys
 from mla_deploy.compress.heads_model import HeadFacts
 from mla_deploy.compress.key_basis import (
@@ -23,6 +26,7 @@ from mla_deploy.compress.key_basis import (
 from mla_deploy.compress.latent_basis import LatentBasis, joint_latent, plain_latent
 from mla_deploy.compress.stream import LayerMoments
 from mla_deploy.errors import InputError
+from mla_deploy.latent_store import STORES
 
 METHODS = ("exact", "low-rank", "transmla")
 # No key lies in an exact latent; a graph has some width for them all the same, of zeros.
@@ -32,43 +36,89 @@ _MOST_FOLD = 4
 
 @dataclass(frozen=True)
 class Settings:
-    """`rank` L and `rope` R, the same in every layer; `context` the distances that rotations are
-    averaged over; `fold` TransMLA's FreqFold."""
+    """Of one layer: `rank` L and `rope` R; `nope` N of every head; `context` the distances that
+    rotations are averaged over; `fold` TransMLA's FreqFold; `is_stored`: in fewer than 16 bits;
+    `is_fitted`: the output projection is fitted to what is left (`output_fit.py`).
+    """
 
     method: str
     rank: int
     rope: int
+    nope: int
     context: int
     fold: int = 2
+    is_stored: bool = False
+    is_fitted: bool = False
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a model is written: layer by layer, and how its cache is stored (`--cache-dtype`; None:
+    as its weights are, 16 bits where bytes are counted)."""
+
+    layers: tuple[Settings, ...]
+    cache: str | None = None
+
+    @property
+    def method(self) -> str:
+        return self.layers[0].method
+
+    @property
+    def usual(self) -> Settings:
+        """What most layers are like."""
+        return Counter(self.layers).most_common(1)[0][0]
 
     @property
     def calibrates(self) -> bool:
         """Whether a text is needed."""
         return self.method != "exact"
 
-    def nope(self, head_dim: int) -> int:
-        """N of every head."""
-        return head_dim if self.calibrates else _EMPTY_NOPE
+    @property
+    def is_fitted(self) -> bool:
+        """Whether some layer is."""
+        return any(each.is_fitted for each in self.layers)
+
+    @property
+    def cached_values(self) -> int:
+        """Of a token, in all layers."""
+        return sum(each.rank + each.rope for each in self.layers)
+
+    @property
+    def cached_bytes(self) -> int:
+        """Of a token, in all layers: codes and scales."""
+        store = STORES.get(self.cache or "")
+        if store is None:
+            return 2 * self.cached_values
+        return sum(store.row_bytes(each.rank, each.rope) for each in self.layers)
 
 
-def settings_for(
-    facts: HeadFacts,
-    method: str,
-    rank: int | None,
-    rope: int | None,
-    context: int | None,
-) -> Settings:
-    """What was asked for, checked. Raises: InputError CMP-RANK, CMP-ROPE, CMP-CONTEXT."""
+def form_of(
+    facts: HeadFacts, widths: Sequence[tuple[int, int]], context: int, cache: str | None = None
+) -> Form:
+    """Low-rank layers of (L, R) each; where every key turns in all of them nothing but 16 or fewer
+    bits loses anything, and no key lies in a latent."""
     keys = facts.groups * facts.head_dim
-    reach = facts.context if context is None else context
-    if not 1 <= reach <= facts.context:
-        raise InputError(
-            "CMP-CONTEXT",
-            f"a context of {reach} tokens is asked for, the model takes 1 to {facts.context}",
-            hint="give the longest context that the model will be used with",
-        )
+    nope = _EMPTY_NOPE if all(rope == keys for _, rope in widths) else facts.head_dim
+    stored = cache in STORES
+
+    def of(rank: int, rope: int) -> Settings:
+        fitted = rank + rope < 2 * keys
+        return Settings("low-rank", rank, rope, nope, context, is_stored=stored, is_fitted=fitted)
+
+    return Form(tuple(of(rank, rope) for rank, rope in widths), cache)
+
+
+def form_for(facts: HeadFacts, method: str, rank: int | None, rope: int | None, reach: int) -> Form:
+    """Every layer as was asked for, checked. Raises: InputError CMP-RANK, CMP-ROPE."""
+    return Form((_settings(facts, method, rank, rope, reach),) * facts.layers)
+
+
+def _settings(
+    facts: HeadFacts, method: str, rank: int | None, rope: int | None, reach: int
+) -> Settings:
+    keys = facts.groups * facts.head_dim
     if rank is None and rope is None:
-        return Settings("exact", keys, keys, reach)
+        return Settings("exact", keys, keys, _EMPTY_NOPE, reach)
     whole = 2 * keys
     turning = _default_rope(facts, method) if rope is None else rope
     if not 2 <= turning <= keys or turning % 2:
@@ -94,7 +144,20 @@ def settings_for(
             f"{turning} is asked for",
             hint=f"--rope-dim {facts.head_dim}, or --method low-rank",
         )
-    return Settings(method, kept, turning, reach)
+    fitted = method == "low-rank" and kept + turning < whole
+    return Settings(method, kept, turning, facts.head_dim, reach, is_fitted=fitted)
+
+
+def reach_of(facts: HeadFacts, context: int | None) -> int:
+    """The context that was asked for. Raises: InputError CMP-CONTEXT."""
+    reach = facts.context if context is None else context
+    if not 1 <= reach <= facts.context:
+        raise InputError(
+            "CMP-CONTEXT",
+            f"a context of {reach} tokens is asked for, the model takes 1 to {facts.context}",
+            hint="give the longest context that the model will be used with",
+        )
+    return reach
 
 
 def folding(
@@ -106,7 +169,7 @@ def folding(
 ) -> Folding:
     """How one layer is written; `moments` are needed for all but the exact form."""
     groups, half = weights.groups, weights.head_dim // 2
-    nope = settings.nope(weights.head_dim)
+    nope = settings.nope
     if settings.method == "exact" or moments is None:
         basis = plain_basis(groups, half)
         every = np.arange(basis.pairs)
@@ -126,7 +189,8 @@ def folding(
     best = np.argsort(-scores_C, kind="stable")[: settings.rope // 2]
     turned = np.sort(best)
     latent = _latent(settings, basis, turned, moments, centred=True)
-    return Folding(basis, turned, latent, mean_F, stretch, nope)
+    plan = Folding(basis, turned, latent, mean_F, stretch, nope)
+    return evened(plan, weights, moments) if settings.is_stored else plan
 
 
 def _latent(

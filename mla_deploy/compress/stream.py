@@ -5,6 +5,7 @@ Hidden states of every token are what is kept between layers; no two layers are 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 from mla_deploy.compress.fold import HeadWeights
 from mla_deploy.compress.key_basis import Doubles, KeyMoments
 from mla_deploy.errors import InputError
+from mla_deploy.source.cache import CacheRounding
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,81 @@ class Rows:
         with torch.no_grad():
             self.hidden_XSD = embedding(self.tokens_XS)
 
-    def through(self, layer: nn.Module, watch: Any = None) -> None:
-        """Replace the hidden states by what `layer` makes of them; `watch` sees its inputs."""
+    def through(
+        self, layer: nn.Module, watch: Any = None, cached: CacheRounding | None = None
+    ) -> None:
+        """Replace the hidden states by what `layer` makes of them; `watch` sees its inputs.
+
+        `cached`: the layer is one of ours, and attends to rows as such a cache gives them back.
+        """
         run: Any = layer
+        options = cache_options(cached)
         with torch.no_grad():
             for start in range(0, len(self.hidden_XSD), self.batch):
                 part = slice(start, start + self.batch)
                 hidden = self.hidden_XSD[part]
                 if watch is not None:
                     watch(run.input_layernorm(hidden))
-                self.hidden_XSD[part] = run(hidden, position_embeddings=self.angles)
+                self.hidden_XSD[part] = run(hidden, position_embeddings=self.angles, **options)
+
+    def copied(self, rows: int) -> Rows:
+        """The first `rows` of these, from here on by themselves."""
+        found = copy.copy(self)
+        found.tokens_XS = self.tokens_XS[:rows]
+        found.hidden_XSD = self.hidden_XSD[:rows].clone()
+        return found
+
+    def thinned(self, every: int) -> Rows:
+        """One token in `every`, for what looks at tokens alone."""
+        found = copy.copy(self)
+        found.tokens_XS, found.hidden_XSD = self.tokens_XS[:, ::every], self.hidden_XSD[:, ::every]
+        return found
+
+
+class AttendedRows:
+    """What attention took and gave at one layer, of rows that go through it in `with` this."""
+
+    def __init__(self, layer: Any, rows: Rows, most: int | None = None) -> None:
+        """`most`: of so many rows only."""
+        self.angles: Any = rows.angles
+        self._left = len(rows.tokens_XS) if most is None else most
+        self._attention: Any = layer.self_attn
+        self._hook: Any = None
+        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __enter__(self) -> AttendedRows:
+        self._hook = self._attention.register_forward_hook(self._take, with_kwargs=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+
+    def pairs(self) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
+        """Inputs and outputs [B, S, D], a batch at a time."""
+        return self._pairs
+
+    def _take(self, _: Any, given: Any, options: Any, found: Any) -> None:
+        inputs_BSD = options["hidden_states"] if "hidden_states" in options else given[0]
+        if self._left > 0:
+            self._pairs.append((inputs_BSD[: self._left], found[0][: self._left]))
+            self._left -= len(inputs_BSD)
+
+
+def cache_options(cached: CacheRounding | None) -> dict[str, Any]:
+    """Arguments of a layer of ours, or of its attention, whose rows are cached like that."""
+    return {} if cached is None else {"cache": _Stored(cached)}
+
+
+class _Stored:
+    """Stands in for the cache of one layer that sees all its tokens at once."""
+
+    def __init__(self, rounding: CacheRounding) -> None:
+        self._rounding = rounding
+
+    def update(
+        self, latent: torch.Tensor, rope_key: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._rounding.latent(latent), self._rounding.rope_key(rope_key)
 
 
 class MomentsOf:
