@@ -31,6 +31,7 @@ PAST_TOKENS = "past_tokens"
 CAPACITY = "capacity"
 VERIFIED_TOKENS = "verified_tokens"  # new_tokens up to MOST_VERIFIED, and 1 beyond
 
+EXPANDED = "expanded"  # input of a joined graph: true for what the prefill graph computes
 MOST_VERIFIED = 8  # new tokens per row whose logits a decode graph gives in one call
 
 _INT64_MAX = 2**63 - 1

@@ -44,6 +44,9 @@ def check_sections(manifest: Mapping[str, Any], files: set[str]) -> None:
         _check_rules(manifest, _QUANTIZED_RULES)
         if "calibration" in manifest["weights"]["quantized"]:
             _check_rules(manifest, _CALIBRATION_RULES)
+    if "joined" in manifest:
+        _check_rules(manifest, _JOINED_RULES)
+        _check_file("joined.file", manifest["joined"]["file"], files)
     _check_cache(manifest["cache"])
     _check_file("weights.file", manifest["weights"]["file"], files)
     for graph in GRAPHS:
@@ -181,6 +184,11 @@ _CACHE_TENSORS = _Rule(
 )
 _PAIRS = _Rule("a list of [input, output]", _is_pairs)
 
+_JOINED_RULES = {
+    "joined.file": _TEXT,
+    "joined.made_of.prefill": _TEXT,
+    "joined.made_of.decode": _TEXT,
+}
 _RULES: dict[str, _Rule] = {
     "tool.name": _TEXT,
     "tool.version": _TEXT,

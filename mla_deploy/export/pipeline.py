@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import onnx_ir as ir
 
@@ -26,6 +26,7 @@ from mla_deploy.export.calibration.calibrate import calibrate
 from mla_deploy.export.calibration.text import CalibrationText, calibration_text
 from mla_deploy.export.copied import copy_kept
 from mla_deploy.export.in_place import Kept, files_section, keep, own_dtype, require_plain_files
+from mla_deploy.export.joined import graph_bytes, write_joined
 from mla_deploy.export.keep import WAYS, kept_dtype, require_keepable
 from mla_deploy.export.lowered import any_capacity, lowered
 from mla_deploy.export.manifest import Source, manifest_of
@@ -226,23 +227,33 @@ def build_bundle(
         stage.require_space(layout.total_bytes)
     _calibrate(config, weights, options, layout, text=text, report=report)
     write_weights(weights, layout, stage, report)
-    for name, graph in graphs.items():
+    for graph in graphs.values():
         bind_weights(graph.model, layout, stage.path, stage.named("weights"))
         point_in_place(graph.model, kept, place)
-        proto = ir.to_proto(graph.model)
-        if name == "decode":
-            checked = any_capacity(proto, options.capacity)
-            require_latent_only(checked, _most_heads(config), widest_row(trace))
-        stage.write_bytes(stage.named(f"{name}.onnx"), proto.SerializeToString(deterministic=True))
+    protos = {name: ir.to_proto(graph.model) for name, graph in graphs.items()}
+    checked = any_capacity(protos["decode"], options.capacity)
+    require_latent_only(checked, _most_heads(config), widest_row(trace))
+    joined = _write_graphs(stage, options, protos)
     report("publish", 0, 1)
     manifest = manifest_of(
         source, options, trace, graphs, layout=layout, weights=weights, named=stage.named
     )
+    manifest.update(joined)
     if options.in_place and checkpoint is not None:
         manifest["in_place"] = files_section(checkpoint.checkpoint, _TEXTS, kept)
     bundle = stage.publish(manifest)
     report("publish", 1, 1)
     return bundle
+
+
+def _write_graphs(
+    stage: Stage, options: ExportOptions, graphs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Both ModelProtos, and of a CPU's quantised bundle the joined one; what the manifest says."""
+    for name, graph in graphs.items():
+        stage.write_bytes(stage.named(f"{name}.onnx"), graph_bytes(graph))
+    is_packed = options.plan is not None and find_target(options.target).release is None
+    return write_joined(stage, graphs) if is_packed else {}
 
 
 def _text(source: Described, options: ExportOptions) -> CalibrationText | None:

@@ -2,7 +2,7 @@
 
 TensorRT holds the weights once for each of its two engines, and the cache twice where its release
 cannot update it in place. ONNX Runtime maps float weights, once for both graphs; it keeps an fp32
-copy of weights in half precision for decoding, and a packed copy of quantised ones for each graph.
+copy of weights in half precision for decoding, and one packed copy of quantised ones.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _cache_bytes(model: Model, batch: int, context: int) -> int:
 def _on_cpu(model: Model, batch: int, context: int) -> Memory:
     stored = model.stored
     widened = _FP32 * stored.half // 2
-    packed = 2 * stored.quantized
+    packed = stored.quantized
     plain = stored.total - stored.half - stored.quantized
     return Memory(
         weights_bytes=stored.total,

@@ -108,18 +108,29 @@ class QuantizeKeys(_OfHalf):
 
 
 def widened(op: Any, parts: list[ir.Value], form: WeightForm, columns: int) -> ir.Value:
-    """The float matrix [R, K] of a weight in the layout nbits."""
+    """The float matrix [R, K] of a weight in the layout nbits.
+
+    ONNX Runtime does not fold DequantizeLinear: what it keeps are the bytes, and no float weight.
+    """
     values, scales, *zeros = parts
     last = ints(op, [-1])
     if form.bits == 4:
         low, high = nibbles(op, values)
         pairs = op.Concat(op.Unsqueeze(low, last), op.Unsqueeze(high, last), axis=-1)
         values = op.Reshape(pairs, ints(op, [0, 0, -1]))
-    middle = op.Constant(value_float=float(2 ** (form.bits - 1)))
     if zeros:
-        middle = op.Unsqueeze(op.Cast(_zeros(op, zeros[0], form, columns), to=1), last)
-    centred = op.Sub(op.Cast(values, to=1), middle)
-    flat = op.Reshape(op.Mul(centred, op.Unsqueeze(scales, last)), ints(op, [0, -1]))
+        middle = _zeros(op, zeros[0], form, columns)
+    else:
+        code = op.Constant(value=ir.tensor([2 ** (form.bits - 1)], ir.DataType.UINT8))
+        middle = op.Expand(code, op.Shape(scales))
+    wide = op.DequantizeLinear(
+        values,
+        op.Unsqueeze(scales, last),
+        op.Unsqueeze(middle, last),
+        axis=2,
+        block_size=form.block,
+    )
+    flat = op.Reshape(wide, ints(op, [0, -1]))
     if columns % form.block == 0:
         return flat
     return op.Slice(flat, ints(op, [0]), ints(op, [columns]), ints(op, [1]))

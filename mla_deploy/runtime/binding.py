@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import onnxruntime as ort
 from numpy.typing import NDArray
 
 from mla_deploy.errors import EnvironmentFailure, GateError, quoted
 
+_SHRINK = ("memory.enable_memory_arena_shrinkage", "cpu:0")
 _ALLOCATION = ("bad_alloc", "Failed to allocate memory", "bad allocation")
 
 
@@ -16,10 +18,18 @@ def bind(to: Any, name: str, element_type: Any, array: NDArray[Any]) -> None:
     to(name, "cpu", 0, element_type, array.shape, array.ctypes.data)
 
 
-def run_bound(session: Any, binding: Any) -> None:
-    """Raises: EnvironmentFailure RUN-MEMORY, GateError RUN-STEP."""
+def run_bound(session: Any, binding: Any, *, gives_back: bool = False) -> None:
+    """`gives_back`: memory that the session took for what it computed goes back to the system.
+
+    Raises: EnvironmentFailure RUN-MEMORY, GateError RUN-STEP.
+    """
     try:
-        session.run_with_iobinding(binding)
+        if gives_back:
+            options = ort.RunOptions()
+            options.add_run_config_entry(*_SHRINK)
+            session.run_with_iobinding(binding, options)
+        else:
+            session.run_with_iobinding(binding)
     except Exception as problem:  # onnxruntime's own classes, all straight from Exception
         if any(sign in str(problem) for sign in _ALLOCATION):
             raise EnvironmentFailure(

@@ -274,8 +274,9 @@ class OnnxRunner:
         for name, array in zip(("input_ids", "cache_lengths", "new_lengths"), small, strict=True):
             bind(binding.bind_input, name, np.int64, array)
         bind(binding.bind_output, output, np.float32, logits)
+        is_joined = self._sessions.choose(binding, graph)
         self._bind_cache(binding, window)
-        run_bound(session, binding)
+        run_bound(session, binding, gives_back=is_joined and graph == "prefill")
         if row is None:
             self._cache.accept(window)
         else:

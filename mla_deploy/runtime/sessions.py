@@ -2,8 +2,9 @@
 
 Pre-packing is off: ONNX Runtime would copy every weight into private memory to save 4 to 5 percent
 of a prefill. Without it the weights stay mapped from the bundle's file, shared between both
-graphs and between processes. Quantised weights are packed all the same, a private copy for each
-graph: not packed, MatMulNBits widens them at every call. Measured (ONNX Runtime 1.31.1, 2 threads,
+graphs and between processes. Quantised weights are packed all the same, since MatMulNBits that are
+not packed widen them at every call; so that this takes one private copy and not two, both graphs
+run in one session then (`rewrite/join.py`). Measured (ONNX Runtime 1.31.1, 2 threads,
 AVX-512 VNNI, one MLP of 37.7 million weights of four bits): one token 2.7 ms packed, 140 ms not,
 10.6 ms in fp32; 512 tokens 174, 269 and 185 ms. Memory patterns are off because they keep one plan
 per input shape, and decoding has a new shape at every step.
@@ -12,11 +13,13 @@ per input shape, and decoding has a new shape at every step.
 from __future__ import annotations
 
 import threading
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import onnxruntime as ort
 
 from mla_deploy.bundle import Bundle
+from mla_deploy.bundle.joined import joined_graph
 from mla_deploy.door import open_folder
 from mla_deploy.errors import (
     IncompatibleError,
@@ -25,6 +28,8 @@ from mla_deploy.errors import (
     MlaDeployError,
     quoted,
 )
+from mla_deploy.runtime.binding import bind
+from mla_deploy.shapes import EXPANDED
 
 Graph = Literal["prefill", "decode"]
 _PROVIDERS = ["CPUExecutionProvider"]
@@ -32,6 +37,7 @@ _ERRORS_ONLY = 3
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 # ONNX Runtime's passes that make an fp32 copy of a half-precision weight.
 _FOLDS_CASTS = ("ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer")
+_IS_EXPANDED = {"prefill": np.array(True), "decode": np.array(False)}
 
 
 class GraphSessions:
@@ -39,6 +45,7 @@ class GraphSessions:
 
     binds_whole = False  # whether the graphs take every slot of a row, finite ones
     writes_padding = False  # whether a step writes slots for padding as well
+    joins = True  # whether quantised graphs may share a session
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         """Raises: InputError RUN-THREADS. Nothing is loaded yet."""
@@ -48,6 +55,7 @@ class GraphSessions:
         self.private_bytes = 0  # anonymous memory that opening the sessions took
         self.threads = threads
         self._sessions: dict[Graph, ort.InferenceSession] = {}
+        self._joined: ort.InferenceSession | None = None  # of both graphs
         self._lock = threading.Lock()
 
     def session(self, graph: Graph) -> ort.InferenceSession:
@@ -58,9 +66,18 @@ class GraphSessions:
         with self._lock:
             if graph not in self._sessions:
                 before = anonymous_bytes()
-                self._sessions[graph] = self._opened(graph)
+                self._require_weights()
+                if not self._sessions:
+                    self._joined = self._opened_joined()
+                self._sessions[graph] = self._joined or self._opened(graph)
                 self.private_bytes += max(0, anonymous_bytes() - before)
             return self._sessions[graph]
+
+    def choose(self, binding: Any, graph: Graph) -> bool:
+        """Whether one session has both graphs; if so, bind which of them a run is of."""
+        if self._joined is not None:
+            bind(binding.bind_input, EXPANDED, np.bool_, _IS_EXPANDED[graph])
+        return self._joined is not None
 
     def opened(self) -> tuple[Graph, ...]:
         """The graphs that have a session by now."""
@@ -70,13 +87,28 @@ class GraphSessions:
         """ONNX Runtime's version and the provider that it chose for `graph`."""
         return f"ONNX Runtime {ort.__version__} {self.session(graph).get_providers()[0]}"
 
-    def _opened(self, graph: Graph) -> ort.InferenceSession:
-        path = self.bundle.graph(graph)
+    @property
+    def is_joined(self) -> bool:
+        """Whether one session, open by now, runs both graphs."""
+        return self._joined is not None
+
+    def _require_weights(self) -> None:
         for name in self.bundle.weight_files:
             self.bundle.file(name)
+
+    def _opened_joined(self) -> ort.InferenceSession | None:
+        """A session of both graphs; None where each is to have its own."""
+        path = joined_graph(self.bundle) if self.joins else None
+        return None if path is None else self._open(str(path), path.name, "decode")
+
+    def _opened(self, graph: Graph) -> ort.InferenceSession:
+        return self._open(self.model(graph), self.bundle.graph(graph).name, graph)
+
+    def _open(self, model: str | bytes, name: str, graph: Graph) -> ort.InferenceSession:
+        """`model` is the file `name`, or what is opened in its place."""
         try:
             session = ort.InferenceSession(
-                self.model(graph),
+                model,
                 self._options(graph),
                 providers=_PROVIDERS,
                 disabled_optimizers=self._unwanted(graph),
@@ -86,7 +118,7 @@ class GraphSessions:
                 raise
             raise IncompatibleError(
                 "RUN-SESSION",
-                f"ONNX Runtime {ort.__version__} does not take {path.name}: {quoted(problem)}",
+                f"ONNX Runtime {ort.__version__} does not take {name}: {quoted(problem)}",
                 hint="the bundle needs an operator this ONNX Runtime lacks: upgrade onnxruntime",
                 graph=graph,
             ) from problem
@@ -123,7 +155,7 @@ class GraphSessions:
             ("inputs", session.get_inputs(), self.bundle.inputs(graph)),
             ("outputs", session.get_outputs(), self.bundle.outputs(graph)),
         ):
-            names = sorted(value.name for value in found)
+            names = sorted(value.name for value in found if value.name != EXPANDED)
             if names != sorted(value.name for value in wanted):
                 raise IntegrityError(
                     "RUN-IO",

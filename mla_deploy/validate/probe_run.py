@@ -51,6 +51,8 @@ class _Session:
 class ProbedSessions(GraphSessions):
     """`base` with the values of `points` of one graph as outputs more, all as fp32."""
 
+    joins = False
+
     def __init__(self, base: GraphSessions, graph: Graph, points: Sequence[Point]) -> None:
         super().__init__(base.bundle, base.threads)
         self.binds_whole, self.writes_padding = base.binds_whole, base.writes_padding
@@ -77,6 +79,10 @@ class ProbedSessions(GraphSessions):
         if self._probed is None:
             self._probed = _Session(super().session(graph), list(map(_probe, self._indices)))
         return self._probed
+
+    def choose(self, binding: Any, graph: Graph) -> bool:
+        """As the base's; the probed graph has a session of its own."""
+        return graph != self._graph and self._base.choose(binding, graph)
 
     def held(self, index: int) -> Floats | None:
         """What point `index` held after the last run; None before one."""

@@ -20,6 +20,8 @@ NOTE = (
 class StandInSessions(GraphSessions):
     """Sessions of a bundle that was lowered for TensorRT."""
 
+    joins = False  # a stand-in is read node by node
+
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         """Raises: InputError RUN-THREADS."""
         super().__init__(bundle, threads)

@@ -74,7 +74,8 @@ def test_the_crossover_picks_the_graph(runner_of: RunnerOf, sessions: GraphSessi
     asked: list[str] = []
     runner = runner_of()
     real = sessions.session
-    runner._sessions = type("Spy", (), {"session": lambda _, g: asked.append(g) or real(g)})()
+    spied = {"session": lambda _, g: asked.append(g) or real(g), "choose": lambda *_: None}
+    runner._sessions = type("Spy", (), spied)()
     for count in (1, 12, 13, 17):
         runner.prefill([ids(count)])
     assert asked == ["decode", "decode", "prefill", "prefill"]

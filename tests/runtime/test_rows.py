@@ -133,11 +133,11 @@ def test_a_failed_row_takes_the_others_back(monkeypatch: pytest.MonkeyPatch) -> 
         each.prefill([[5, 6], [7]])
     real, calls = onnx_runner.run_bound, []
 
-    def run(*given: Any) -> None:
+    def run(*given: Any, **named: Any) -> None:
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        real(*given)
+        real(*given, **named)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(onnx_runner, "run_bound", run)
