@@ -87,17 +87,11 @@ def folded(source: HeadWeights, plan: Folding) -> Mapping[str, Doubles]:
     centred_Y = content_bias_Y - plan.latent.centre_Y
     query, query_bias, expand = [], [], []
     keys = len(to_rest_YK)
-    for head in range(source.heads):
+    for head, both_Ed in enumerate(query_maps(source, plan)):
         rows = slice(head * source.head_dim, (head + 1) * source.head_dim)
         own = source.group_of(head)
-        weight_dD, bias_d = source.query[rows], source.query_bias[rows]
-        turning_Rd = np.concatenate(
-            (plan.basis.queries_C2K[turned, 0, own], plan.basis.queries_C2K[turned, 1, own])
-        )
-        nope_Nd = np.eye(source.head_dim)[: plan.nope] * float(keys > 0)
-        both_Ed = np.concatenate((nope_Nd, turning_Rd))
-        query.append(both_Ed @ weight_dD)
-        query_bias.append(both_Ed @ bias_d)
+        query.append(both_Ed @ source.query[rows])
+        query_bias.append(both_Ed @ source.query_bias[rows])
         w_uk_NL = np.zeros((plan.nope, len(plan.latent.down_LY)))
         if keys:
             w_uk_NL = _still_queries(plan, rest, own).T @ plan.latent.up_YL[:keys]
@@ -121,6 +115,18 @@ def folded(source: HeadWeights, plan: Folding) -> Mapping[str, Doubles]:
             plan.basis.frequency_C[turned]
         ],
     }
+
+
+def query_maps(source: HeadWeights, plan: Folding) -> list[Doubles]:
+    """[E, d] of each query head: from the source's query to the part that asks the latent, N, and
+    the one that turns, R."""
+    turned = plan.turned_P
+    nope_Nd = np.eye(plan.nope, source.head_dim) * float(len(plan.rest_Q) > 0)
+    maps = []
+    for head in range(source.heads):
+        own_C2d = plan.basis.queries_C2K[:, :, source.group_of(head)]
+        maps.append(np.concatenate((nope_Nd, own_C2d[turned, 0], own_C2d[turned, 1])))
+    return maps
 
 
 def _still_queries(plan: Folding, rest: Integers, own: slice) -> Doubles:

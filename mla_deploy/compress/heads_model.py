@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from mla_deploy.compress.fold import HeadWeights
 from mla_deploy.compress.weight_files import WeightFiles
 from mla_deploy.errors import InputError, quoted
+from mla_deploy.source.rope import rope_tables
 
 # What no form of MLA can say, by the name of the module that does it.
 _NOT_ABSORBABLE = {
@@ -62,6 +63,7 @@ class HeadsModel:
         self._decoder: Any = self._empty.get_decoder()
         self.facts = self._facts()
         self.rotary = type(self._decoder.rotary_emb)(config=self.hf)
+        self.rope = rope_tables(self.rotary)[""]
         self._check_weights()
 
     def layer(self, index: int) -> nn.Module:

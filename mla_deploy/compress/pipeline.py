@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,23 +20,20 @@ import safetensors.torch
 import torch
 
 from mla_deploy.bundle.folder_stage import FolderStage, stage_folder
-from mla_deploy.compress.fold import folded
+from mla_deploy.compress.fold import Folding
 from mla_deploy.compress.heads_model import HeadsModel
+from mla_deploy.compress.layouts import check_layouts, layout_for
 from mla_deploy.compress.loss import EXACT, CompressionLoss, compared
-from mla_deploy.compress.plan import METHODS, Settings, folding, settings_for
+from mla_deploy.compress.own_layout import Layout
+from mla_deploy.compress.plan import METHODS, Settings, settings_for
 from mla_deploy.compress.stream import LayerMoments, MomentsOf, Rows
+from mla_deploy.compress.survey import survey
 from mla_deploy.compress.text import Rations, rations
 from mla_deploy.compress.told import REPORT_NAME
 from mla_deploy.compress.views import LayerView, layer_view
 from mla_deploy.compress.weight_files import open_weight_files
 from mla_deploy.config import CONFIG_NAME
 from mla_deploy.errors import GateError, InputError
-from mla_deploy.source.mla_llama import (
-    ARCHITECTURE,
-    MODEL_TYPE,
-    MlaLlamaConfig,
-    MlaLlamaForCausalLM,
-)
 
 _INDEX = "model.safetensors.index.json"
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -49,6 +46,7 @@ class CompressReport:
 
     path: Path
     method: str
+    layout: str
     layers: int
     rank: int
     rope: int
@@ -56,6 +54,7 @@ class CompressReport:
     cached_values: int
     energy: tuple[float, ...]  # kept by the latent, layer by layer
     loss: CompressionLoss | None
+    beside: dict[str, CompressionLoss]  # of other layouts of the same width, by name
     views: tuple[LayerView, ...]  # layer by layer; none of an exact form, which keeps everything
     head_dim: int
     groups: int
@@ -67,6 +66,7 @@ class CompressReport:
         return {
             "path": str(self.path),
             "method": self.method,
+            "layout": self.layout,
             "layers": self.layers,
             "kv_lora_rank": self.rank,
             "qk_rope_head_dim": self.rope,
@@ -75,6 +75,7 @@ class CompressReport:
             "cache_share": self.cached_values / self.cached_values_source,
             "energy_kept": list(self.energy),
             "loss": None if self.loss is None else self.loss.to_dict(),
+            "beside": {name: loss.to_dict() for name, loss in self.beside.items()},
             "source_heads": {"query": self.heads, "key": self.groups, "width": self.head_dim},
             "views": [view.to_dict() for view in self.views],
             "notes": list(self.notes),
@@ -89,6 +90,8 @@ def compress(
     rank: int | None = None,
     rope_dim: int | None = None,
     method: str = "low-rank",
+    layout: str = "own",
+    beside: str | None = None,
     calibrate: str | os.PathLike[str] | None = None,
     context: int | None = None,
     dtype: str = "fp32",
@@ -97,6 +100,8 @@ def compress(
     """Write `checkpoint`, a Llama-like model in a folder or a GGUF file, to `out` in MLA form.
 
     Without `rank` and `rope_dim` the result is exact, and caches as many values as the source.
+    `layout` "deepseek" is one that transformers' own DeepSeek classes load; `beside` names another
+    layout whose loss is measured too, and not written.
     Raises: InputError CMP-*, CFG-*, CKPT-*, FILE-*; BusyError BUN-EXISTS; EnvironmentFailure ENV-*.
     """
     started = time.perf_counter()
@@ -104,6 +109,7 @@ def compress(
         raise InputError("CMP-METHOD", f"method {method!r} is not known, wanted low-rank, transmla")
     if dtype not in _DTYPES:
         raise InputError("CMP-DTYPE", f"dtype {dtype!r} is not known, wanted {', '.join(_DTYPES)}")
+    check_layouts(layout, beside)
     with torch.inference_mode(), open_weight_files(Path(checkpoint)) as files:
         source = HeadsModel(files)
         settings = settings_for(source.facts, method, rank, rope_dim, context)
@@ -114,8 +120,11 @@ def compress(
         )  # fmt: skip
         needed = 4 * sum(int(np.prod(shape)) for shape in files.shapes.values())
         with stage_folder(out, FolderStage, needed_bytes=needed * 5 // 4) as stage:
+            names = (layout,) if beside is None else (layout, beside)
             work = _Work(source, settings, given, stage, _DTYPES[dtype])
-            loss, energy, views = work.run(progress)
+            work.lay_out(names, asked=rank is not None, progress=progress)
+            losses, energy, views = work.run(progress)
+            loss = losses[layout]
             if settings.method == "exact" and loss.mean_kl > EXACT:
                 raise GateError(
                     "CMP-NOT-EQUAL",
@@ -125,8 +134,8 @@ def compress(
                 )
             for name, data in texts.items():
                 stage.write(name, data)
-            stage.write(CONFIG_NAME, _json(work.config_fields()))
-            report = work.report(Path(out), loss, energy, views, started)
+            stage.write(CONFIG_NAME, _json(work.layouts[0].fields))
+            report = work.report(Path(out), losses, energy, views, started)
             told = {**report.to_dict(), "source_digest": files.digest, "path": None}
             stage.write(REPORT_NAME, _json(told))
             stage.publish()
@@ -146,111 +155,105 @@ class _Work:
     ) -> None:
         self.source, self.settings, self.given = source, settings, given
         self.stage, self.dtype = stage, dtype
-        rotary: Any = source.rotary
-        self.frequencies_F = rotary.inv_freq.double().numpy()
-        self.stretch = float(rotary.attention_scaling)
-        self.config = MlaLlamaConfig(**self.config_fields())
-        self.config._attn_implementation = "sdpa"
-        with torch.device("meta"):
-            self._empty: Any = MlaLlamaForCausalLM(self.config)
+        self.layouts: tuple[Layout, ...] = ()
+        self._kept: Sequence[LayerMoments] | None = None
         self._index: dict[str, str] = {}
+
+    def lay_out(self, names: tuple[str, ...], *, asked: bool, progress: Progress | None) -> None:
+        """The first of `layouts` is written, the others are judged beside it. `asked`: for a rank.
+
+        Raises: InputError CMP-LAYOUT, CMP-NONFINITE.
+        """
+        slots_F = None
+        if "deepseek" in names and self.settings.method == "low-rank":
+            rows = Rows(self.given.calibration, self.source.rotary)
+            rows.embed(self.source.trunk()[0])
+            count = self.source.facts.layers
+            seen = survey(self.source, rows, self.settings, _told(progress, "survey", count))
+            slots_F, self._kept = seen.slots_F, seen.moments
+        self.layouts = tuple(
+            layout_for(name, self.source, self.settings, self.dtype, asked=asked, slots_F=slots_F)
+            for name in names
+        )
 
     def run(
         self, progress: Progress | None
-    ) -> tuple[CompressionLoss, list[float], list[LayerView]]:
-        """Every layer; the loss, the energy that each latent keeps, and what it looks like."""
+    ) -> tuple[dict[str, CompressionLoss], list[float], list[LayerView]]:
+        """Every layer; the losses, the energy that each latent keeps, and what it looks like."""
         embed, norm, head = self.source.trunk()
-        rotary = self.source.rotary
-        wanted, found = Rows(self.given.judged, rotary), Rows(self.given.judged, rotary)
-        calibration = [Rows(self.given.calibration, rotary)] if self.given.calibration else []
-        for rows in (wanted, found, *calibration):
+        wanted = Rows(self.given.judged, self.source.rotary)
+        found = [Rows(self.given.judged, layout.rotary) for layout in self.layouts]
+        takes = self.given.calibration and self._kept is None
+        calibration = [Rows(self.given.calibration, self.source.rotary)] if takes else []
+        for rows in (wanted, *found, *calibration):
             rows.embed(embed)
         energy, views = [], []
         count = self.source.facts.layers
+        told = _told(progress, "layers", count)
         for index in range(count):
-            if progress is not None:
-                progress("layers", index, count)
+            told(index)
             layer = self.source.layer(index)
             if not index:
                 self.source.check_trunk(layer)
             weights = self.source.attention(layer)
-            moments = _moments(weights, layer, calibration, index)
-            plan = folding(self.settings, weights, moments, self.frequencies_F, self.stretch)
-            energy.append(plan.latent.kept)
-            if moments is not None:
-                views.append(layer_view(weights, moments, plan))
-            attention = {f"self_attn.{k}": torch.from_numpy(v).float()
-                         for k, v in folded(weights, plan).items()}  # fmt: skip
-            made = self._made(index, layer, attention)
+            moments = self._kept[index] if self._kept else None
+            if calibration:
+                moments = _moments(weights, layer, calibration, index)
             wanted.through(layer)
-            found.through(made)
-            self._write(f"model.layers.{index}.", made, index)
-        if progress is not None:
-            progress("layers", count, count)
+            for layout, rows in zip(self.layouts, found, strict=True):
+                plan = layout.folding(weights, moments)
+                made = self._made(layout, index, layer, plan)
+                rows.through(made)
+                if layout is self.layouts[0]:
+                    energy.append(plan.latent.kept)
+                    if moments is not None:
+                        views.append(layer_view(weights, moments, plan))
+                    self._write(f"model.layers.{index}.", made, index)
+                made.to("meta")
+        told(count)
         self._write_trunk(embed, norm, head)
-        text = self.given.name
-        return compared(text, wanted, found, norm, head), energy, views
+        losses = {
+            layout.name: compared(self.given.name, wanted, rows, norm, head)
+            for layout, rows in zip(self.layouts, found, strict=True)
+        }
+        return losses, energy, views
 
     def report(
         self,
         out: Path,
-        loss: CompressionLoss,
+        losses: Mapping[str, CompressionLoss],
         energy: list[float],
         views: list[LayerView],
         started: float,
     ) -> CompressReport:
         """What was done, once every layer is written."""
-        facts, settings = self.source.facts, self.settings
+        facts, layout = self.source.facts, self.layouts[0]
         return CompressReport(
             path=out,
-            method=settings.method,
+            method=self.settings.method,
+            layout=layout.name,
             layers=facts.layers,
-            rank=settings.rank,
-            rope=settings.rope,
+            rank=layout.rank,
+            rope=layout.rope,
             cached_values_source=2 * facts.layers * facts.groups * facts.head_dim,
-            cached_values=facts.layers * (settings.rank + settings.rope),
+            cached_values=facts.layers * (layout.rank + layout.rope),
             energy=tuple(energy),
-            loss=loss,
+            loss=losses[layout.name],
+            beside={name: loss for name, loss in losses.items() if name != layout.name},
             views=tuple(views),
             head_dim=facts.head_dim,
             groups=facts.groups,
             heads=facts.heads,
-            notes=self.given.notes,
+            notes=(*self.given.notes, *layout.notes),
             seconds=time.perf_counter() - started,
         )
 
-    def config_fields(self) -> dict[str, Any]:
-        """config.json of the result."""
-        hf, facts, settings = self.source.hf, self.source.facts, self.settings
-        kept = ("vocab_size", "hidden_size", "intermediate_size", "hidden_act", "rms_norm_eps",
-                "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings",
-                "rope_parameters")  # fmt: skip
-        fields = {name: getattr(hf, name, None) for name in kept}
-        first: Any = self.source.first_attention()
-        return {
-            **{key: value for key, value in fields.items() if value is not None},
-            "model_type": MODEL_TYPE,
-            "architectures": [ARCHITECTURE],
-            "num_hidden_layers": facts.layers,
-            "num_attention_heads": facts.heads,
-            "num_key_value_heads": facts.heads,
-            "head_dim": facts.head_dim,
-            "max_position_embeddings": facts.context,
-            "attention_bias": True,
-            "mlp_bias": bool(getattr(hf, "mlp_bias", False)),
-            "q_lora_rank": None,
-            "kv_lora_rank": settings.rank,
-            "qk_rope_head_dim": settings.rope,
-            "qk_nope_head_dim": settings.nope(facts.head_dim),
-            "v_head_dim": facts.head_dim,
-            "softmax_scale": float(first.scaling),
-            "dtype": str(self.dtype).removeprefix("torch."),
-        }
-
-    def _made(self, index: int, layer: Any, attention: Mapping[str, torch.Tensor]) -> Any:
+    def _made(self, layout: Layout, index: int, layer: Any, plan: Folding) -> Any:
         """The layer in its new form, with weights."""
-        made = self._empty.model.layers[index].to_empty(device="cpu")
-        state = dict(attention)
+        made = layout.model.model.layers[index].to_empty(device="cpu")
+        gain_D = layer.input_layernorm.weight.double().numpy()
+        attention = layout.attention(self.source.attention(layer), plan, gain_D)
+        state = {f"self_attn.{k}": torch.from_numpy(v).float() for k, v in attention.items()}
         for name in ("input_layernorm", "post_attention_layernorm"):
             state[f"{name}.weight"] = getattr(layer, name).weight
         for name, weight in self.source.gated_mlp(layer).items():
@@ -261,7 +264,6 @@ class _Work:
     def _write(self, prefix: str, module: Any, index: int) -> None:
         tensors = {f"{prefix}{n}": p.to(self.dtype) for n, p in module.named_parameters()}
         self._put(f"model-{index + 1:05d}.safetensors", tensors)
-        module.to("meta")
 
     def _write_trunk(self, embed: Any, norm: Any, head: torch.Tensor) -> None:
         tensors = {"model.embed_tokens.weight": embed.weight, "model.norm.weight": norm.weight}
@@ -285,6 +287,11 @@ def _moments(weights: Any, layer: Any, rows: list[Rows], index: int) -> LayerMom
     for each in rows:
         each.through(layer, collected)
     return collected.done()
+
+
+def _told(progress: Progress | None, phase: str, count: int) -> Callable[[int], None]:
+    """Reports of one phase."""
+    return lambda index: progress(phase, index, count) if progress is not None else None
 
 
 def _json(content: Any) -> bytes:

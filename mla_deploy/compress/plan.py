@@ -8,11 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mla_deploy.compress.fold import Folding, HeadWeights, rest_keys
 from mla_deploy.compress.heads_model import HeadFacts
 from mla_deploy.compress.key_basis import (
     Doubles,
+    Integers,
     KeyBasis,
     balanced_basis,
     folded_basis,
@@ -21,6 +23,7 @@ from mla_deploy.compress.key_basis import (
     rotation_scores,
 )
 from mla_deploy.compress.latent_basis import LatentBasis, joint_latent, plain_latent
+from mla_deploy.compress.shared_table import best_pairs
 from mla_deploy.compress.stream import LayerMoments
 from mla_deploy.errors import InputError
 
@@ -103,8 +106,11 @@ def folding(
     moments: LayerMoments | None,
     frequencies_F: Doubles,
     stretch: float,
+    *,
+    slots_F: Integers | None = None,
 ) -> Folding:
-    """How one layer is written; `moments` are needed for all but the exact form."""
+    """How one layer is written; `moments` are needed for all but the exact form, `slots_F`
+    (`shared_table.py`) where all layers turn with one table."""
     groups, half = weights.groups, weights.head_dim // 2
     nope = settings.nope(weights.head_dim)
     if settings.method == "exact" or moments is None:
@@ -120,13 +126,23 @@ def folding(
         mean_F = np.ones(half, complex)
         latent = _latent(settings, basis, turned, moments, centred=False)
         return Folding(basis, turned, latent, mean_F, stretch, nope)
-    basis = balanced_basis(keys)
-    mean_F = mean_rotations(frequencies_F, settings.context)
-    scores_C = rotation_scores(basis, keys, mean_F)
-    best = np.argsort(-scores_C, kind="stable")[: settings.rope // 2]
-    turned = np.sort(best)
+    basis, mean_F, scores_C = turning_scores(settings, moments, groups, frequencies_F)
+    if slots_F is None:
+        turned = np.sort(np.argsort(-scores_C, kind="stable")[: settings.rope // 2])
+    else:
+        turned = best_pairs(scores_C, basis.frequency_C, slots_F)
     latent = _latent(settings, basis, turned, moments, centred=True)
     return Folding(basis, turned, latent, mean_F, stretch, nope)
+
+
+def turning_scores(
+    settings: Settings, moments: LayerMoments, groups: int, frequencies_F: Doubles
+) -> tuple[KeyBasis, NDArray[np.complex128], Doubles]:
+    """One layer's basis of keys, the mean rotations, and what each pair loses without turning."""
+    keys = moments.keys(groups)
+    basis = balanced_basis(keys)
+    mean_F = mean_rotations(frequencies_F, settings.context)
+    return basis, mean_F, rotation_scores(basis, keys, mean_F)
 
 
 def _latent(
