@@ -93,10 +93,9 @@ class DeepseekLayout:
         own = folded(weights, plan)
         latent = self.settings.rank
         down, bias = own["kv_a_proj_with_mqa.weight"], own["kv_a_proj_with_mqa.bias"]
-        unused = ((0, self.rank - latent - 1), (0, 0))
-        normed = constant_norm(
-            np.pad(down[:latent], unused), np.pad(bias[:latent], unused[0]), gain_D
-        )
+        unused = (0, self.rank - latent - 1)
+        down_LD, bias_L = np.pad(down[:latent], (unused, (0, 0))), np.pad(bias[:latent], unused)
+        normed = constant_norm(down_LD, bias_L, gain_D)
         order_R = latent + _side_by_side(self.rope)
         expand = own["kv_b_proj.weight"] * normed.undo
         norm_weight = normed.weight.copy()
@@ -140,7 +139,7 @@ class DeepseekLayout:
 
     def _fields(self, source: HeadsModel, family: str, dtype: torch.dtype) -> dict[str, Any]:
         layers = source.facts.layers
-        own = {
+        own: dict[str, Any] = {
             "V2": {"mlp_bias": bool(getattr(source.hf, "mlp_bias", False))},
             "V3": {"rope_interleave": True, "num_nextn_predict_layers": 0},
         }[family]

@@ -1,9 +1,9 @@
 """One table of frequencies for all layers, where a class has no other: which pairs keep turning.
 
 A layer of our own class turns the pairs that lose most without (`key_basis.rotation_scores`). Here
-all layers must turn as many pairs of each frequency as the others. The k-th best axis of a frequency
-is worth the sum over layers of its score there; these sums fall with k, so the best R/2 of all of
-them are the best table there is, and each layer fills it with its own best axes.
+all layers must turn as many pairs of each frequency as the others. The k-th best axis of a
+frequency is worth the sum over layers of its score there; these sums fall with k, so the best R/2
+of all of them are the best table there is, and each layer fills it with its own best axes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A first pass over the layers, where something must be known of all of them before one is written.
+"""A first pass over the layers, where all of them must be known before one is written.
 
-Statistics of every layer are kept for the second pass while they are small; else it takes them again.
+Their statistics are kept for the second pass while they are small; else it takes them again.
 """
 
 from __future__ import annotations

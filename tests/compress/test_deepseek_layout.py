@@ -195,7 +195,9 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "MLP biases and odd heads": (
         {"mlp_bias": True, "hidden_size": 50}, {"layout": "deepseek"}, "CMP-LAYOUT",
     ),
-    "a rank above what there is": ({}, {"layout": "deepseek", "rank": 49, "rope_dim": 16}, "CMP-RANK"),
+    "a rank above what there is": (
+        {}, {"layout": "deepseek", "rank": 49, "rope_dim": 16}, "CMP-RANK",
+    ),
 }  # fmt: skip
 
 
@@ -212,8 +214,12 @@ def test_refused(what: str, tmp_path: Path) -> None:
 def test_every_layer_is_surveyed_before_one_is_written(tmp_path: Path) -> None:
     source = write_llama(tmp_path / "source")
     heard: list[str] = []
-    compress(source, tmp_path / "out", layout="deepseek", rank=32, rope_dim=12, context=256,
-             progress=lambda stage, done, total: heard.append(f"{stage} {done}/{total}"))  # fmt: skip
+    options: dict[str, Any] = {"layout": "deepseek", "rank": 32, "rope_dim": 12, "context": 256}
+
+    def told(stage: str, done: int, total: int) -> None:
+        heard.append(f"{stage} {done}/{total}")
+
+    compress(source, tmp_path / "out", progress=told, **options)
     assert heard == [f"{stage} {n}/2" for stage in ("survey", "layers") for n in range(3)]
 
 
