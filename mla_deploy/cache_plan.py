@@ -74,9 +74,12 @@ def _layer(
         return
     window = _window(fields) if layer.kind == SLIDING else None
     if layer.owns_latent and store is not None and window is None:
-        yield Cached("latent_cache", store.columns(layer.rank), None, fixed=1)
-        yield Cached("latent_scale", store.tiles(layer.rank), None, fixed=4)
-        yield Cached("rope_key_cache", layer.row_width - layer.rank, None)
+        yield from _stored("latent", layer.rank, store)
+        rope = layer.row_width - layer.rank
+        if store.rope_key is None or rope == 0:
+            yield Cached("rope_key_cache", rope, None)
+        else:
+            yield from _stored("rope_key", rope, store.rope_key)
     elif layer.owns_latent:
         yield Cached("latent_cache", layer.row_width, window)
     if _has_indexer(fields, layer, index):
@@ -84,6 +87,11 @@ def _layer(
         pooled = fields.get("index_kpool") is not None
         # A pooled indexer caches its gate and whether the token is one, beside its key.
         yield Cached("indexer_key_cache", 2 * width + 1 if pooled else width, None)
+
+
+def _stored(part: str, values: int, store: LatentStore) -> Iterator[Cached]:
+    yield Cached(f"{part}_cache", store.columns(values), None, fixed=1)
+    yield Cached(f"{part}_scale", store.tiles(values), None, fixed=store.scale_bytes)
 
 
 def _window(fields: Mapping[str, Any]) -> int:

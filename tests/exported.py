@@ -63,13 +63,13 @@ def exported_checkpoint(checkpoint: Path, **options: Any) -> Exported:
 
 @functools.lru_cache(maxsize=64)
 def _exported_checkpoint(checkpoint: Path, options: tuple[tuple[str, Any], ...]) -> Exported:
-    name = "-".join([checkpoint.name, *(str(value) for _, value in options)])
+    name = _named(checkpoint.name, options)
     return _made(name, partial(shutil.copytree, checkpoint, dirs_exist_ok=True), dict(options))
 
 
 @functools.lru_cache(maxsize=64)
 def _exported(preset: str, options: tuple[tuple[str, Any], ...]) -> Exported:
-    name = "-".join([preset, *(str(value) for _, value in options)])
+    name = _named(preset, options)
     return _made(name, partial(write_preset, name=preset, tokenizer=True), dict(options))
 
 
@@ -77,8 +77,13 @@ def _exported(preset: str, options: tuple[tuple[str, Any], ...]) -> Exported:
 def _exported_family(
     family: str, options: tuple[tuple[str, Any], ...], fields: tuple[tuple[str, Any], ...]
 ) -> Exported:
-    name = "-".join(["family", family, *(f"{key}-{value}" for key, value in (*options, *fields))])
+    name = _named(f"family-{family}", (*options, *fields))
     return _made(name, partial(write_family, name=family, **dict(fields)), dict(options))
+
+
+def _named(stem: str, options: tuple[tuple[str, Any], ...]) -> str:
+    """With each option's name: int8 weights are not an int8 cache."""
+    return "-".join([stem, *(f"{key}-{value}" for key, value in options)])
 
 
 def _made(name: str, write: Callable[..., Path], options: dict[str, Any]) -> Exported:

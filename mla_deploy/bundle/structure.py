@@ -13,7 +13,13 @@ from mla_deploy.cache_plan import ITEM_BYTES
 from mla_deploy.errors import IntegrityError, quoted
 
 GRAPHS = ("prefill", "decode")
-ROW_KINDS = ("latent_cache", "latent_scale", "rope_key_cache", "indexer_key_cache")
+ROW_KINDS = (
+    "latent_cache",
+    "latent_scale",
+    "rope_key_cache",
+    "rope_key_scale",
+    "indexer_key_cache",
+)
 STATE_KINDS = ("conv_state", "recurrent_state")
 KINDS = ("token_ids", "length", "logits", *ROW_KINDS, *STATE_KINDS)
 _MAX_COUNT = 1 << 53

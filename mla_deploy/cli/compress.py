@@ -15,6 +15,7 @@ from mla_deploy.cli.verb import choice, verb
 @click.command(short_help="Ordinary attention to latent attention.")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--budget", help="Share of the source's cached bytes, as 50%: chooses the form.")
 @click.option("--rank", type=int, help="Width of the latent.  [all: exact]")
 @click.option("--rope-dim", type=int, help="Values of keys that keep turning.  [all: exact]")
 @choice("--method", "low-rank|transmla", "How ranks are cut.  [low-rank]")
@@ -39,7 +40,8 @@ def compress(
 
     CHECKPOINT is a folder of safetensors or a GGUF file. Without --rank and --rope-dim nothing is
     lost and the cache stays as large. With them the text's first part is learnt from, its last part
-    judges the loss. OUT is a checkpoint that `export` takes.
+    judges the loss. --budget runs forms that fit, quantised caches and cut ranks, and writes the
+    one that loses least. OUT is a checkpoint that `export` takes.
     """
     from mla_deploy.cli.compress_sheets import compress_sheets, words_of
     from mla_deploy.compress import compress as made

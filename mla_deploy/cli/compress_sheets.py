@@ -12,7 +12,9 @@ def words_of(report: Mapping[str, Any]) -> str:
     """For the summary line."""
     loss = report["loss"]
     share = 100 * report["cache_share"]
-    return f"{share:.0f} % of the cache, mean KL {loss['mean_kl']:.2g}: {loss['verdict']}"
+    chosen = [row["name"] for row in report["weighed"] if row["chosen"]]
+    form = f" ({chosen[0]})" if chosen else ""
+    return f"{share:.0f} % of the cache{form}, mean KL {loss['mean_kl']:.2g}: {loss['verdict']}"
 
 
 def compress_sheets(report: Mapping[str, Any]) -> tuple[Sheet, ...]:
@@ -21,10 +23,11 @@ def compress_sheets(report: Mapping[str, Any]) -> tuple[Sheet, ...]:
     sizes = [
         ("method", str(report["method"])),
         ("layout", str(report["layout"])),
-        ("latent L", f"{report['kv_lora_rank']}"),
-        ("rope key R", f"{report['qk_rope_head_dim']}"),
+        ("latent L", _span([width[0] for width in report["widths"]])),
+        ("rope key R", _span([width[1] for width in report["widths"]])),
         ("cached values a token", f"{report['cached_values']:,}"),
         ("the source's", f"{report['cached_values_source']:,}"),
+        *_stored(report),
     ]
     if report["views"]:
         worst = min(min(view["value_cosine"]) for view in report["views"])
@@ -43,7 +46,44 @@ def compress_sheets(report: Mapping[str, Any]) -> tuple[Sheet, ...]:
         rows.append((f"perplexity, {name} layout", f"{other['perplexity']:.5g}"))
     columns = ("what", "#value")
     title = f"Loss on {loss['tokens']:,} held-out tokens of {loss['text']}"
+    if report["cache_dtype"] is not None:
+        title += f", cache rounded as {report['cache_dtype']}"
     notes = (
         [Sheet("Notes", ("",), [(note,) for note in report["notes"]])] if report["notes"] else []
     )
-    return (Sheet("Compressed", columns, sizes), Sheet(title, columns, rows), *notes)
+    weighed = [_weighed(report)] if report["weighed"] else []
+    return (*weighed, Sheet("Compressed", columns, sizes), Sheet(title, columns, rows), *notes)
+
+
+def _span(widths: list[int]) -> str:
+    least, most = min(widths), max(widths)
+    return f"{least}" if least == most else f"{least} to {most}, by layer"
+
+
+def _stored(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if report["cache_dtype"] is None:
+        return []
+    return [
+        ("cache stored as", str(report["cache_dtype"])),
+        ("cached bytes a token", f"{report['cached_bytes']:,}"),
+        ("the source's, 16 bits", f"{report['cached_bytes_source']:,}"),
+    ]
+
+
+def _weighed(report: Mapping[str, Any]) -> Sheet:
+    rows = sorted(report["weighed"], key=lambda row: float(row["mean_kl"]))
+    title = f"Weighed for {100 * report['budget']:g} % on {rows[0]['tokens']:,} other tokens"
+    return Sheet(
+        title,
+        ("form", "#bytes", "#share", "#mean KL", ""),
+        [
+            (
+                row["name"],
+                f"{row['cached_bytes']:,}",
+                f"{100 * row['cached_bytes'] / report['cached_bytes_source']:.1f} %",
+                f"{row['mean_kl']:.2g}",
+                "written" if row["chosen"] else "rejected",
+            )
+            for row in rows
+        ],
+    )

@@ -39,8 +39,9 @@ from mla_deploy.cli.verb import choice, verb
 @choice("--cache-layout", "fused|split", "Latent and rope key in one tensor, or in two.  [fused]")
 @choice(
     "--cache-dtype",
-    "fp32|fp16|bf16|int8|int8-tile|fp8|int4",
-    "Of the cache alone; the last four store latents as codes with scales.  [--dtype]",
+    "fp32|fp16|bf16|int8|int8-tile|int8-all|fp8|int4|int4-all",
+    "Of the cache alone; from int8 on latents are codes with scales, of -all rope keys too.  "
+    "[latent_cache_dtype of config.json, else --dtype]",
 )
 @click.option("--calibrate", metavar="TEXT", help="Fit --weights to this text: see quantize.")
 @click.option("--rotate-latent", is_flag=True, help="So that no channel of a latent stands out.")

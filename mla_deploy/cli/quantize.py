@@ -23,8 +23,8 @@ from mla_deploy.cli.verb import choice, verb
 )
 @choice(
     "--cache-dtype",
-    "fp32|fp16|bf16|int8|int8-tile|fp8|int4",
-    "Of the cache; the last four store latents as codes with scales.  [as it is]",
+    "fp32|fp16|bf16|int8|int8-tile|int8-all|fp8|int4|int4-all",
+    "Of the cache; from int8 on latents are codes with scales, of -all rope keys too.  [as it is]",
 )
 @click.option(
     "--calibrate",

@@ -64,7 +64,8 @@ class Folding:
     latent: LatentBasis
     mean_F: NDArray[np.complex128]
     stretch: float
-    nope: int  # N; d, or less where no key lies in the latent
+    nope: int  # N; d, or the part of d that never turns
+    table: int | None = None  # frequencies that a layer chooses from; None: all of the basis's
 
     @property
     def rest_Q(self) -> Integers:
@@ -94,7 +95,8 @@ def folded(source: HeadWeights, plan: Folding) -> Mapping[str, Doubles]:
         query_bias.append(both_Ed @ source.query_bias[rows])
         w_uk_NL = np.zeros((plan.nope, len(plan.latent.down_LY)))
         if keys:
-            w_uk_NL = _still_queries(plan, rest, own).T @ plan.latent.up_YL[:keys]
+            nope_Nd, still_Qd = both_Ed[: plan.nope], _still_queries(plan, rest, own)
+            w_uk_NL = nope_Nd @ still_Qd.T @ plan.latent.up_YL[:keys]
         values = slice(keys + own.start, keys + own.stop)
         expand.append(np.concatenate((w_uk_NL, plan.latent.up_YL[values])))
     mean_value_K = plan.latent.centre_Y[keys:]
@@ -111,22 +113,32 @@ def folded(source: HeadWeights, plan: Folding) -> Mapping[str, Doubles]:
         "kv_b_proj.weight": np.concatenate(expand),
         "o_proj.weight": source.out,
         "o_proj.bias": source.out_bias + source.out @ carried,
-        "rope_select.weight": np.eye(int(plan.basis.frequency_C.max()) + 1)[
-            plan.basis.frequency_C[turned]
-        ],
+        "rope_select.weight": _chosen(plan),
     }
 
 
 def query_maps(source: HeadWeights, plan: Folding) -> list[Doubles]:
     """[E, d] of each query head: from the source's query to the part that asks the latent, N, and
     the one that turns, R."""
-    turned = plan.turned_P
-    nope_Nd = np.eye(plan.nope, source.head_dim) * float(len(plan.rest_Q) > 0)
+    turned, rest, width = plan.turned_P, plan.rest_Q, source.head_dim
     maps = []
     for head in range(source.heads):
-        own_C2d = plan.basis.queries_C2K[:, :, source.group_of(head)]
+        own = source.group_of(head)
+        own_C2d = plan.basis.queries_C2K[:, :, own]
+        nope_Nd = np.zeros((plan.nope, width))
+        if len(rest):
+            used = np.arange(width)
+            if plan.nope < width:  # only what never turns asks the latent
+                used = np.flatnonzero(np.abs(_still_queries(plan, rest, own)).sum(0))
+            nope_Nd = np.eye(width)[used]
         maps.append(np.concatenate((nope_Nd, own_C2d[turned, 0], own_C2d[turned, 1])))
     return maps
+
+
+def _chosen(plan: Folding) -> Doubles:
+    """[pairs, frequencies]: which of the table's each pair turns with."""
+    columns = int(plan.basis.frequency_C.max()) + 1 if plan.table is None else plan.table
+    return np.asarray(np.eye(columns)[plan.basis.frequency_C[plan.turned_P]])
 
 
 def _still_queries(plan: Folding, rest: Integers, own: slice) -> Doubles:

@@ -1,8 +1,7 @@
 """The model that is compressed: transformers' own class, one layer in memory at a time.
 
 Taken are models whose layers are Llama's: a norm, attention with rotary keys, a norm, a gated MLP.
-That is asked of the modules, and shown by numbers: `MlaLlama` layers in exact form must give what
-the source's layers give (`pipeline.py`).
+That is asked of the modules (`parts.py`), and shown by numbers (`proof.py`).
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import nn
@@ -21,21 +21,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mla_deploy.compress.fold import HeadWeights
+from mla_deploy.compress.head_order import order_of_rows, reordered
+from mla_deploy.compress.parts import KNOWN, empty_model
 from mla_deploy.compress.weight_files import WeightFiles
 from mla_deploy.errors import InputError, quoted
-from mla_deploy.source.rope import rope_tables
 
-# What no form of MLA can say, by the name of the module that does it.
-_NOT_ABSORBABLE = {
-    "q_norm": "each query head is normed after its projection",
-    "k_norm": "each key head is normed after its projection, which no product with a latent is",
-    "q_layernorm": "queries are normed after their projection",
-    "k_layernorm": "keys are normed after their projection",
-}
 _PROBED = 24  # tokens
 _HEAD = "lm_head.weight"
 _NOT_WEIGHTS = ("rotary_emb.inv_freq",)  # older files keep what the config implies
-_LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 
 
 @dataclass(frozen=True)
@@ -48,6 +41,17 @@ class HeadFacts:
     layers: int
     width: int
     context: int  # the longest it takes; a sliding window, where that is shorter
+    turning: int  # values of a head that turn: d, or less
+
+    @property
+    def turning_values(self) -> int:
+        """Values of all keys that turn."""
+        return self.groups * self.turning
+
+    @property
+    def exact_widths(self) -> tuple[int, int]:
+        """(L, R) of the exact form: what never turns and the values, and what turns."""
+        return 2 * self.groups * self.head_dim - self.turning_values, self.turning_values
 
 
 class HeadsModel:
@@ -58,13 +62,34 @@ class HeadsModel:
         self.files = files
         self.hf = _hf_config(files.fields)
         self._build = _model_class(files.fields)
-        with torch.device("meta"), no_init_weights():
-            self._empty: PreTrainedModel = self._build(self.hf).eval()
+        self._empty = empty_model(self._build, self.hf)
         self._decoder: Any = self._empty.get_decoder()
+        self.rotary: Any = type(self._decoder.rotary_emb)(config=self.hf)
         self.facts = self._facts()
-        self.rotary = type(self._decoder.rotary_emb)(config=self.hf)
-        self.rope = rope_tables(self.rotary)[""]
+        self.side_by_side: bool | None = None  # how heads lay out their pairs; `proof.py` finds it
         self._check_weights()
+
+    @property
+    def class_name(self) -> str:
+        return type(self._empty).__name__
+
+    def rope_fields(self) -> dict[str, Any]:
+        """Fields of Llama's config for the same rotations: a head there is what turns here."""
+        parameters = {**self.hf.rope_parameters}
+        parameters.pop("partial_rotary_factor", None)
+        if parameters.get("rope_type") == "longrope":
+            # Else it follows from the longest text, which a sliding window shortens.
+            parameters["attention_factor"] = float(self.rotary.attention_scaling)
+        return {"head_dim": self.facts.turning, "rope_parameters": parameters}
+
+    def frequencies(self, context: int) -> tuple[np.ndarray[Any, Any], float]:
+        """[d/2] of the pairs in `head_order`'s order, in a text of that length, and the factor on
+        cos and sin. Pairs that do not turn have the frequency 0."""
+        self.rotary(torch.zeros(1, 1, 1), torch.tensor([[context - 1]]))  # some types then choose
+        turning = self.rotary.inv_freq.double().numpy()
+        still = np.zeros(self.facts.head_dim // 2 - len(turning))
+        self.rotary = type(self.rotary)(config=self.hf)
+        return np.concatenate((turning, still)), float(self.rotary.attention_scaling)
 
     def layer(self, index: int) -> nn.Module:
         """A decoder layer with its weights."""
@@ -104,8 +129,11 @@ class HeadsModel:
         tokens_1S = torch.arange(_PROBED)[None] * 7 % int(hf.vocab_size)
         with torch.no_grad():
             run: Any = layer
-            angles = self.rotary(torch.zeros(1, 1, 1), torch.arange(_PROBED)[None])
-            found = norm(run(embed(tokens_1S), position_embeddings=angles)) @ head.T
+            at = torch.arange(_PROBED)[None]
+            angles = self.rotary(torch.zeros(1, 1, 1), at)
+            found = (
+                norm(run(embed(tokens_1S), position_embeddings=angles, position_ids=at)) @ head.T
+            )
             wanted = whole(input_ids=tokens_1S, use_cache=False).logits
         if not torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max())):
             raise InputError(
@@ -129,7 +157,7 @@ class HeadsModel:
         return bool(self.hf.tie_word_embeddings)
 
     def attention(self, layer: nn.Module) -> HeadWeights:
-        """The four projections of a layer, a fused one cut apart, in fp64."""
+        """The four projections of a layer, a fused one cut apart, in fp64; rows in one order."""
         attention: Any = layer.self_attn
         facts = self.facts
         query, key = facts.heads * facts.head_dim, facts.groups * facts.head_dim
@@ -144,19 +172,36 @@ class HeadsModel:
         weights, biases = zip(*parts, strict=True)
         q_w, k_w, v_w, o_w = (each.double().numpy() for each in weights)
         q_b, k_b, v_b, o_b = (each.double().numpy() for each in biases)
+        order = order_of_rows(facts.head_dim, facts.turning, side_by_side=bool(self.side_by_side))
+        q_w, k_w, q_b, k_b = (reordered(each, order) for each in (q_w, k_w, q_b, k_b))
         return HeadWeights(q_w, k_w, v_w, o_w, q_b, k_b, v_b, o_b, facts.head_dim)
 
     def gated_mlp(self, layer: nn.Module) -> Mapping[str, torch.Tensor]:
         """Weights of the MLP by their names in Llama."""
         mlp: Any = layer.mlp
-        if not hasattr(mlp, "gate_up_proj"):
-            return dict(mlp.named_parameters())
-        gate, up = mlp.gate_up_proj.weight.chunk(2)
-        return {
-            "gate_proj.weight": gate,
-            "up_proj.weight": up,
-            "down_proj.weight": mlp.down_proj.weight,
-        }
+        found = dict(mlp.named_parameters())
+        for kind in ("weight", "bias"):
+            fused = found.pop(f"gate_up_proj.{kind}", None)
+            if fused is not None:
+                found[f"gate_proj.{kind}"], found[f"up_proj.{kind}"] = fused.chunk(2)
+        if any(name.endswith(".bias") for name in found):  # Llama has all three, or none
+            for part in ("gate_proj", "up_proj", "down_proj"):
+                found.setdefault(f"{part}.bias", torch.zeros(len(found[f"{part}.weight"])))
+        return found
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the result."""
+        longest, context = int(self.hf.max_position_embeddings), self.facts.context
+        if context == longest:
+            return ()
+        told = f"the source's layers slide over {context:,} tokens of {longest:,}"
+        return (f"{told}; the result attends to all, so it takes texts of at most {context:,}",)
+
+    @property
+    def has_mlp_bias(self) -> bool:
+        mlp: nn.Module = self._decoder.layers[0].mlp
+        return any(name.endswith("bias") for name, _ in mlp.named_parameters())
 
     def _shaped(self, name: str, wanted: tuple[int, ...]) -> torch.Tensor:
         values = self.read(name)
@@ -199,44 +244,31 @@ class HeadsModel:
 
     def _facts(self) -> HeadFacts:
         hf = self.hf
-        first = self._decoder.layers[0]
-        parts = {name for name, _ in first.named_children()} - {
-            name for name, module in first.named_children() if isinstance(module, nn.Dropout)
-        }
-        attention = first.self_attn if hasattr(first, "self_attn") else first
-        for name, why in _NOT_ABSORBABLE.items():
-            if hasattr(attention, name):
-                raise InputError(
-                    "CMP-KEY-NORM",
-                    f"{type(attention).__name__} has a {name}: {why}, so keys cannot be absorbed",
-                    hint="only models without norms on heads can become MLA",
-                    module=name,
-                )
-        projections = hasattr(attention, "qkv_proj") or hasattr(attention, "k_proj")
-        if parts != _LAYER or not projections or not _is_gated(first.mlp):
-            raise InputError(
-                "CMP-LAYER",
-                f"a layer of {type(self._empty).__name__} is made of {', '.join(sorted(parts))}; "
-                "wanted Llama's: two norms, attention, a gated MLP",
-                hint="Llama, Mistral, Qwen2, SmolLM2 and Phi-3 are known",
-            )
         head_dim = int(getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads)
         window = getattr(hf, "sliding_window", None)
-        uses = window is not None and getattr(hf, "use_sliding_window", True)
+        kinds = getattr(hf, "layer_types", None)
+        slides = (
+            getattr(hf, "use_sliding_window", True)
+            if kinds is None
+            else ("sliding_attention" in kinds)
+        )
         longest = int(hf.max_position_embeddings)
+        turning = 2 * len(self.rotary.inv_freq)
+        if head_dim % 2 or turning > head_dim:
+            raise InputError(
+                "CMP-LAYER",
+                f"{self.class_name} turns {turning} of {head_dim} values of a head; wanted pairs",
+                hint=KNOWN,
+            )
         return HeadFacts(
             heads=int(hf.num_attention_heads),
             groups=int(getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads),
             head_dim=head_dim,
             layers=int(hf.num_hidden_layers),
             width=int(hf.hidden_size),
-            context=min(longest, int(window)) if uses and window else longest,
+            context=min(longest, int(window)) if slides and window else longest,
+            turning=turning,
         )
-
-
-def _is_gated(mlp: nn.Module) -> bool:
-    names = {name for name, _ in mlp.named_children()}
-    return "down_proj" in names and ({"gate_proj", "up_proj"} <= names or "gate_up_proj" in names)
 
 
 def _bias(linear: nn.Linear) -> torch.Tensor:

@@ -122,18 +122,28 @@ def rotation_scores(
     basis: KeyBasis, moments: KeyMoments, mean_F: NDArray[np.complex128]
 ) -> Doubles:
     """[C]: the score variance that is lost when a pair's rotation becomes its mean."""
-    keys_C = np.einsum("cpk,kl,cpl->c", basis.keys_C2K, moments.keys_KK, basis.keys_C2K)
-    heads = np.arange(len(moments.group_of_head))
+    both_C = pair_energies(basis, moments) * asked_of_pairs(basis, moments)
+    lost: Doubles = both_C * (1.0 - np.abs(mean_F[basis.frequency_C]) ** 2)
+    return lost
+
+
+def pair_energies(basis: KeyBasis, moments: KeyMoments) -> Doubles:
+    """[C]: E|k|^2 of each pair."""
+    found: Doubles = np.einsum("cpk,kl,cpl->c", basis.keys_C2K, moments.keys_KK, basis.keys_C2K)
+    return found
+
+
+def asked_of_pairs(basis: KeyBasis, moments: KeyMoments) -> Doubles:
+    """[C]: E|q|^2 of each pair, over all query heads."""
     width = 2 * moments.frequencies
     asked_C = np.zeros(basis.pairs)
-    for head in heads:
-        start = int(moments.group_of_head[head]) * width
+    for head, group in enumerate(moments.group_of_head):
+        start = int(group) * width
         own_C2D = basis.queries_C2K[:, :, start : start + width]
         energy_F = moments.queries_HF[head] / 2  # of each of the two parts
         energy_D = np.concatenate((energy_F, energy_F))
         asked_C += np.einsum("cpd,d,cpd->c", own_C2D, energy_D, own_C2D)
-    lost: Doubles = keys_C * asked_C * (1.0 - np.abs(mean_F[basis.frequency_C]) ** 2)
-    return lost
+    return asked_C
 
 
 def _complex_covariance(moments: KeyMoments, index: int) -> NDArray[np.complex128]:

@@ -7,6 +7,7 @@ The interval is of the mean KL, by resampling whole rows, whose tokens depend on
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from mla_deploy.compress.stream import Rows
+from mla_deploy.errors import InputError
 
 _CHUNK = 64  # tokens whose logits are in memory at a time
 _DRAWS, _SEED = 1000, 20261126
@@ -61,29 +63,29 @@ class CompressionLoss:
 def compared(
     text: str, source: Rows, found: Rows, norm: torch.nn.Module, head: torch.Tensor
 ) -> CompressionLoss:
-    """The loss from the last hidden states of both: same rows, same norm, same head [vocab, D]."""
-    kls: list[NDArray[np.float64]] = []
+    """The loss from the last hidden states of both: same rows, same norm, same head [vocab, D].
+
+    Raises: InputError CMP-NONFINITE.
+    """
+    kls: list[list[NDArray[np.float64]]] = [[] for _ in source.tokens_XS]
     same, wanted_nll, found_nll = 0, 0.0, 0.0
-    with torch.no_grad():
-        for wanted_SD, found_SD, tokens_S in zip(
-            source.hidden_XSD, found.hidden_XSD, source.tokens_XS, strict=True
-        ):
-            row = []
-            for start in range(0, len(tokens_S) - 1, _CHUNK):
-                stop = min(start + _CHUNK, len(tokens_S) - 1)
-                target_T = tokens_S[start + 1 : stop + 1]
-                wanted = _log_probabilities(norm(wanted_SD[start:stop]) @ head.T)
-                given = _log_probabilities(norm(found_SD[start:stop]) @ head.T)
-                row.append((wanted.exp() * (wanted - given)).sum(-1).numpy())
-                same += int((wanted.argmax(-1) == given.argmax(-1)).sum())
-                wanted_nll -= float(wanted.gather(1, target_T[:, None]).sum())
-                found_nll -= float(given.gather(1, target_T[:, None]).sum())
-            kls.append(np.concatenate(row))
-    every = np.concatenate(kls)
-    low, high = _interval(np.array([row.mean() for row in kls]))
+    for row, target_T, wanted_TX, given_TX in _predictions(source, found, norm, head):
+        kls[row].append(_divergence(wanted_TX, given_TX))
+        same += int((wanted_TX.argmax(-1) == given_TX.argmax(-1)).sum())
+        wanted_nll -= float(wanted_TX.gather(1, target_T[:, None]).sum())
+        found_nll -= float(given_TX.gather(1, target_T[:, None]).sum())
+    rows = [np.concatenate(each) for each in kls]
+    every = np.concatenate(rows)
+    if not np.isfinite(every).all():
+        raise InputError(
+            "CMP-NONFINITE",
+            f"{np.count_nonzero(~np.isfinite(every))} of {len(every)} predictions are not finite",
+            hint="the checkpoint, or its compressed form in that dtype, overflows",
+        )
+    low, high = _interval(np.array([row.mean() for row in rows]))
     return CompressionLoss(
         text=text,
-        rows=len(kls),
+        rows=len(rows),
         tokens=len(every),
         mean_kl=max(0.0, float(every.mean())),
         kl_low=low,
@@ -93,6 +95,34 @@ def compared(
         perplexity_source=math.exp(wanted_nll / len(every)),
         perplexity=math.exp(found_nll / len(every)),
     )
+
+
+def token_kls(
+    source: Rows, found: Rows, norm: torch.nn.Module, head: torch.Tensor
+) -> NDArray[np.float64]:
+    """KL of each predicted token of all rows."""
+    parts = _predictions(source, found, norm, head)
+    return np.concatenate([_divergence(wanted, given) for _, _, wanted, given in parts])
+
+
+def _predictions(
+    source: Rows, found: Rows, norm: torch.nn.Module, head: torch.Tensor
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Row, next tokens, log probabilities [T, vocab] of both; few tokens at a time."""
+    with torch.no_grad():
+        for row, (wanted_SD, found_SD, tokens_S) in enumerate(
+            zip(source.hidden_XSD, found.hidden_XSD, source.tokens_XS, strict=True)
+        ):
+            for start in range(0, len(tokens_S) - 1, _CHUNK):
+                stop = min(start + _CHUNK, len(tokens_S) - 1)
+                wanted_TX = _log_probabilities(norm(wanted_SD[start:stop]) @ head.T)
+                given_TX = _log_probabilities(norm(found_SD[start:stop]) @ head.T)
+                yield row, tokens_S[start + 1 : stop + 1], wanted_TX, given_TX
+
+
+def _divergence(wanted_TX: torch.Tensor, given_TX: torch.Tensor) -> NDArray[np.float64]:
+    found: NDArray[np.float64] = (wanted_TX.exp() * (wanted_TX - given_TX)).sum(-1).numpy()
+    return found
 
 
 def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 Layer by layer: the source's weights are read, statistics of its keys, queries and values taken on a
 calibration text, the projections folded (`fold.py`), and the new layer written. Rows of another
 part of the text go through both models side by side, so the loss is known at the end of one pass.
+A budget of bytes chooses a form first (`budget.py`).
 """
 
 from __future__ import annotations
@@ -10,24 +11,27 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import safetensors.torch
 import torch
 
 from mla_deploy.bundle.folder_stage import FolderStage, stage_folder
-from mla_deploy.compress.fold import Folding
+from mla_deploy.compress.budget import Budget, Choice, Progress, rounding_of
+from mla_deploy.compress.candidates import share_of
+from mla_deploy.compress.fold import HeadWeights
 from mla_deploy.compress.heads_model import HeadsModel
-from mla_deploy.compress.layouts import check_layouts, layout_for
+from mla_deploy.compress.latent_layers import DTYPES, LatentLayers
+from mla_deploy.compress.layouts import Layouts, check_layouts
 from mla_deploy.compress.loss import EXACT, CompressionLoss, compared
-from mla_deploy.compress.own_layout import Layout
-from mla_deploy.compress.plan import METHODS, Settings, settings_for
+from mla_deploy.compress.outputs import LayerOutputs, head_outputs
+from mla_deploy.compress.plan import METHODS, form_for, reach_of
+from mla_deploy.compress.proof import Proof
+from mla_deploy.compress.report import CompressReport
 from mla_deploy.compress.stream import LayerMoments, MomentsOf, Rows
-from mla_deploy.compress.survey import survey
 from mla_deploy.compress.text import Rations, rations
 from mla_deploy.compress.told import REPORT_NAME
 from mla_deploy.compress.views import LayerView, layer_view
@@ -36,51 +40,7 @@ from mla_deploy.config import CONFIG_NAME
 from mla_deploy.errors import GateError, InputError
 
 _INDEX = "model.safetensors.index.json"
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class CompressReport:
-    """What `compress` returns. Cache sizes are values per token, over all layers."""
-
-    path: Path
-    method: str
-    layout: str
-    layers: int
-    rank: int
-    rope: int
-    cached_values_source: int
-    cached_values: int
-    energy: tuple[float, ...]  # kept by the latent, layer by layer
-    loss: CompressionLoss | None
-    beside: dict[str, CompressionLoss]  # of other layouts of the same width, by name
-    views: tuple[LayerView, ...]  # layer by layer; none of an exact form, which keeps everything
-    head_dim: int
-    groups: int
-    heads: int
-    notes: tuple[str, ...]
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "path": str(self.path),
-            "method": self.method,
-            "layout": self.layout,
-            "layers": self.layers,
-            "kv_lora_rank": self.rank,
-            "qk_rope_head_dim": self.rope,
-            "cached_values_source": self.cached_values_source,
-            "cached_values": self.cached_values,
-            "cache_share": self.cached_values / self.cached_values_source,
-            "energy_kept": list(self.energy),
-            "loss": None if self.loss is None else self.loss.to_dict(),
-            "beside": {name: loss.to_dict() for name, loss in self.beside.items()},
-            "source_heads": {"query": self.heads, "key": self.groups, "width": self.head_dim},
-            "views": [view.to_dict() for view in self.views],
-            "notes": list(self.notes),
-            "seconds": round(self.seconds, 3),
-        }
+Shown = tuple[LayerView, LayerOutputs]
 
 
 def compress(
@@ -89,6 +49,7 @@ def compress(
     *,
     rank: int | None = None,
     rope_dim: int | None = None,
+    budget: float | str | None = None,
     method: str = "low-rank",
     layout: str = "own",
     beside: str | None = None,
@@ -100,32 +61,42 @@ def compress(
     """Write `checkpoint`, a Llama-like model in a folder or a GGUF file, to `out` in MLA form.
 
     Without `rank` and `rope_dim` the result is exact, and caches as many values as the source.
+    `budget`, 0.5 or "50%", is a share of the bytes that the source caches in 16 bits: forms that
+    fit are run, and the one that loses least is written, with how its cache is to be stored.
     `layout` "deepseek" is one that transformers' own DeepSeek classes load; `beside` names another
     layout whose loss is measured too, and not written.
     Raises: InputError CMP-*, CFG-*, CKPT-*, FILE-*; BusyError BUN-EXISTS; EnvironmentFailure ENV-*.
     """
     started = time.perf_counter()
-    if method not in METHODS[1:]:
-        raise InputError("CMP-METHOD", f"method {method!r} is not known, wanted low-rank, transmla")
-    if dtype not in _DTYPES:
-        raise InputError("CMP-DTYPE", f"dtype {dtype!r} is not known, wanted {', '.join(_DTYPES)}")
-    check_layouts(layout, beside)
+    share = _checked(budget, rank, rope_dim, method)
+    check_layouts(layout, beside, budget)
+    if dtype not in DTYPES:
+        raise InputError("CMP-DTYPE", f"dtype {dtype!r} is not known, wanted {', '.join(DTYPES)}")
     with torch.inference_mode(), open_weight_files(Path(checkpoint)) as files:
         source = HeadsModel(files)
-        settings = settings_for(source.facts, method, rank, rope_dim, context)
+        reach = reach_of(source.facts, context)
+        form = form_for(source.facts, method, rank, rope_dim, reach)
         texts = dict(files.texts())
         given = rations(
-            texts, calibrate, vocab=int(source.hf.vocab_size), context=settings.context,
-            calibrates=settings.calibrates,
+            texts, calibrate, vocab=int(source.hf.vocab_size), context=reach,
+            calibrates=share is not None or form.calibrates, chooses=share is not None,
         )  # fmt: skip
+        proof = Proof(source)
+        layouts = Layouts(layout, beside, proof, asked=rank is not None)
+        layouts.check(form)
+        asked = None
+        if share is not None:
+            asked = Budget(source, proof, given, share, context=reach, dtype=dtype)
         needed = 4 * sum(int(np.prod(shape)) for shape in files.shapes.values())
         with stage_folder(out, FolderStage, needed_bytes=needed * 5 // 4) as stage:
-            names = (layout,) if beside is None else (layout, beside)
-            work = _Work(source, settings, given, stage, _DTYPES[dtype])
-            work.lay_out(names, asked=rank is not None, progress=progress)
-            losses, energy, views = work.run(progress)
+            choice = Choice(form) if asked is None else asked.choose(progress)
+            seen = layouts.survey(choice, given, progress)
+            work = _Work(proof, layouts.layers(choice.form, dtype, seen), given, stage, dtype)
+            work.known = seen.moments
+            losses, energy, shown = work.run(progress)
             loss = losses[layout]
-            if settings.method == "exact" and loss.mean_kl > EXACT:
+            # In fewer bits the form is as exact, its weights are not: the loss says what it is.
+            if choice.form.method == "exact" and dtype == "fp32" and loss.mean_kl > EXACT:
                 raise GateError(
                     "CMP-NOT-EQUAL",
                     f"the exact form differs from its source by a mean KL of {loss.mean_kl:.3g}, "
@@ -134,8 +105,23 @@ def compress(
                 )
             for name, data in texts.items():
                 stage.write(name, data)
-            stage.write(CONFIG_NAME, _json(work.layouts[0].fields))
-            report = work.report(Path(out), losses, energy, views, started)
+            stage.write(CONFIG_NAME, _json(work.layers.config_fields()))
+            report = CompressReport(
+                path=Path(out),
+                form=work.layers.form,
+                source=source.facts,
+                energy=tuple(energy),
+                loss=loss,
+                layout=layout,
+                beside={name: each for name, each in losses.items() if name != layout},
+                views=tuple(view for view, _ in shown),
+                outputs=tuple(outputs for _, outputs in shown),
+                parameters=work.parameters,
+                notes=(*source.notes, *given.notes, *work.layers.notes),
+                seconds=time.perf_counter() - started,
+                budget=share,
+                weighed=choice.weighed,
+            )
             told = {**report.to_dict(), "source_digest": files.digest, "path": None}
             stage.write(REPORT_NAME, _json(told))
             stage.publish()
@@ -143,133 +129,102 @@ def compress(
 
 
 class _Work:
-    """One pass over the layers."""
+    """One pass over the layers: the first of `layers` is written, others are judged beside it.
+
+    `known`: statistics of every layer, where an earlier pass took them.
+    """
 
     def __init__(
         self,
-        source: HeadsModel,
-        settings: Settings,
+        proof: Proof,
+        layers: Sequence[LatentLayers],
         given: Rations,
         stage: FolderStage,
-        dtype: torch.dtype,
+        dtype: str,
     ) -> None:
-        self.source, self.settings, self.given = source, settings, given
-        self.stage, self.dtype = stage, dtype
-        self.layouts: tuple[Layout, ...] = ()
-        self._kept: Sequence[LayerMoments] | None = None
+        self.source, self._proof = proof.source, proof
+        self.given, self.stage = given, stage
+        self.layers, self.others = layers[0], layers[1:]
+        self.known: tuple[LayerMoments, ...] = ()
+        self._rounding = rounding_of(self.layers.form, dtype)
         self._index: dict[str, str] = {}
-
-    def lay_out(self, names: tuple[str, ...], *, asked: bool, progress: Progress | None) -> None:
-        """The first of `layouts` is written, the others are judged beside it. `asked`: for a rank.
-
-        Raises: InputError CMP-LAYOUT, CMP-NONFINITE.
-        """
-        slots_F = None
-        if "deepseek" in names and self.settings.method == "low-rank":
-            rows = Rows(self.given.calibration, self.source.rotary)
-            rows.embed(self.source.trunk()[0])
-            count = self.source.facts.layers
-            seen = survey(self.source, rows, self.settings, _told(progress, "survey", count))
-            slots_F, self._kept = seen.slots_F, seen.moments
-        self.layouts = tuple(
-            layout_for(name, self.source, self.settings, self.dtype, asked=asked, slots_F=slots_F)
-            for name in names
-        )
+        self.parameters = 0
 
     def run(
         self, progress: Progress | None
-    ) -> tuple[dict[str, CompressionLoss], list[float], list[LayerView]]:
+    ) -> tuple[dict[str, CompressionLoss], list[float], list[Shown]]:
         """Every layer; the losses, the energy that each latent keeps, and what it looks like."""
         embed, norm, head = self.source.trunk()
-        wanted = Rows(self.given.judged, self.source.rotary)
-        found = [Rows(self.given.judged, layout.rotary) for layout in self.layouts]
-        takes = self.given.calibration and self._kept is None
-        calibration = [Rows(self.given.calibration, self.source.rotary)] if takes else []
-        for rows in (wanted, *found, *calibration):
+        rotary = self.source.rotary
+        wanted, found = Rows(self.given.judged, rotary), Rows(self.given.judged, self.layers.rotary)
+        beside = [(each, Rows(self.given.judged, each.rotary)) for each in self.others]
+        calibration = []
+        if self.given.calibration and not self.known:
+            calibration = [Rows(self.given.calibration, rotary)]
+        for rows in (wanted, found, *calibration, *(rows for _, rows in beside)):
             rows.embed(embed)
-        energy, views = [], []
+        energy: list[float] = []
+        shown: list[Shown] = []
         count = self.source.facts.layers
-        told = _told(progress, "layers", count)
         for index in range(count):
-            told(index)
+            if progress is not None:
+                progress("layers", index, count)
             layer = self.source.layer(index)
-            if not index:
-                self.source.check_trunk(layer)
+            self._proof.layer(layer, index)
             weights = self.source.attention(layer)
-            moments = self._kept[index] if self._kept else None
-            if calibration:
-                moments = _moments(weights, layer, calibration, index)
-            wanted.through(layer)
-            for layout, rows in zip(self.layouts, found, strict=True):
-                plan = layout.folding(weights, moments)
-                made = self._made(layout, index, layer, plan)
-                rows.through(made)
-                if layout is self.layouts[0]:
-                    energy.append(plan.latent.kept)
-                    if moments is not None:
-                        views.append(layer_view(weights, moments, plan))
-                    self._write(f"model.layers.{index}.", made, index)
-                made.to("meta")
-        told(count)
+            moments = self._moments(index, layer, weights, calibration)
+            plan = self.layers.folding(index, weights, moments)
+            energy.append(plan.latent.kept)
+            made = self.layers.made(index, layer, weights, plan)
+            angles = (wanted.angles, found.angles)
+            heads = head_outputs(
+                (layer, made), weights, plan, wanted, self._rounding, angles=angles
+            )
+            seen = None if moments is not None else MomentsOf(weights, index)
+            wanted.through(layer, seen)
+            found.through(made, cached=self._rounding)
+            if moments is None and seen is not None:  # nothing was calibrated
+                moments = seen.done()
+            view = layer_view(weights, cast(LayerMoments, moments), plan)
+            shown.append((view, heads.after(wanted, found)))
+            self._write(f"model.layers.{index}.", made, index)
+            for other, rows in beside:
+                other.through(rows, index, layer, weights, moments)
+        if progress is not None:
+            progress("layers", count, count)
         self._write_trunk(embed, norm, head)
+        every = [(self.layers, found), *beside]
         losses = {
-            layout.name: compared(self.given.name, wanted, rows, norm, head)
-            for layout, rows in zip(self.layouts, found, strict=True)
+            each.layout: compared(self.given.name, wanted, rows, norm, head) for each, rows in every
         }
-        return losses, energy, views
+        return losses, energy, shown
 
-    def report(
-        self,
-        out: Path,
-        losses: Mapping[str, CompressionLoss],
-        energy: list[float],
-        views: list[LayerView],
-        started: float,
-    ) -> CompressReport:
-        """What was done, once every layer is written."""
-        facts, layout = self.source.facts, self.layouts[0]
-        return CompressReport(
-            path=out,
-            method=self.settings.method,
-            layout=layout.name,
-            layers=facts.layers,
-            rank=layout.rank,
-            rope=layout.rope,
-            cached_values_source=2 * facts.layers * facts.groups * facts.head_dim,
-            cached_values=facts.layers * (layout.rank + layout.rope),
-            energy=tuple(energy),
-            loss=losses[layout.name],
-            beside={name: loss for name, loss in losses.items() if name != layout.name},
-            views=tuple(views),
-            head_dim=facts.head_dim,
-            groups=facts.groups,
-            heads=facts.heads,
-            notes=(*self.given.notes, *layout.notes),
-            seconds=time.perf_counter() - started,
-        )
-
-    def _made(self, layout: Layout, index: int, layer: Any, plan: Folding) -> Any:
-        """The layer in its new form, with weights."""
-        made = layout.model.model.layers[index].to_empty(device="cpu")
-        gain_D = layer.input_layernorm.weight.double().numpy()
-        attention = layout.attention(self.source.attention(layer), plan, gain_D)
-        state = {f"self_attn.{k}": torch.from_numpy(v).float() for k, v in attention.items()}
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            state[f"{name}.weight"] = getattr(layer, name).weight
-        for name, weight in self.source.gated_mlp(layer).items():
-            state[f"mlp.{name}"] = weight
-        made.load_state_dict({k: v.to(self.dtype).float() for k, v in state.items()}, strict=True)
-        return made.requires_grad_(False)
+    def _moments(
+        self, index: int, layer: Any, weights: HeadWeights, rows: list[Rows]
+    ) -> LayerMoments | None:
+        """Statistics on the calibration rows, which go through the layer on the way."""
+        if self.known:
+            return self.known[index]
+        if not rows:
+            return None
+        collected = MomentsOf(weights, index)
+        for each in rows:
+            each.through(layer, collected)
+        return collected.done()
 
     def _write(self, prefix: str, module: Any, index: int) -> None:
-        tensors = {f"{prefix}{n}": p.to(self.dtype) for n, p in module.named_parameters()}
+        dtype = self.layers.dtype
+        tensors = {f"{prefix}{n}": p.to(dtype) for n, p in module.named_parameters()}
         self._put(f"model-{index + 1:05d}.safetensors", tensors)
+        self.layers.release(module)
 
     def _write_trunk(self, embed: Any, norm: Any, head: torch.Tensor) -> None:
         tensors = {"model.embed_tokens.weight": embed.weight, "model.norm.weight": norm.weight}
         if not self.source.tied:
             tensors["lm_head.weight"] = head
-        self._put("model-00000.safetensors", {k: v.to(self.dtype) for k, v in tensors.items()})
+        self._put(
+            "model-00000.safetensors", {k: v.to(self.layers.dtype) for k, v in tensors.items()}
+        )
         self.stage.write(_INDEX, _json({"metadata": {}, "weight_map": self._index}))
 
     def _put(self, file: str, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -277,21 +232,27 @@ class _Work:
             file, safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()})
         )
         self._index.update(dict.fromkeys(tensors, file))
+        self.parameters += sum(each.numel() for each in tensors.values())
 
 
-def _moments(weights: Any, layer: Any, rows: list[Rows], index: int) -> LayerMoments | None:
-    """Statistics on the calibration rows, which go through the layer on the way."""
-    if not rows:
+def _checked(
+    budget: float | str | None, rank: int | None, rope_dim: int | None, method: str
+) -> float | None:
+    """The budget as a share. Raises: InputError CMP-METHOD, CMP-BUDGET."""
+    if method not in METHODS[1:]:
+        raise InputError("CMP-METHOD", f"method {method!r} is not known, wanted low-rank, transmla")
+    if budget is None:
         return None
-    collected = MomentsOf(weights, index)
-    for each in rows:
-        each.through(layer, collected)
-    return collected.done()
-
-
-def _told(progress: Progress | None, phase: str, count: int) -> Callable[[int], None]:
-    """Reports of one phase."""
-    return lambda index: progress(phase, index, count) if progress is not None else None
+    given = {"rank": rank is not None, "rope_dim": rope_dim is not None,
+             "method transmla": method == "transmla"}  # fmt: skip
+    others = [name for name, is_given in given.items() if is_given]
+    if others:
+        raise InputError(
+            "CMP-BUDGET",
+            f"a budget is given together with {' and '.join(others)}, which it would choose",
+            hint="give a budget alone, or widths without one",
+        )
+    return share_of(budget)
 
 
 def _json(content: Any) -> bytes:

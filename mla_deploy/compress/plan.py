@@ -5,11 +5,14 @@ Sizes are in values cached per token and layer: the source keeps 2 g d, the resu
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mla_deploy.compress.even_basis import evened
 from mla_deploy.compress.fold import Folding, HeadWeights, rest_keys
 from mla_deploy.compress.heads_model import HeadFacts
 from mla_deploy.compress.key_basis import (
@@ -26,60 +29,106 @@ from mla_deploy.compress.latent_basis import LatentBasis, joint_latent, plain_la
 from mla_deploy.compress.shared_table import best_pairs
 from mla_deploy.compress.stream import LayerMoments
 from mla_deploy.errors import InputError
+from mla_deploy.latent_store import STORES
 
 METHODS = ("exact", "low-rank", "transmla")
-# No key lies in an exact latent; a graph has some width for them all the same, of zeros.
+# Where every key turns, none lies in an exact latent; a graph has some width for them all the same,
+# of zeros.
 _EMPTY_NOPE = 8
 _MOST_FOLD = 4
 
 
 @dataclass(frozen=True)
 class Settings:
-    """`rank` L and `rope` R, the same in every layer; `context` the distances that rotations are
-    averaged over; `fold` TransMLA's FreqFold."""
+    """Of one layer: `rank` L and `rope` R; `nope` N of every head; `context` the distances that
+    rotations are averaged over; `fold` TransMLA's FreqFold; `is_stored`: in fewer than 16 bits.
+    """
 
     method: str
     rank: int
     rope: int
+    nope: int
     context: int
     fold: int = 2
+    is_stored: bool = False
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a model is written: layer by layer, and how its cache is stored (`--cache-dtype`; None:
+    as its weights are, 16 bits where bytes are counted)."""
+
+    layers: tuple[Settings, ...]
+    cache: str | None = None
+
+    @property
+    def method(self) -> str:
+        return self.layers[0].method
+
+    @property
+    def usual(self) -> Settings:
+        """What most layers are like."""
+        return Counter(self.layers).most_common(1)[0][0]
 
     @property
     def calibrates(self) -> bool:
         """Whether a text is needed."""
         return self.method != "exact"
 
-    def nope(self, head_dim: int) -> int:
-        """N of every head."""
-        return head_dim if self.calibrates else _EMPTY_NOPE
+    @property
+    def cached_values(self) -> int:
+        """Of a token, in all layers."""
+        return sum(each.rank + each.rope for each in self.layers)
+
+    @property
+    def cached_bytes(self) -> int:
+        """Of a token, in all layers: codes and scales."""
+        store = STORES.get(self.cache or "")
+        if store is None:
+            return 2 * self.cached_values
+        return sum(store.row_bytes(each.rank, each.rope) for each in self.layers)
 
 
-def settings_for(
-    facts: HeadFacts,
-    method: str,
-    rank: int | None,
-    rope: int | None,
-    context: int | None,
+def form_of(
+    facts: HeadFacts, widths: Sequence[tuple[int, int]], context: int, cache: str | None = None
+) -> Form:
+    """Low-rank layers of (L, R) each; where every key turns in all of them nothing but 16 or fewer
+    bits loses anything, and no key lies in a latent."""
+    nope = _nope(facts, cut=any(rope < facts.turning_values for _, rope in widths))
+    stored = cache in STORES
+    return Form(
+        tuple(
+            Settings("low-rank", rank, rope, nope, context, is_stored=stored)
+            for rank, rope in widths
+        ),
+        cache,
+    )
+
+
+def _nope(facts: HeadFacts, *, cut: bool) -> int:
+    """N: all of a head where some of its pairs lost their rotation, else what never had one."""
+    return facts.head_dim if cut else facts.head_dim - facts.turning or _EMPTY_NOPE
+
+
+def form_for(facts: HeadFacts, method: str, rank: int | None, rope: int | None, reach: int) -> Form:
+    """Every layer as was asked for, checked. Raises: InputError CMP-RANK, CMP-ROPE."""
+    return Form((_settings(facts, method, rank, rope, reach),) * facts.layers)
+
+
+def _settings(
+    facts: HeadFacts, method: str, rank: int | None, rope: int | None, reach: int
 ) -> Settings:
-    """What was asked for, checked. Raises: InputError CMP-RANK, CMP-ROPE, CMP-CONTEXT."""
     keys = facts.groups * facts.head_dim
-    reach = facts.context if context is None else context
-    if not 1 <= reach <= facts.context:
-        raise InputError(
-            "CMP-CONTEXT",
-            f"a context of {reach} tokens is asked for, the model takes 1 to {facts.context}",
-            hint="give the longest context that the model will be used with",
-        )
+    whole, most = 2 * keys, facts.turning_values
     if rank is None and rope is None:
-        return Settings("exact", keys, keys, reach)
-    whole = 2 * keys
+        return Settings("exact", whole - most, most, _nope(facts, cut=False), reach)
     turning = _default_rope(facts, method) if rope is None else rope
-    if not 2 <= turning <= keys or turning % 2:
+    if not 2 <= turning <= most or turning % 2:
         raise InputError(
             "CMP-ROPE",
-            f"rope width {turning} is asked for, wanted an even number of 2 to {keys}",
-            hint=f"{keys} values of keys turn in the source: {facts.groups} heads of "
-            f"{facts.head_dim}",
+            f"rope width {turning} is asked for, wanted an even number of 2 to {most}",
+            hint=f"{most} values of keys turn in the source: {facts.turning} of each of "
+            f"{facts.groups} heads",
         )
     kept = whole - turning if rank is None else rank
     if not facts.head_dim <= kept <= whole - turning:
@@ -90,14 +139,26 @@ def settings_for(
             hint="a smaller rank than one head's width holds no head; a larger one holds nothing "
             "more",
         )
-    if method == "transmla" and turning != facts.head_dim:
+    if method == "transmla" and turning != facts.turning:
         raise InputError(
             "CMP-ROPE",
-            f"TransMLA keeps the rotation of one head: wanted rope width {facts.head_dim}, "
+            f"TransMLA keeps the rotation of one head: wanted rope width {facts.turning}, "
             f"{turning} is asked for",
-            hint=f"--rope-dim {facts.head_dim}, or --method low-rank",
+            hint=f"--rope-dim {facts.turning}, or --method low-rank",
         )
-    return Settings(method, kept, turning, reach)
+    return Settings(method, kept, turning, facts.head_dim, reach)
+
+
+def reach_of(facts: HeadFacts, context: int | None) -> int:
+    """The context that was asked for. Raises: InputError CMP-CONTEXT."""
+    reach = facts.context if context is None else context
+    if not 1 <= reach <= facts.context:
+        raise InputError(
+            "CMP-CONTEXT",
+            f"a context of {reach} tokens is asked for, the model takes 1 to {facts.context}",
+            hint="give the longest context that the model will be used with",
+        )
+    return reach
 
 
 def folding(
@@ -112,27 +173,31 @@ def folding(
     """How one layer is written; `moments` are needed for all but the exact form, `slots_F`
     (`shared_table.py`) where all layers turn with one table."""
     groups, half = weights.groups, weights.head_dim // 2
-    nope = settings.nope(weights.head_dim)
+    nope, turns = settings.nope, int(np.count_nonzero(frequencies_F > 0))
     if settings.method == "exact" or moments is None:
         basis = plain_basis(groups, half)
-        every = np.arange(basis.pairs)
-        latent = plain_latent(0, groups * weights.head_dim)
-        return Folding(basis, every, latent, np.ones(half, complex), stretch, nope)
+        turned = np.flatnonzero(frequencies_F[basis.frequency_C] > 0)
+        rest = 2 * (basis.pairs - len(turned))
+        latent = plain_latent(0, rest + groups * weights.head_dim)
+        mean_F = _still_as_they_are(np.ones(half, complex), frequencies_F, stretch)
+        return Folding(basis, turned, latent, mean_F, stretch, nope, turns)
     keys = moments.keys(groups)
     if settings.method == "transmla":
-        fold = settings.fold if half % settings.fold == 0 else 1
+        fold = settings.fold if half % settings.fold == turns % settings.fold == 0 else 1
         basis = folded_basis(keys, fold)
-        turned = np.arange(half)  # of the first axis of each frequency
-        mean_F = np.ones(half, complex)
+        turned = np.arange(turns)  # of the first axis of each frequency
+        mean_F = _still_as_they_are(np.ones(half, complex), frequencies_F, stretch)
         latent = _latent(settings, basis, turned, moments, centred=False)
-        return Folding(basis, turned, latent, mean_F, stretch, nope)
+        return Folding(basis, turned, latent, mean_F, stretch, nope, turns)
     basis, mean_F, scores_C = turning_scores(settings, moments, groups, frequencies_F)
+    mean_F = _still_as_they_are(mean_F, frequencies_F, stretch)
     if slots_F is None:
         turned = np.sort(np.argsort(-scores_C, kind="stable")[: settings.rope // 2])
     else:
         turned = best_pairs(scores_C, basis.frequency_C, slots_F)
     latent = _latent(settings, basis, turned, moments, centred=True)
-    return Folding(basis, turned, latent, mean_F, stretch, nope)
+    plan = Folding(basis, turned, latent, mean_F, stretch, nope, turns)
+    return evened(plan, weights, moments) if settings.is_stored else plan
 
 
 def turning_scores(
@@ -142,7 +207,16 @@ def turning_scores(
     keys = moments.keys(groups)
     basis = balanced_basis(keys)
     mean_F = mean_rotations(frequencies_F, settings.context)
-    return basis, mean_F, rotation_scores(basis, keys, mean_F)
+    scores_C = rotation_scores(basis, keys, mean_F)
+    scores_C[frequencies_F[basis.frequency_C] == 0] = -1.0  # there is no rotation to keep
+    return basis, mean_F, scores_C
+
+
+def _still_as_they_are(
+    mean_F: NDArray[np.complex128], frequencies_F: Doubles, stretch: float
+) -> NDArray[np.complex128]:
+    """A pair that never turns is not stretched either, which its mean makes up for."""
+    return np.where(frequencies_F > 0, mean_F, 1.0 / stretch**2)
 
 
 def _latent(
@@ -171,6 +245,6 @@ def _latent(
 def _default_rope(facts: HeadFacts, method: str) -> int:
     """A third of the keys' values, as the facts found best at 75 and 50 % of the bytes."""
     if method == "transmla":
-        return facts.head_dim
+        return facts.turning
     third = facts.groups * facts.head_dim // 3
-    return max(2, third - third % 2)
+    return min(max(2, third - third % 2), facts.turning_values)

@@ -5,6 +5,7 @@ Hidden states of every token are what is kept between layers; no two layers are 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 from mla_deploy.compress.fold import HeadWeights
 from mla_deploy.compress.key_basis import Doubles, KeyMoments
 from mla_deploy.errors import InputError
+from mla_deploy.source.cache import CacheRounding
 
 
 @dataclass(frozen=True)
@@ -38,25 +40,57 @@ class Rows:
     def __init__(self, rows: Sequence[Sequence[int]], rotary: nn.Module, batch: int = 4) -> None:
         self.tokens_XS = torch.tensor(rows, dtype=torch.int64)
         self.batch = batch
-        positions_1S = torch.arange(self.tokens_XS.shape[1])[None]
+        self.positions_1S = torch.arange(self.tokens_XS.shape[1])[None]
         with torch.no_grad():
-            self.angles: Any = rotary(torch.zeros(1, 1, 1), positions_1S)
+            self.angles: Any = rotary(torch.zeros(1, 1, 1), self.positions_1S)
         self.hidden_XSD = torch.empty(0)
 
     def embed(self, embedding: nn.Module) -> None:
         with torch.no_grad():
             self.hidden_XSD = embedding(self.tokens_XS)
 
-    def through(self, layer: nn.Module, watch: Any = None) -> None:
-        """Replace the hidden states by what `layer` makes of them; `watch` sees its inputs."""
+    def through(
+        self, layer: nn.Module, watch: Any = None, cached: CacheRounding | None = None
+    ) -> None:
+        """Replace the hidden states by what `layer` makes of them; `watch` sees its inputs.
+
+        `cached`: the layer is one of ours, and attends to rows as such a cache gives them back.
+        """
         run: Any = layer
+        options = self.cache_of(cached)
         with torch.no_grad():
             for start in range(0, len(self.hidden_XSD), self.batch):
                 part = slice(start, start + self.batch)
                 hidden = self.hidden_XSD[part]
                 if watch is not None:
                     watch(run.input_layernorm(hidden))
-                self.hidden_XSD[part] = run(hidden, position_embeddings=self.angles)
+                self.hidden_XSD[part] = run(
+                    hidden, position_embeddings=self.angles, position_ids=self.positions_1S,
+                    **options,
+                )  # fmt: skip
+
+    def cache_of(self, cached: CacheRounding | None) -> dict[str, Any]:
+        """What a layer of ours is given so that it attends to rows of such a cache."""
+        return {} if cached is None else {"cache": _Stored(cached)}
+
+    def copied(self, rows: int) -> Rows:
+        """The first `rows` of these, from here on by themselves."""
+        found = copy.copy(self)
+        found.tokens_XS = self.tokens_XS[:rows]
+        found.hidden_XSD = self.hidden_XSD[:rows].clone()
+        return found
+
+
+class _Stored:
+    """Stands in for the cache of one layer that sees all its tokens at once."""
+
+    def __init__(self, rounding: CacheRounding) -> None:
+        self._rounding = rounding
+
+    def update(
+        self, latent: torch.Tensor, rope_key: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._rounding.latent(latent), self._rounding.rope_key(rope_key)
 
 
 class MomentsOf:

@@ -19,20 +19,25 @@ from mla_deploy.validate.loss import sample_text
 Tokens = tuple[int, ...]
 ROW = 256
 # What statistics over a few hundred directions need, and what a verdict needs.
-LEAST_CALIBRATION, LEAST_JUDGED = 2048, 512
-MOST_CALIBRATION, MOST_JUDGED = 32_768, 20_480
+LEAST_CALIBRATION, LEAST_CHOICE, LEAST_JUDGED = 2048, 512, 512
+MOST_CALIBRATION, MOST_CHOICE, MOST_JUDGED = 32_768, 4096, 20_480
 _JUDGED_SHARE = 0.4
+_CHOICE_SHARE = 0.25  # of the rest
 _SEED = 20261126
 
 
 @dataclass(frozen=True)
 class Rations:
-    """Rows to calibrate on, none if nothing needs it, and rows to judge on; what they are of."""
+    """Rows to calibrate on, none if nothing needs it, and rows to judge on; what they are of.
+
+    `choice`: rows of neither part, by which one of several forms is chosen.
+    """
 
     calibration: tuple[Tokens, ...]
     judged: tuple[Tokens, ...]
     name: str
     notes: tuple[str, ...]
+    choice: tuple[Tokens, ...] = ()
 
 
 def rations(
@@ -42,6 +47,7 @@ def rations(
     vocab: int,
     context: int,
     calibrates: bool,
+    chooses: bool = False,
 ) -> Rations:
     """The rows. Raises: InputError CMP-TEXT, VAL-TEXT, FILE-*."""
     length = min(ROW, context)
@@ -59,18 +65,27 @@ def rations(
     name = "sample" if path is None else os.path.basename(os.fspath(path))
     rows_XS = [tuple(ids[i : i + length]) for i in range(0, len(ids) - length + 1, length)]
     judged = max(1, min(int(len(rows_XS) * _JUDGED_SHARE), MOST_JUDGED // length))
-    calibration = rows_XS[: len(rows_XS) - judged][: MOST_CALIBRATION // length]
+    learnt = rows_XS[: len(rows_XS) - judged]
+    count = min(int(len(learnt) * _CHOICE_SHARE), MOST_CHOICE // length) if chooses else 0
+    choice, learnt = learnt[len(learnt) - count :], learnt[: len(learnt) - count]
+    calibration = learnt[: MOST_CALIBRATION // length]
     least = LEAST_CALIBRATION + LEAST_JUDGED if calibrates else LEAST_JUDGED
+    least += LEAST_CHOICE if chooses else 0
     if len(rows_XS) * length < min(least, 2 * length):
         raise _too_short(len(ids), least)
     if calibrates and (
-        len(calibration) * length < LEAST_CALIBRATION or judged * length < LEAST_JUDGED
+        len(calibration) * length < LEAST_CALIBRATION
+        or judged * length < LEAST_JUDGED
+        or (chooses and count * length < LEAST_CHOICE)
     ):
         raise _too_short(len(ids), least)
     notes: tuple[str, ...] = ()
     if path is None and calibrates:
         notes = ("calibrated on the sample that comes along; text of the model's use is better",)
-    return Rations(tuple(calibration) if calibrates else (), tuple(rows_XS[-judged:]), name, notes)
+    return Rations(
+        tuple(calibration) if calibrates else (), tuple(rows_XS[-judged:]), name, notes,
+        tuple(choice),
+    )  # fmt: skip
 
 
 def _too_short(found: int, wanted: int) -> InputError:

@@ -14,7 +14,9 @@ from mla_deploy.strict_json import parse_json
 REPORT_NAME = "compress.json"
 _MAX_BYTES = 64 << 20
 _NEEDED = {"method", "layers", "kv_lora_rank", "qk_rope_head_dim", "cached_values", "loss", "views",
-           "cached_values_source", "cache_share", "source_heads", "notes"}  # fmt: skip
+           "cached_values_source", "cache_share", "source_heads", "notes", "widths", "cache_dtype",
+           "cached_bytes", "cached_bytes_source", "budget", "weighed", "outputs", "parameters",
+           "longest_text"}  # fmt: skip
 
 
 def read_report(folder: str | os.PathLike[str]) -> Mapping[str, Any]:
@@ -32,7 +34,8 @@ def read_report(folder: str | os.PathLike[str]) -> Mapping[str, Any]:
             )
         text = opened.read_bytes(REPORT_NAME, max_bytes=_MAX_BYTES)
     found = parse_json(text, what=REPORT_NAME, code="CMP-REPORT")
-    if not isinstance(found, dict) or set(found) < _NEEDED or not isinstance(found["loss"], dict):
+    lacks = not isinstance(found, dict) or not set(found) >= _NEEDED
+    if lacks or not isinstance(found["loss"], dict) or not found["views"]:
         raise InputError(
             "CMP-REPORT",
             f"{REPORT_NAME} lacks what this release puts there",

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from mla_deploy.compress.fold import Folding, HeadWeights, rest_keys
 from mla_deploy.compress.key_basis import Doubles, Integers
+from mla_deploy.compress.latent_basis import joint_latent
 from mla_deploy.compress.stream import LayerMoments
 
 _POINTS = 24  # of an energy curve
@@ -67,7 +68,8 @@ def layer_view(source: HeadWeights, moments: LayerMoments, plan: Folding) -> Lay
     used = [_direction(before_ZZ[part, part]) for part in heads]
     left = [_direction(after_ZZ[part, part]) for part in heads]
     count = source.groups
-    content = np.concatenate((rest_keys(plan.basis, plan.rest_Q) @ source.key, source.value))
+    rest_YK = rest_keys(plan.basis, plan.rest_Q)
+    content = np.concatenate((rest_YK @ source.key, source.value))
     return LayerView(
         key_error=tuple(errors[:count]),
         value_error=tuple(errors[count:]),
@@ -77,7 +79,7 @@ def layer_view(source: HeadWeights, moments: LayerMoments, plan: Folding) -> Lay
         alike=_alike(before_ZZ, heads),
         alike_after=_alike(after_ZZ, heads),
         compass=_compass(used, left),
-        energy=_curve(plan.latent.energy_Y),
+        energy=_curve(_energies(rest_YK, moments)),
         weight_energy=_curve(np.linalg.svd(content, compute_uv=False) ** 2),
         turning=_turning(plan),
     )
@@ -102,6 +104,17 @@ def reconstruction(plan: Folding) -> tuple[Doubles, Doubles]:
     matrix_ZZ = back @ kept_YY @ to_y
     matrix_ZZ[:keys, :keys] += turned[1].T @ turned[0]
     return matrix_ZZ, back @ shift_Y
+
+
+def _energies(rest_YK: Doubles, moments: LayerMoments) -> Doubles:
+    """Variances along the principal axes of what a latent may hold, keys and values scaled alike,
+    the largest first; the same of every form, whatever its own axes are."""
+    values = len(moments.mean_Z) // 2
+    to_y = np.zeros((len(rest_YK) + values, 2 * values))
+    to_y[: len(rest_YK), :values], to_y[len(rest_YK) :, values:] = rest_YK, np.eye(values)
+    mean_Y = to_y @ moments.mean_Z
+    whole = joint_latent(to_y @ moments.moments_ZZ @ to_y.T, mean_Y, len(rest_YK), len(mean_Y))
+    return whole.energy_Y
 
 
 def _parts(plan: Folding, pairs: Integers) -> tuple[Doubles, Doubles]:

@@ -7,6 +7,7 @@ Both give one tensor at a time and trust nothing: names beneath the folder, fini
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import tempfile
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from mla_deploy.checkpoint.header import TensorInfo
 from mla_deploy.checkpoint.index import find_weight_files
 from mla_deploy.checkpoint.reader import READABLE_DTYPES, read_headers, unreadable_dtype
 from mla_deploy.checkpoint.shards import Shards
@@ -93,14 +95,20 @@ class _Folder:
             )
         self.fields = fields
         self._folder, self._shards = folder, shards
-        weights = find_weight_files(folder)
-        self._infos = read_headers(weights, shards)
-        self.shapes = {name: info.shape for name, info in self._infos.items()}
-        content = [
-            fields,
-            sorted((i.name, i.dtype, i.shape, i.offset) for i in self._infos.values()),
-        ]
-        self.digest = hashlib.sha256(canonical_json(content)).hexdigest()
+
+    @functools.cached_property
+    def _infos(self) -> Mapping[str, TensorInfo]:
+        """Read when first asked: a class that is not taken is refused for what it is."""
+        return read_headers(find_weight_files(self._folder), self._shards)
+
+    @functools.cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: info.shape for name, info in self._infos.items()}
+
+    @property
+    def digest(self) -> str:
+        infos = sorted((i.name, i.dtype, i.shape, i.offset) for i in self._infos.values())
+        return hashlib.sha256(canonical_json([self.fields, infos])).hexdigest()
 
     def read(self, name: str) -> torch.Tensor:
         info = self._infos[name]

@@ -184,7 +184,7 @@ def _store(options: ExportOptions, config: MlaConfig) -> dict[str, Any]:
     """How codes and scales are read as latents, where they are codes."""
     if options.store is None:
         return {}
-    return {"store": manifest_entry(options.store, config.kv_lora_rank)}
+    return {"store": manifest_entry(options.store, config.kv_lora_rank, config.qk_rope_head_dim)}
 
 
 def _cache_tensor(buffer: CacheBuffer, rows_dtype: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from mla_deploy.config import MlaConfig
 from mla_deploy.export.onnx_program import quiet
 from mla_deploy.export.trace_layer import CacheForm, TracedLayer, trace_layer
 from mla_deploy.export.trace_trunk import planned_rope, trace_trunk
-from mla_deploy.source.cache_parts import CacheBuffer
+from mla_deploy.source.cache_parts import SCALES, CacheBuffer
 from mla_deploy.source.layers import LayerKind, decoder_of, layer_kinds, layers_of, layers_prefix
 from mla_deploy.source.model import constant_buffers, empty_model, model_weights
 from mla_deploy.source.probe import BATCH, LayerCall, probe_layers
@@ -126,8 +126,7 @@ def _shared(calls: tuple[LayerCall, ...], layer: int, form: CacheForm) -> tuple[
         for index in wanted
         for call in calls
         for buffer in form.buffers(call)
-        if buffer.index == index
-        and buffer.kind in ("latent_cache", "latent_scale", "rope_key_cache")
+        if buffer.index == index and buffer.kind in (*SCALES, *SCALES.values())
     )
 
 

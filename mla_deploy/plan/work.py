@@ -136,7 +136,7 @@ def bound(work: Work, bandwidth_gb_s: float | None, tflops: float | None) -> Bou
 def _row_bytes(model: Model, layer: LayerFacts) -> int:
     if model.store is None:
         return (layer.rank + layer.rope) * model.itemsize
-    return model.store.row_bytes(layer.rank) + layer.rope * model.itemsize
+    return model.store.row_bytes(layer.rank, layer.rope)
 
 
 def _beside(model: Model, context: int) -> tuple[int, tuple[int, int]]:

@@ -54,8 +54,8 @@ _MOVES = {
 }
 # Codes times scales, less what stands for zero; nibbles apart.
 _WIDENS = {"BitShift", "BitwiseAnd", "Mul", "Sub"}
-_SCALES = "latent_scale."
-_CACHE = ("latent_cache.", _SCALES, "rope_key_cache.", "indexer_key_cache.")
+_SCALES = ("latent_scale.", "rope_key_scale.")
+_CACHE = ("latent_cache.", *_SCALES, "rope_key_cache.", "indexer_key_cache.")
 _SMALL = 64  # elements of a constant that can be a shape
 
 

@@ -1,4 +1,4 @@
-"""The arithmetic of `latent_store.py` as nodes of a graph.
+"""The arithmetic of `latent_store.py` as nodes of a graph; scales are in fp32 here.
 
 `op` is a rule's builder or a `Body`: what reads a cache is made inside the branch that reads it.
 """
@@ -12,19 +12,19 @@ from typing import Any
 import onnx_ir as ir
 
 from mla_deploy.latent_store import TINY, LatentStore
-from mla_deploy.rewrite.rule import ints, nibbles, number
+from mla_deploy.rewrite.rule import ints, nibbles, number, required
 from mla_deploy.source.latent_values import e4m3_values
 
 _FLOAT, _UINT8 = ir.DataType.FLOAT, ir.DataType.UINT8
 
 
 def encode(op: Any, rows_BSL: ir.Value, store: LatentStore, rank: int) -> tuple[ir.Value, ir.Value]:
-    """codes [B, S, columns] uint8, scales [B, S, tiles] fp32."""
+    """codes [B, S, columns] uint8, scales [B, S, tiles] in fp32, rounded as they are stored."""
     tiles, tiled, axis = store.tiles(rank), rows_BSL, 2
     if tiles > 1:
         tiled, axis = op.Reshape(rows_BSL, ints(op, [0, 0, tiles, rank // tiles])), 3
     peaks = op.ReduceMax(op.Abs(tiled), ints(op, [axis]), keepdims=1)
-    scales_BSG = op.Div(op.Max(peaks, number(op, TINY)), number(op, store.steps))
+    scales_BSG = _scales(op, peaks, store)
     ratios = op.Div(tiled, scales_BSG)
     if tiles > 1:
         ratios = op.Reshape(ratios, ints(op, [0, 0, rank]))
@@ -37,6 +37,14 @@ def encode(op: Any, rows_BSL: ir.Value, store: LatentStore, rank: int) -> tuple[
         low, high = op.Split(codes, ints(op, [half, half]), axis=2, _outputs=2)
         codes = op.Add(low, op.Mul(high, number(op, 16)))
     return op.Cast(codes, to=_UINT8), scales_BSG
+
+
+def _scales(op: Any, peaks: ir.Value, store: LatentStore) -> ir.Value:
+    least, steps = number(op, store.least_scale), number(op, store.steps)
+    if store.scale_dtype == "fp32":
+        return required(op.Div(op.Max(peaks, least), steps))
+    half = op.Cast(op.Max(op.Div(peaks, steps), least), to=ir.DataType.FLOAT16)
+    return required(op.Cast(half, to=_FLOAT))
 
 
 def decode(

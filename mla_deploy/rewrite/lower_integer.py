@@ -11,6 +11,8 @@ probabilities, times the scales of their tokens, each row is two bytes (255 fine
 one) with one scale for each block of tokens, so that a token that takes nearly all attention does
 not round the others away. What is left is the rounding of the cache itself.
 
+A rope key stored in bytes is widened: its values are few, and its tiles would be as many products.
+
 Many rows at once (a chunk of new tokens times heads) pay for widening the latent once; so do few
 cached tokens, where the steps above cost more than they save, and fp8 codes, which are not numbers
 that multiply.
@@ -46,6 +48,7 @@ from mla_deploy.rewrite.rule import (
     MICROSOFT,
     Body,
     Mismatch,
+    as_fp32,
     attribute,
     ints,
     number,
@@ -72,8 +75,9 @@ class LowerIntegerAttention(LowerLatentAttention):
     """The latent's rows come of a QuantizedUpdate or a QuantizedRead."""
 
     def check(self, context: Any, latent: ir.Value, rope_key: ir.Value, **_: Any) -> bool:
-        _stored(latent)
-        if static(rope_key, -1):
+        if _stored(latent) is None:
+            raise Mismatch("the latent is not stored in bytes", latent)
+        if static(rope_key, -1) and _stored(rope_key) is None:
             rows_of(rope_key)
         return True
 
@@ -94,15 +98,18 @@ class LowerIntegerAttention(LowerLatentAttention):
         parts = [q_latent] if static(rope_key, -1) == 0 else [q_latent, q_rope]
         choice = producer(visible, "SelectVisible", DOMAIN)
         like = visible if choice is None else required(choice.inputs[0])
-        rows = [Rows.of(op, rows_of(rope_key))] if len(parts) > 1 else []
-        latents = LatentBytes.of(op, _stored(latent), static(latent, -1))
+        latents = StoredBytes.of(op, latent)
+        keys: list[Rows | StoredBytes] = []
+        if len(parts) > 1:
+            is_stored = _stored(rope_key) is not None
+            keys = [StoredBytes.of(op, rope_key) if is_stored else Rows.of(op, rows_of(rope_key))]
         step = AttendBytes(
             [
                 folded(op, op.Mul(part, scale), width)
-                for part, width in zip(parts, (latents.rank, static(rope_key, -1)), strict=False)
+                for part, width in zip(parts, (latents.width, static(rope_key, -1)), strict=False)
             ],
             latents,
-            rows,
+            keys,
             Folding.of(op, int(attribute(node, "heads")), like),
             sinks,
         )
@@ -120,34 +127,43 @@ class LowerIntegerAttention(LowerLatentAttention):
 
 
 @dataclass(frozen=True)
-class LatentBytes:
-    """Latents as they are stored; the scale of a stale slot is zero."""
+class StoredBytes:
+    """Rows of `width` values as they are stored; scales are fp32, of a stale slot zero."""
 
     codes_B1TC: ir.Value
     scales_B1TG: ir.Value
     store: LatentStore
-    rank: int
+    width: int
 
     @classmethod
-    def of(cls, op: Any, source: ir.Node, rank: int) -> LatentBytes:
+    def of(cls, op: Any, rows: ir.Value) -> StoredBytes:
+        source, width = required_node(rows), static(rows, -1)
         store = find_store(str(attribute(source, "store")))
         is_read = source.op_type == "QuantizedRead"
         codes, scales = (source.inputs if is_read else source.outputs)[:2]
         filled = required(source.inputs[2 if is_read else 3])
-        kept = (filled, required(scales), number(op, 0))
-        if store.tiles(rank) > 1:
-            return cls(required(codes), op.Where(*kept), store, rank)
+        held = as_fp32(op, required(scales), required(source.inputs[1]))
+        kept = (filled, held, number(op, 0))
+        if store.tiles(width) > 1:
+            return cls(required(codes), op.Where(*kept), store, width)
         # With the tokens last: along an axis of one, Where goes number by number.
         flat = [op.Reshape(value, ints(op, [0, 1, 1, -1])) for value in kept[:2]]
         cleared = op.Reshape(op.Where(*flat, kept[2]), ints(op, [0, 1, -1, 1]))
-        return cls(required(codes), cleared, store, rank)
+        return cls(required(codes), cleared, store, width)
 
     def widened(self, op: Any) -> ir.Value:
-        """[B, 1, T, L] in fp32."""
-        return decode(op, self.codes_B1TC, self.scales_B1TG, self.store, self.rank)
+        """[B, 1, T, W] in fp32."""
+        return decode(op, self.codes_B1TC, self.scales_B1TG, self.store, self.width)
 
     def planes(self, op: Any) -> list[Plane]:
-        return planes(op, self.codes_B1TC, self.scales_B1TG, self.store, self.rank)
+        return planes(op, self.codes_B1TC, self.scales_B1TG, self.store, self.width)
+
+    def chosen(self, op: Any, choice: Choice) -> StoredBytes:
+        return replace(
+            self,
+            codes_B1TC=choice.rows(op, self.codes_B1TC),
+            scales_B1TG=choice.rows(op, self.scales_B1TG),
+        )
 
 
 @dataclass(frozen=True)
@@ -155,8 +171,8 @@ class AttendBytes:
     """One attention: queries for latent and rope keys (folded rows X = H*S, scaled)."""
 
     queries: list[ir.Value]
-    latents: LatentBytes
-    rope_keys: list[Rows]
+    latents: StoredBytes
+    rope_keys: list[Rows | StoredBytes]
     folding: Folding
     sinks: ir.Value | None
 
@@ -201,13 +217,13 @@ class AttendBytes:
 
     def chosen(self, op: Any, choice: Choice) -> ir.Value:
         """Over the rows that one new token has chosen. [B, H, 1, L]."""
-        taken = replace(
-            self.latents,
-            codes_B1TC=choice.rows(op, self.latents.codes_B1TC),
-            scales_B1TG=choice.rows(op, self.latents.scales_B1TG),
-        )
-        keys = [replace(key, rows_B1TW=choice.rows(op, key.rows_B1TW)) for key in self.rope_keys]
-        step = replace(self, latents=taken, rope_keys=keys)
+        keys = [
+            key.chosen(op, choice)
+            if isinstance(key, StoredBytes)
+            else replace(key, rows_B1TW=choice.rows(op, key.rows_B1TW))
+            for key in self.rope_keys
+        ]
+        step = replace(self, latents=self.latents.chosen(op, choice), rope_keys=keys)
         return step.multiplied(op, lambda scores: self._masked(op, scores, choice.seen_B11K))
 
     def multiplied(
@@ -218,20 +234,20 @@ class AttendBytes:
         if eye_XX is None:
             eye_XX = op.Constant(value=ir.tensor(np.eye(self.folding.heads, dtype=np.float32)))
         terms = [self._scores(op, plane, eye_XX) for plane in found]
-        for query, key in zip(self.queries[1:], self.rope_keys, strict=True):
+        for query, key in zip(self.queries[1:], self._keys(op), strict=True):
             terms.append(op.MatMul(query, swapped(op, key.rows_B1TW)))
         scores_B1XT = functools.reduce(op.Add, terms)
         weights_B1XT = self._attend().softmax(op, mask(scores_B1XT))
         outs = [self._read(op, weights_B1XT, plane, eye_XX) for plane in found]
         out_B1XL = outs[0] if len(outs) == 1 else op.Concat(*outs, axis=3)
         return required(
-            op.Reshape(out_B1XL, ints(op, [0, self.folding.heads, -1, self.latents.rank]))
+            op.Reshape(out_B1XL, ints(op, [0, self.folding.heads, -1, self.latents.width]))
         )
 
     def _scores(self, op: Any, plane: Plane, eye_XX: ir.Value) -> ir.Value:
         """scale_T (query codes^T): [B, 1, X, T]."""
         query = self.queries[0]
-        if plane.width != self.latents.rank:
+        if plane.width != self.latents.width:
             edges = (ints(op, [plane.first]), ints(op, [plane.first + plane.width]))
             query = op.Slice(query, *edges, ints(op, [3]))
         peak = op.ReduceMax(op.Abs(query), ints(op, [3]), keepdims=1)
@@ -279,10 +295,17 @@ class AttendBytes:
 
     def _widened(self, op: Any, visible: ir.Value) -> ir.Value:
         latent = Rows(self.latents.widened(op), None, None)
-        return self._attend([latent, *self.rope_keys]).dense(op, visible, None)
+        return self._attend([latent, *self._keys(op)]).dense(op, visible, None)
+
+    def _keys(self, op: Any) -> list[Rows]:
+        """Rope keys in fp32."""
+        return [
+            Rows(key.widened(op), None, None) if isinstance(key, StoredBytes) else key
+            for key in self.rope_keys
+        ]
 
     def _attend(self, rows: Sequence[Rows] = ()) -> Attend:
-        return Attend(self.queries, list(rows), self.latents.rank, self.folding, self.sinks)
+        return Attend(self.queries, list(rows), self.latents.width, self.folding, self.sinks)
 
     def _zero(self, op: Any) -> ir.Value:
         return required(op.Constant(value=ir.tensor(self.latents.store.zero, _UINT8)))
@@ -305,12 +328,10 @@ def _block(op: Any, codes_B1TK: ir.Value) -> ir.Value:
     return required(block_1)
 
 
-def _stored(latent: ir.Value) -> ir.Node:
-    for op_type in ("QuantizedUpdate", "QuantizedRead"):
-        node = producer(latent, op_type, DOMAIN)
-        if node is not None:
-            return node
-    raise Mismatch("the latent is not stored in bytes", latent)
+def _stored(rows: ir.Value) -> ir.Node | None:
+    """The composite that keeps these rows in bytes, where one does."""
+    found = (producer(rows, op_type, DOMAIN) for op_type in ("QuantizedUpdate", "QuantizedRead"))
+    return next(filter(None, found), None)
 
 
 def _product(

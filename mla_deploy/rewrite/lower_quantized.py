@@ -7,7 +7,8 @@
     # before:  QuantizedRead(codes_B1TC, scales_B1TG, filled, ...) -> rows_B1TL
     # after:   decode(codes, scales where filled)
 
-A stale slot's scale becomes zero, so its codes need not be looked at.
+A stale slot's scale becomes zero, so its codes need not be looked at. Rows are those of a latent,
+or of a rope key where the store has one for it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,17 @@ import onnx_ir as ir
 
 from mla_deploy.latent_store import find_store
 from mla_deploy.rewrite.latent_codes import decode, encode
-from mla_deploy.rewrite.rule import DOMAIN, Rule, attribute, ints, required_node, static
+from mla_deploy.rewrite.rule import (
+    DOMAIN,
+    Rule,
+    as_fp32,
+    attribute,
+    ints,
+    required,
+    required_dtype,
+    required_node,
+    static,
+)
 
 
 class LowerQuantizedUpdate(Rule):
@@ -66,12 +77,14 @@ class LowerQuantizedUpdate(Rule):
         rank = static(rows, -1)
         new_BSL = op.GatherND(op.Squeeze(rows, ints(op, [1])), source, batch_dims=1)
         made = encode(op, new_BSL, store, rank)
-        written = [
-            op.ScatterND(held, slot, op.Where(active, new, op.GatherND(held, slot)))
-            for held, new in zip((codes, scales), made, strict=True)
-        ]
-        cleared = op.Where(filled, written[1], op.Constant(value_float=0.0))
-        return written[0], written[1], decode(op, written[0], cleared, store, rank)
+        codes_out = op.ScatterND(codes, slot, op.Where(active, made[0], op.GatherND(codes, slot)))
+        held = as_fp32(op, op.GatherND(scales, slot), scales)
+        written = op.Where(active, made[1], held)
+        if scales.dtype != ir.DataType.FLOAT:
+            written = op.Cast(written, to=required_dtype(scales))
+        scales_out = op.ScatterND(scales, slot, written)
+        cleared = cleared_scales(op, scales_out, filled, scales)
+        return codes_out, scales_out, decode(op, codes_out, cleared, store, rank)
 
 
 class LowerQuantizedRead(Rule):
@@ -90,8 +103,13 @@ class LowerQuantizedRead(Rule):
         self, op: Any, codes: ir.Value, scales: ir.Value, filled: ir.Value, rows: ir.Value, **_: Any
     ) -> Any:
         store = find_store(str(attribute(required_node(rows), "store")))
-        cleared = op.Where(filled, scales, op.Constant(value_float=0.0))
+        cleared = cleared_scales(op, scales, filled, scales)
         return decode(op, codes, cleared, store, static(rows, -1))
+
+
+def cleared_scales(op: Any, scales: ir.Value, filled: ir.Value, like: ir.Value) -> ir.Value:
+    """In fp32, zero where the slot is stale; they have the dtype of `like`."""
+    return required(op.Where(filled, as_fp32(op, scales, like), op.Constant(value_float=0.0)))
 
 
 RULES = (

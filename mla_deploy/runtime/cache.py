@@ -273,8 +273,9 @@ def _cached(
         values = as_float32(array[row], tensor.dtype)
         if tensor.is_state:
             parts.append(values.reshape(1, -1))
-        elif tensor.kind == "latent_scale" and codes is not None and spec.store is not None:
-            parts.append(decode(codes, values[0, :length], spec.store))
+        elif codes is not None and (store := spec.store_of(tensor)) is not None:
+            parts.append(decode(codes, values[0, :length], store))
+            codes = None
         elif tensor.rows is None:
             parts.append(values[0, :length])
         else:

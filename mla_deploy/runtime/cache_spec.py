@@ -69,7 +69,7 @@ class CacheTensor:
 class CacheSpec:
     """The cache part of a bundle's manifest. `tensors` holds latents before rope keys per layer.
 
-    `store`: how latents are read that are codes and scales.
+    `store`: how latents are read that are codes and scales, and rope keys that are.
     """
 
     tensors: tuple[CacheTensor, ...]
@@ -81,6 +81,12 @@ class CacheSpec:
     def layers(self) -> tuple[int, ...]:
         """The cache indices there are, in order."""
         return tuple(sorted({tensor.layer for tensor in self.tensors}))
+
+    def store_of(self, tensor: CacheTensor) -> LatentStore | None:
+        """How codes and scales of its kind are read. None: it holds numbers."""
+        if self.store is None or tensor.is_fixed:
+            return None
+        return self.store.of_kind(tensor.kind)
 
     def bytes(self, batch: int, capacity: int) -> int:
         """Bytes of a cache: batch x (capacity x row, or ring, or state) over all tensors.

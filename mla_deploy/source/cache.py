@@ -30,7 +30,10 @@ def source_cache(config: PreTrainedConfig, form: CacheRounding) -> DynamicCache:
 
 @dataclass(frozen=True)
 class CacheRounding:
-    """What cached rows are rounded to: `dtype`, and a latent that keeps every token to `store`."""
+    """What cached rows are rounded to: `dtype`, and what keeps every token to `store`.
+
+    A store is of the latent; some have one for the rope key too.
+    """
 
     dtype: str = "fp32"
     store: LatentStore | None = None
@@ -46,10 +49,17 @@ class CacheRounding:
         return rows.to(HALVES[self.dtype]).to(rows.dtype)
 
     def latent(self, rows: torch.Tensor) -> torch.Tensor:
-        if self.store is None:
+        return self.rows(rows) if self.store is None else _stored(rows, self.store)
+
+    def rope_key(self, rows: torch.Tensor) -> torch.Tensor:
+        if self.store is None or self.store.rope_key is None or rows.shape[-1] == 0:
             return self.rows(rows)
-        stored = rounded(rows.float().contiguous().numpy(), self.store)
-        return torch.from_numpy(stored).to(rows.dtype)
+        return _stored(rows, self.store.rope_key)
+
+
+def _stored(rows: torch.Tensor, store: LatentStore) -> torch.Tensor:
+    found = rounded(rows.float().contiguous().numpy(), store)
+    return torch.from_numpy(found).to(rows.dtype)
 
 
 def cached_parts(layer: Any) -> list[torch.Tensor]:
@@ -85,8 +95,11 @@ class StoredCache(DynamicCache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         index = rest[0] if rest else options["layer_idx"]
         slides = getattr(self.layers[index], "is_sliding", False)
-        keys = (self._form.rows if slides else self._form.latent)(key_states)
-        return super().update(keys, self._form.rows(value_states), *rest, **options)
+        if slides:
+            rows = self._form.rows(key_states), self._form.rows(value_states)
+        else:
+            rows = self._form.latent(key_states), self._form.rope_key(value_states)
+        return super().update(*rows, *rest, **options)
 
     def update_indexer(
         self, indexer_key_states: torch.Tensor, *rest: Any, **options: Any

@@ -15,6 +15,8 @@ from mla_deploy.latent_store import LatentStore
 
 ROWS = ("latent", "rope_key", "indexer_key")
 STATES = ("conv_state", "recurrent_state")
+# The buffer of the scales of a buffer of codes.
+SCALES = {"latent_cache": "latent_scale", "rope_key_cache": "rope_key_scale"}
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,14 @@ class CachePart:
 class CacheBuffer:
     """One cache tensor of a graph: `parts` side by side along the last axis.
 
-    Of a latent stored in fewer bits, `stored` is the dtype of its codes or scales, and `width` how
+    Of rows stored in fewer bits, `stored` is the dtype of their codes or scales, and `width` how
     many a row has.
     """
 
     index: int
-    kind: str  # latent_cache, latent_scale, rope_key_cache, indexer_key_cache, ..._state
+    kind: str  # latent_cache, rope_key_cache, the SCALES of both, indexer_key_cache, ..._state
     parts: tuple[CachePart, ...]
-    stored: str | None = None  # uint8, fp32; None: as the cache is
+    stored: str | None = None  # uint8, fp32, fp16; None: as the cache is
     width: int | None = None
 
     @property
@@ -77,7 +79,8 @@ def buffers_of(
 ) -> tuple[CacheBuffer, ...]:
     """The buffers of `parts`, in their order; a latent and its rope key share one when `fused`.
 
-    With a `store`, a latent that keeps every token is two buffers, codes and scales.
+    With a `store`, a latent that keeps every token is two buffers, codes and scales; so is its rope
+    key, where the store has one for it.
     """
     buffers: list[CacheBuffer] = []
     for part in parts:
@@ -85,8 +88,8 @@ def buffers_of(
             buffers.append(CacheBuffer(part.index, part.kind, (part,)))
         elif part.shape[0] == 0:
             continue  # a layer without rope has no rope key
-        elif store is not None and part.kind == "latent" and part.window is None:
-            buffers.extend(_stored(part, store))
+        elif store and part.window is None and (rows := store.of_kind(part.kind)) is not None:
+            buffers.extend(_stored(part, rows))
         elif part.kind == "rope_key" and fused and store is None:
             latent = buffers.pop()
             buffers.append(CacheBuffer(part.index, latent.kind, (*latent.parts, part)))
@@ -95,7 +98,7 @@ def buffers_of(
     return tuple(buffers)
 
 
-def _stored(latent: CachePart, store: LatentStore) -> Iterator[CacheBuffer]:
-    rank = latent.shape[0]
-    yield CacheBuffer(latent.index, "latent_cache", (latent,), "uint8", store.columns(rank))
-    yield CacheBuffer(latent.index, "latent_scale", (latent,), "fp32", store.tiles(rank))
+def _stored(part: CachePart, store: LatentStore) -> Iterator[CacheBuffer]:
+    values, codes = part.shape[0], f"{part.kind}_cache"
+    yield CacheBuffer(part.index, codes, (part,), "uint8", store.columns(values))
+    yield CacheBuffer(part.index, SCALES[codes], (part,), store.scale_dtype, store.tiles(values))

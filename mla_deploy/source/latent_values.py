@@ -5,19 +5,24 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mla_deploy.latent_store import TINY, LatentStore
+from mla_deploy.latent_store import LatentStore
 
 Floats = NDArray[np.float32]
+Scales = NDArray[np.float32] | NDArray[np.float16]
 Codes = NDArray[np.uint8]
 
 
-def encode(rows: Floats, store: LatentStore) -> tuple[Codes, Floats]:
-    """[..., L] -> codes [..., columns] and scales [..., tiles]."""
+def encode(rows: Floats, store: LatentStore) -> tuple[Codes, Scales]:
+    """[..., L] -> codes [..., columns] and scales [..., tiles] in the dtype that is stored.
+
+    Rope keys are rows of `store.rope_key`.
+    """
     rank = rows.shape[-1]
     tiled = rows.reshape(*rows.shape[:-1], store.tiles(rank), -1)
     peaks = np.abs(tiled).max(axis=-1)
-    scales = (np.maximum(peaks, np.float32(TINY)) / np.float32(store.steps)).astype(np.float32)
-    ratios = (tiled / scales[..., None]).reshape(rows.shape)
+    scales = _scales(peaks, store)
+    divisors: Floats = scales[..., None].astype(np.float32)
+    ratios: Floats = (tiled / divisors).reshape(rows.shape)
     if store.is_float:
         return _e4m3_codes(ratios), scales
     codes = (np.rint(ratios) + np.float32(store.zero)).astype(np.uint8)
@@ -27,7 +32,7 @@ def encode(rows: Floats, store: LatentStore) -> tuple[Codes, Floats]:
     return codes, scales
 
 
-def decode(codes: Codes, scales: Floats, store: LatentStore) -> Floats:
+def decode(codes: Codes, scales: Scales, store: LatentStore) -> Floats:
     """codes [..., columns], scales [..., tiles] -> [..., L]."""
     if store.is_float:
         values = e4m3_values()[codes]
@@ -37,13 +42,21 @@ def decode(codes: Codes, scales: Floats, store: LatentStore) -> Floats:
         values = codes.astype(np.float32) - np.float32(store.zero)
     tiles = scales.shape[-1]  # the size of one is spelled out: there may be no rows to tell it by
     tiled = values.reshape(*values.shape[:-1], tiles, values.shape[-1] // tiles)
-    rows: Floats = (tiled * scales[..., None]).reshape(values.shape)
+    rows: Floats = (tiled * scales[..., None].astype(np.float32)).reshape(values.shape)
     return rows
 
 
 def rounded(rows: Floats, store: LatentStore) -> Floats:
     """What is read back of `rows` once they are stored."""
     return decode(*encode(rows, store), store)
+
+
+def _scales(peaks: Floats, store: LatentStore) -> Scales:
+    least = np.float32(store.least_scale)
+    if store.scale_dtype == "fp32":
+        return (np.maximum(peaks, least) / np.float32(store.steps)).astype(np.float32)
+    with np.errstate(over="ignore"):  # infinite then, as a row kept in fp16 would be
+        return np.maximum(peaks / np.float32(store.steps), least).astype(np.float16)
 
 
 def e4m3_values() -> Floats:

@@ -29,7 +29,8 @@ ARCHITECTURE = "MlaLlamaForCausalLM"
 
 @strict
 class MlaLlamaConfig(LlamaConfig):
-    """Fields beyond Llama's. `head_dim` is the source's: its half counts the frequencies.
+    """Fields beyond Llama's. `head_dim` is what turns of a head of the source: its half
+    counts the frequencies.
 
     transformers' own `per_layer_config` holds `kv_lora_rank` and `qk_rope_head_dim` of layers that
     differ.
@@ -43,6 +44,10 @@ class MlaLlamaConfig(LlamaConfig):
     qk_rope_head_dim: int = 64
     v_head_dim: int = 128
     softmax_scale: float = 1.0
+    latent_cache_dtype: str | None = None
+
+    def validate_architecture(self) -> None:
+        """Heads have widths of their own here; the hidden size need not be a multiple of them."""
 
 
 class MlaLlamaAttention(nn.Module):

@@ -20,11 +20,12 @@ from torch.onnx import ops as onnx_ops
 
 from mla_deploy.errors import InputError
 from mla_deploy.latent_store import LatentStore
-from mla_deploy.source.cache_parts import CacheBuffer
+from mla_deploy.source.cache_parts import SCALES, CacheBuffer
 from mla_deploy.source.plan import RingPlan, StepPlan
 
 DOMAIN = "mla_deploy"
 Buffers = Sequence[tuple[CacheBuffer, torch.Tensor]]
+Shared = Mapping[str, tuple[CacheBuffer, torch.Tensor]]  # by kind
 
 
 class TracedCache:
@@ -60,16 +61,13 @@ class TracedCache:
         """transformers' contract: takes the new rows, returns all rows."""
         latent = self._buffer(index, "latent_cache")
         rank = latent_B1SL.shape[-1]
-        if latent.stored is not None or latent.shape[0] == rank:
-            if latent.stored is None:
-                rows = self._append(latent, latent_B1SL)
-            else:
-                rows = self._append_quantized(latent, latent_B1SL)
-            if rope_key_B1SR.shape[-1] == 0:
-                return rows, rows[..., :0]
-            return rows, self._append(self._buffer(index, "rope_key_cache"), rope_key_B1SR)
-        rows = self._append(latent, torch.cat((latent_B1SL, rope_key_B1SR), dim=-1))
-        return rows[..., :rank], rows[..., rank:]
+        if latent.stored is None and latent.shape[0] != rank:
+            rows = self._append(latent, torch.cat((latent_B1SL, rope_key_B1SR), dim=-1))
+            return rows[..., :rank], rows[..., rank:]
+        rows = self._append(latent, latent_B1SL)
+        if rope_key_B1SR.shape[-1] == 0:
+            return rows, rows[..., :0]
+        return rows, self._append(self._buffer(index, "rope_key_cache"), rope_key_B1SR)
 
     def update_indexer(
         self, keys_BSK: torch.Tensor, index: int, *, cleared: bool = False
@@ -126,16 +124,10 @@ class TracedCache:
     def shared_rows(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Latent and rope key rows that the layer of cache `index` stored in this call."""
         found = {b.kind: (b, t) for b, t in self._shared.items() if b.index == index}
-        latent, cache = found["latent_cache"]
-        if "latent_scale" in found:
-            scales = found["latent_scale"][1]
-            rank = latent.parts[0].shape[0]
-            rows = quantized_read((cache, scales), self.plan, self._store_name(), rank)
-        else:
-            rows = cache_read(cache, self.plan)
-        rank = latent.parts[0].shape[0]
+        rows = self._read(found, "latent_cache")
         if "rope_key_cache" in found:
-            return rows, cache_read(found["rope_key_cache"][1], self.plan)
+            return rows, self._read(found, "rope_key_cache")
+        rank = found["latent_cache"][0].parts[0].shape[0]
         return rows[..., :rank], rows[..., rank:]
 
     def get_seq_length(self, *_: Any) -> int:
@@ -150,28 +142,34 @@ class TracedCache:
     def _append(
         self, buffer: CacheBuffer, rows_B1SW: torch.Tensor, *, cleared: bool = True
     ) -> torch.Tensor:
-        if buffer.window is None:
-            held = self._held[buffer]
+        held = self._held[buffer]
+        if buffer.stored is not None:
+            scales = self._buffer(buffer.index, SCALES[buffer.kind])
+            both = (held, self._held[scales])
+            cache, kept, rows = quantized_update(both, rows_B1SW, self.plan, self._store_of(buffer))
+            self._put(scales, kept)
+        elif buffer.window is None:
             cache, rows = cache_update(held, rows_B1SW, self.plan, cleared=cleared)
         elif self.ring is None:
             raise InputError("SRC-CACHE", f"{buffer.name()} slides, but no ring was planned")
         else:
-            cache, rows = ring_update(self._held[buffer], rows_B1SW, self.ring)
+            cache, rows = ring_update(held, rows_B1SW, self.ring)
         self._put(buffer, cache)
         return rows
 
-    def _append_quantized(self, codes: CacheBuffer, rows_B1SL: torch.Tensor) -> torch.Tensor:
-        scales = self._buffer(codes.index, "latent_scale")
-        held = (self._held[codes], self._held[scales])
-        made = quantized_update(held, rows_B1SL, self.plan, self._store_name())
-        self._put(codes, made[0])
-        self._put(scales, made[1])
-        return made[2]
+    def _read(self, found: Shared, kind: str) -> torch.Tensor:
+        buffer, cache = found[kind]
+        if buffer.stored is None:
+            return cache_read(cache, self.plan)
+        held = (cache, found[SCALES[kind]][1])
+        return quantized_read(held, self.plan, self._store_of(buffer), buffer.parts[0].shape[0])
 
-    def _store_name(self) -> str:
-        if self._store is None:
-            raise InputError("SRC-CACHE", "a latent is stored in codes, but no store was chosen")
-        return self._store.name
+    def _store_of(self, codes: CacheBuffer) -> str:
+        """The name of the store of a latent's codes, or of a rope key's."""
+        store = None if self._store is None else self._store.of_kind(codes.kind)
+        if store is None:
+            raise InputError("SRC-CACHE", f"{codes.name()} is codes, but no store was chosen")
+        return store.name
 
     def _put(self, buffer: CacheBuffer, value: torch.Tensor) -> None:
         if buffer in self._updated:

@@ -34,7 +34,7 @@ def write_llama(
     """A checkpoint of transformers' class `name` at `folder`, written as its users do."""
     torch.manual_seed(seed)
     given = {**SIZES, **fields}
-    if name in ("Qwen2", "Phi3", "Granite"):
+    if name in ("Qwen2", "Phi3", "Granite", "SmolLM3", "StableLm", "Olmo", "Mixtral", "DiffLlama"):
         given.pop("head_dim")
         given["hidden_size"] = 96
     if name == "Phi3":

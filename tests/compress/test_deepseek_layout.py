@@ -33,6 +33,8 @@ EXACT: dict[str, tuple[str, dict[str, Any], str, int | None]] = {
     "longrope": ("Llama", {"rope_parameters": LONGROPE}, "V2", None),
     "wide heads, biases": ("Llama", {"head_dim": 24, "attention_bias": True}, "V2", 49),
     "narrow heads, biases": ("Llama", {"head_dim": 4, "attention_bias": True}, "V2", 25),
+    "a quarter turns": ("Phi3", {"partial_rotary_factor": 0.25}, "V2", None),
+    "pairs side by side": ("Ernie4_5", {"use_bias": True}, "V2", 49),
     # V2 wants a hidden_size that its heads divide.
     "odd heads": ("Mistral", {"hidden_size": 50, "sliding_window": None}, "V3", None),
 }
@@ -193,8 +195,9 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"mlp_bias": True}, {"layout": "deepseek", "rank": 33, "rope_dim": 16}, "CMP-RANK",
     ),
     "MLP biases and odd heads": (
-        {"mlp_bias": True, "hidden_size": 50}, {"layout": "deepseek"}, "CMP-LAYOUT",
+        {"use_bias": True, "hidden_size": 50}, {"layout": "deepseek"}, "CMP-LAYOUT",
     ),
+    "a budget": ({}, {"layout": "deepseek", "budget": 0.5}, "CMP-LAYOUT"),
     "a rank above what there is": (
         {}, {"layout": "deepseek", "rank": 49, "rope_dim": 16}, "CMP-RANK",
     ),
@@ -204,7 +207,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_refused(what: str, tmp_path: Path) -> None:
     fields, options, code = REFUSED[what]
-    family = "Llama" if "hidden_size" not in fields else "Mistral"
+    family = "Ernie4_5" if "use_bias" in fields else "Llama"
     source = write_llama(tmp_path / "source", family, **fields)
     with pytest.raises(InputError, match=code):
         compress(source, tmp_path / "out", **options)
@@ -220,7 +223,7 @@ def test_every_layer_is_surveyed_before_one_is_written(tmp_path: Path) -> None:
         heard.append(f"{stage} {done}/{total}")
 
     compress(source, tmp_path / "out", progress=told, **options)
-    assert heard == [f"{stage} {n}/2" for stage in ("survey", "layers") for n in range(3)]
+    assert heard == [f"{stage} {n}/2" for stage in ("statistics", "layers") for n in range(3)]
 
 
 def test_statistics_that_are_too_large_to_keep_are_taken_again(

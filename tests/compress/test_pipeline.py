@@ -132,7 +132,7 @@ def test_a_layer_that_is_not_llamas(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("field", "code"),
-    [("residual_multiplier", "CMP-NOT-EQUAL"), ("logits_scaling", "CMP-TRUNK"),
+    [("residual_multiplier", "CMP-LAYER"), ("logits_scaling", "CMP-TRUNK"),
      ("embedding_multiplier", "CMP-TRUNK")],
 )  # fmt: skip
 def test_numbers_say_no_where_modules_look_alike(field: str, code: str, tmp_path: Path) -> None:

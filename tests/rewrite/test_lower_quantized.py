@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -20,17 +22,20 @@ from tests.rewrite.graphs import (
     parsed,
     run,
 )
-from tests.rewrite.quantized_graphs import quantized_feeds, quantized_text
+from tests.rewrite.quantized_graphs import NAMES, kept, quantized_feeds, quantized_text
 from tests.rewrite.test_lower_attention import STEPS
 
 _ROUND = "Abs ReduceMax Max Div Div"
 _HALVES = "Reshape Abs ReduceMax Max Div Div Reshape Squeeze"
 # new rows, encoded; then both tensors where they belong.
 _WRITE = "GatherND Where ScatterND GatherND Where ScatterND Where"
+_WRITE_HALF = "GatherND Where ScatterND GatherND Cast Where Cast ScatterND Cast Where"
 FORMS = {
     "int8": f"Squeeze GatherND {_ROUND} Round Add Cast {_WRITE} Cast Sub Mul",
     "int4": f"Squeeze GatherND {_HALVES} Round Add Split Mul Add Cast {_WRITE} BitwiseAnd BitShift "
     "Concat Cast Sub Reshape Unsqueeze Mul Reshape",
+    "int8-all": "Squeeze GatherND Abs ReduceMax Div Max Cast Cast Div Round Add Cast "
+    f"{_WRITE_HALF} Cast Sub Mul",
     "fp8": f"Squeeze GatherND {_ROUND} Cast Cast Abs Mul Max Log Mul Floor Max Mul Pow Div Add Mul "
     f"Add Round Less Where Add Cast {_WRITE} Cast Gather Mul",
 }
@@ -38,8 +43,15 @@ FORMS = {
 
 @pytest.mark.parametrize("name", FORMS)
 def test_fires(name: str) -> None:
-    after, count = fired(parsed(quantized_text(STORES[name])), *lower_quantized.RULES)
-    assert (count, op_types(after).split(" CacheUpdate")[0]) == (1, FORMS[name])
+    """Once for the latent, and once more where the rope key is codes too, in the same form."""
+    store = STORES[name]
+    after, count = fired(parsed(quantized_text(store)), *lower_quantized.RULES)
+    found = op_types(after)
+    if store.rope_key is None:
+        assert (count, found.split(" CacheUpdate")[0]) == (1, FORMS[name])
+    else:
+        assert count == 2 and "CacheUpdate" not in found
+        assert found.startswith(f"{FORMS[name]} {FORMS['int8-all']} ")
 
 
 def test_a_read_widens_what_another_layer_stored() -> None:
@@ -49,22 +61,28 @@ def test_a_read_widens_what_another_layer_stored() -> None:
     assert (count, op_types(after).split(" CacheRead")[0]) == (1, "Where Cast Sub Mul")
 
 
+KEEPS_ROPE = [name for name, store in STORES.items() if store.rope_key is not None]
+
+
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("name", STORES)
-def test_the_bytes_are_numpys(name: str, step: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "rope"), [*((name, 2) for name in STORES), *((name, 48) for name in KEEPS_ROPE)]
+)
+def test_the_bytes_are_numpys(name: str, step: str, rope: int) -> None:
     """Written slots hold the codes of their rows, all others what they held before."""
     store = STORES[name]
-    after, _ = fired(parsed(quantized_text(store)), *lower_quantized.RULES)
-    feeds, _ = quantized_feeds(store, lengths=STEPS[step], seed=2)
+    after, _ = fired(parsed(quantized_text(store, rope=rope)), *lower_quantized.RULES)
+    feeds, _ = quantized_feeds(store, lengths=STEPS[step], seed=2, rope=rope)
     found = run(after, feeds)
-    wanted = {"codes": feeds["codes"].copy(), "scales": feeds["scales"].copy()}
-    made = dict(zip(wanted, encode(feeds["new_latent"], store), strict=True))
-    for b, s in np.ndindex(feeds["source"].shape[:2]):
-        if feeds["active"][b, 0, 0]:
-            for part, held in wanted.items():
-                held[b, 0, feeds["slot"][b, s, 2]] = made[part][b, 0, feeds["source"][b, s, 0]]
-    for part, held in wanted.items():
-        np.testing.assert_array_equal(found[f"{part}_out"], held)
+    for (cache, _, _, part), new in zip(kept(store, rope), ("new_latent", "new_key"), strict=False):
+        wanted = {name: feeds[name].copy() for name in NAMES[cache]}
+        made = dict(zip(wanted, encode(feeds[new], part), strict=True))
+        for b, s in np.ndindex(feeds["source"].shape[:2]):
+            if feeds["active"][b, 0, 0]:
+                for name, held in wanted.items():
+                    held[b, 0, feeds["slot"][b, s, 2]] = made[name][b, 0, feeds["source"][b, s, 0]]
+        for name, held in wanted.items():
+            np.testing.assert_array_equal(found[f"{name}_out"], held)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -86,14 +104,17 @@ ATTENTION = {
     "sparse, sinks, no rope": {"count": 3, "sinks": True, "rope": 0},
     "shared rows": {"shared": True},
 }
+TILED = "a rope key of two tiles"
 # Both products round to a part in 8000 of the largest value, and add up a few of them.
 _PRODUCTS = 1e-3
 LONG = ([13, 16, 9], [1, 0, 1], 1, 16)
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, LONG], ids=["chunk", "one new token"])
-@pytest.mark.parametrize("form", ATTENTION)
-@pytest.mark.parametrize("name", STORES)
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [*itertools.product(STORES, ATTENTION), *((name, TILED) for name in KEEPS_ROPE)],
+)
 @pytest.mark.parametrize("blocks", [(512,), (8, 4)], ids=["one block", "blocks"])
 def test_bytes_multiply_as_numbers_do(
     name: str,
@@ -104,12 +125,13 @@ def test_bytes_multiply_as_numbers_do(
 ) -> None:
     monkeypatch.setattr(lower_integer, "_LEAST_TOKENS", 1)
     monkeypatch.setattr(lower_integer, "_BLOCKS", blocks)
-    shape = ATTENTION[form]
+    shape = ATTENTION.get(form, {"rope": 48})
     after, count = fired(
         parsed(quantized_text(STORES[name], **shape)), *absorb.RULES, *lower_integer.RULES
     )
     assert count == 2
     after, _ = fired(after, *lower_quantized.RULES)
+    assert "Quantized" not in op_types(after)
     feeds, plain = quantized_feeds(STORES[name], lengths=lengths, seed=3, **shape)
     found = run(after, feeds)["out"]
     wanted = attention_reference(plain, shape.get("count", 0))

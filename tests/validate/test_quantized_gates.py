@@ -91,7 +91,10 @@ def test_the_coarser_of_weights_and_cache_is_the_gate() -> None:
     assert loss_gate_for("int4", "int8") == LOSS_GATES["int4"]
     assert loss_gate_for("fp8", "int8") == LOSS_GATES["fp8"]
     assert loss_gate_for(None, "int8-tile") == CACHE_LOSS["int8-tile"]
+    assert loss_gate_for("int8", "int4-all") == LOSS_GATES["int4"]
+    assert loss_gate_for(None, "int8-all") == CACHE_LOSS["int8-all"]
     assert loss_gate_for(None, "int4") is None
+    assert loss_gate_for(None, "int4-all") is None
 
 
 def test_eight_bit_weights_beside_a_four_bit_cache(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from mla_deploy.runtime.cache_spec import CacheTensor, spec_from_manifest
 from mla_deploy.source.latent_values import encode
 
 TOKEN = 7  # what every step appends
-_CODES, _SCALES = "uint8", "latent_scale"
+_SCALES = "_scale"
 
 
 def layer_rows(layer: int, tokens: int, width: int) -> NDArray[np.float32]:
@@ -29,10 +29,8 @@ def stored_rows(
     rows_TW: NDArray[np.float32], tensor: CacheTensor, store: LatentStore | None
 ) -> NDArray[Any]:
     """`rows_TW` as one cache tensor stores them: bf16 as its bits, codes, or their scales."""
-    if store is not None and tensor.kind == _SCALES:
-        return encode(rows_TW, store)[1]
-    if store is not None and tensor.dtype == _CODES:
-        return encode(rows_TW, store)[0]
+    if store is not None:
+        return encode(rows_TW, store)[tensor.kind.endswith(_SCALES)]
     if tensor.dtype == "bf16":
         return (np.ascontiguousarray(rows_TW).view(np.uint32) >> 16).astype(np.uint16)
     return rows_TW.astype(tensor.numpy_type)
@@ -72,4 +70,4 @@ def cache_rows(manifest: Mapping[str, Any], tokens: int) -> Iterator[NDArray[Any
             rows_TW = np.ascontiguousarray(both_TW[:, start:stop])
         else:
             rows_TW = layer_rows(tensor.layer, tokens, tensor.width)
-        yield stored_rows(rows_TW, tensor, spec.store)
+        yield stored_rows(rows_TW, tensor, spec.store_of(tensor))
