@@ -216,15 +216,13 @@ class HeadsModel:
 
     def _check_weights(self) -> None:
         """Nothing missing and nothing left over, before anything long begins."""
-        if not self.files.names_are_ours:
-            return
+        files = self.files
         wanted = {name for name, _ in self._empty.named_parameters()}
         wanted -= {_HEAD} if self.tied else set()
-        missing = sorted(name for name in wanted if name not in self.files.shapes)
+        missing = sorted(name for name in wanted if files.named(name) not in files.shapes)
+        known = {files.named(name) for name in (*wanted, _HEAD)} | set(files.beside)
         extra = sorted(
-            name
-            for name in self.files.shapes
-            if name not in wanted and name != _HEAD and not name.endswith(_NOT_WEIGHTS)
+            name for name in files.shapes if name not in known and not name.endswith(_NOT_WEIGHTS)
         )
         if extra:
             raise InputError(

@@ -23,6 +23,7 @@ from mla_deploy.checkpoint.index import find_weight_files
 from mla_deploy.checkpoint.reader import READABLE_DTYPES, read_headers, unreadable_dtype
 from mla_deploy.checkpoint.shards import Shards
 from mla_deploy.checkpoint.values import read_values
+from mla_deploy.compress.gguf_fields import FACTORS, LONG, SHORT, GgufFields
 from mla_deploy.config import CONFIG_NAME, MAX_CONFIG_BYTES
 from mla_deploy.door import open_folder
 from mla_deploy.errors import InputError, quoted
@@ -39,16 +40,19 @@ _INTERLEAVED = ("llama",)
 
 
 class WeightFiles(Protocol):
-    """What an ordinary checkpoint holds. `fields`: its config.json."""
+    """What an ordinary checkpoint holds. `fields`: its config.json; `shapes` by the file's own
+    names, `named`: what transformers' name is called there; `beside`: tensors that `fields` tell.
+    """
 
+    @property
+    def beside(self) -> tuple[str, ...]: ...
     @property
     def fields(self) -> Mapping[str, Any]: ...
     @property
     def digest(self) -> str: ...
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
-    @property
-    def names_are_ours(self) -> bool: ...
+    def named(self, name: str) -> str | None: ...
     def read(self, name: str) -> torch.Tensor: ...
     def texts(self) -> Mapping[str, bytes]: ...
 
@@ -79,7 +83,7 @@ def open_weight_files(path: Path) -> Iterator[WeightFiles]:
 class _Folder:
     """safetensors and config.json."""
 
-    names_are_ours = True  # `shapes` has transformers' names
+    beside = ()
 
     def __init__(self, folder: Any, shards: Shards) -> None:
         text = folder.read_bytes(CONFIG_NAME, "checkpoint", max_bytes=MAX_CONFIG_BYTES)
@@ -110,6 +114,9 @@ class _Folder:
         infos = sorted((i.name, i.dtype, i.shape, i.offset) for i in self._infos.values())
         return hashlib.sha256(canonical_json([self.fields, infos])).hexdigest()
 
+    def named(self, name: str) -> str | None:
+        return name
+
     def read(self, name: str) -> torch.Tensor:
         info = self._infos[name]
         if info.dtype not in READABLE_DTYPES:
@@ -125,7 +132,7 @@ class _Folder:
 class _Gguf:
     """One GGUF file; transformers reads its config and its tokenizer, the gguf package the rest."""
 
-    names_are_ours = False
+    beside = (FACTORS, LONG, SHORT)
 
     def __init__(self, path: Path) -> None:
         import gguf
@@ -139,11 +146,23 @@ class _Gguf:
             self.fields = dict(load_gguf_checkpoint(str(path), return_tensors=False)["config"])
             name = str(self._reader.fields["general.architecture"].contents())
             arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
+            self._names = gguf.get_tensor_name_map(arch, int(self.fields["num_hidden_layers"]))
         except Exception as error:  # the readers raise whatever a damaged file makes them
             raise _not_gguf(path, error) from None
         self._interleaved = name in _INTERLEAVED
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
-        self._names = gguf.get_tensor_name_map(arch, int(self.fields["num_hidden_layers"]))
+        own = {key: field.contents() for key, field in self._reader.fields.items()
+               if key.startswith((f"{name}.", "split."))}  # fmt: skip
+        if (parts := int(own.get("split.count") or 1)) > 1:
+            raise InputError(
+                "CMP-GGUF",
+                f"{quoted(path.name)} is one of {parts} parts of a model, wanted a whole file",
+                hint="put the parts together first, as `llama-gguf-split --merge` does",
+            )
+        told = GgufFields(name, own, frozenset(self._tensors), lambda each: [
+            float(value) for value in self._values(self._tensors[each]).ravel()
+        ])  # fmt: skip
+        self.fields = told.completed(self.fields)
         self.fields.setdefault("architectures", [])
         self.shapes = {
             name: tuple(map(int, reversed(tensor.shape))) for name, tensor in self._tensors.items()
@@ -151,24 +170,17 @@ class _Gguf:
         content = [self.fields, sorted((n, list(s)) for n, s in self.shapes.items())]
         self.digest = hashlib.sha256(canonical_json(content)).hexdigest()
 
-    def read(self, name: str) -> torch.Tensor:
-        import gguf
-
+    def named(self, name: str) -> str | None:
         stem, _, ending = name.rpartition(".")
         own = self._names.get_name(stem)
-        tensor = self._tensors.get(f"{own}.{ending}")
+        return None if own is None else f"{own}.{ending}"
+
+    def read(self, name: str) -> torch.Tensor:
+        stem = name.rpartition(".")[0]
+        tensor = self._tensors.get(self.named(name) or "")
         if tensor is None:
             raise InputError("CKPT-MISSING", f"there is no tensor {quoted(name)}", tensor=name)
-        try:
-            values = np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
-        except NotImplementedError:
-            raise InputError(
-                "CMP-GGUF",
-                f"{quoted(tensor.name)} is quantised as {tensor.tensor_type.name}, which the gguf "
-                "package does not dequantise",
-                hint="convert the model to a type that it does, such as q8_0 or f16",
-                tensor=tensor.name,
-            ) from None
+        values = self._values(tensor)
         if not np.isfinite(values).all():
             raise InputError(
                 "CKPT-NONFINITE",
@@ -181,6 +193,20 @@ class _Gguf:
             if self._interleaved and stem.endswith(part):
                 values = _halves(values, int(self.fields[count]))
         return torch.from_numpy(np.ascontiguousarray(values))
+
+    def _values(self, tensor: Any) -> Any:
+        import gguf
+
+        try:
+            return np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
+        except NotImplementedError:
+            raise InputError(
+                "CMP-GGUF",
+                f"{quoted(tensor.name)} is quantised as {tensor.tensor_type.name}, which the gguf "
+                "package does not dequantise",
+                hint="convert the model to a type that it does, such as q8_0 or f16",
+                tensor=tensor.name,
+            ) from None
 
     def texts(self) -> Mapping[str, bytes]:
         from transformers import AutoTokenizer
