@@ -74,13 +74,13 @@ class DeepseekLayers(LatentLayers):
 
     def config_fields(self) -> dict[str, Any]:
         """config.json of the result."""
-        own: dict[str, Any] = {
+        families: dict[str, dict[str, Any]] = {
             "V2": {"mlp_bias": self.source.has_mlp_bias},
             "V3": {"rope_interleave": True, "num_nextn_predict_layers": 0},
-        }[self._family]
+        }
         return {
             **self._kept_fields(),
-            **own,
+            **families[self._family],
             "model_type": f"deepseek_{self._family.lower()}",
             "architectures": [f"Deepseek{self._family}ForCausalLM"],
             "rope_parameters": self._rope_parameters(),

@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ import safetensors.torch
 import torch
 
 from mla_deploy.bundle.folder_stage import FolderStage, stage_folder
-from mla_deploy.compress.budget import Budget, Choice, Progress, rounding_of
+from mla_deploy.compress.budget import Budget, Choice, Progress, Weighed, rounding_of
 from mla_deploy.compress.candidates import share_of
 from mla_deploy.compress.fold import HeadWeights
 from mla_deploy.compress.heads_model import HeadsModel
@@ -28,14 +29,14 @@ from mla_deploy.compress.latent_layers import DTYPES, LatentLayers
 from mla_deploy.compress.layouts import Layouts, check_layouts
 from mla_deploy.compress.loss import EXACT, CompressionLoss, compared
 from mla_deploy.compress.outputs import LayerOutputs, head_outputs
-from mla_deploy.compress.plan import METHODS, form_for, reach_of
+from mla_deploy.compress.plan import METHODS, Form, form_for, reach_of
 from mla_deploy.compress.proof import Proof
 from mla_deploy.compress.report import CompressReport
 from mla_deploy.compress.stream import LayerMoments, MomentsOf, Rows
 from mla_deploy.compress.text import Rations, rations
 from mla_deploy.compress.told import REPORT_NAME
 from mla_deploy.compress.views import LayerView, layer_view
-from mla_deploy.compress.weight_files import open_weight_files
+from mla_deploy.compress.weight_files import WeightFiles, open_weight_files
 from mla_deploy.config import CONFIG_NAME
 from mla_deploy.errors import GateError, InputError
 
@@ -93,39 +94,22 @@ def compress(
             seen = layouts.survey(choice, given, progress)
             work = _Work(proof, layouts.layers(choice.form, dtype, seen), given, stage, dtype)
             work.known = seen.moments
-            losses, energy, shown = work.run(progress)
-            loss = losses[layout]
-            # In fewer bits the form is as exact, its weights are not: the loss says what it is.
-            if choice.form.method == "exact" and dtype == "fp32" and loss.mean_kl > EXACT:
-                raise GateError(
-                    "CMP-NOT-EQUAL",
-                    f"the exact form differs from its source by a mean KL of {loss.mean_kl:.3g}, "
-                    f"wanted at most {EXACT:g}: the model computes something Llama's layers do not",
-                    hint="this model class cannot be compressed yet; please report it",
-                )
-            for name, data in texts.items():
-                stage.write(name, data)
-            stage.write(CONFIG_NAME, _json(work.layers.config_fields()))
-            report = CompressReport(
-                path=Path(out),
-                form=work.layers.form,
-                source=source.facts,
-                energy=tuple(energy),
-                loss=loss,
-                layout=layout,
-                beside={name: each for name, each in losses.items() if name != layout},
-                views=tuple(view for view, _ in shown),
-                outputs=tuple(outputs for _, outputs in shown),
-                parameters=work.parameters,
-                notes=(*source.notes, *given.notes, *work.layers.notes),
-                seconds=time.perf_counter() - started,
-                budget=share,
-                weighed=choice.weighed,
-            )
-            told = {**report.to_dict(), "source_digest": files.digest, "path": None}
-            stage.write(REPORT_NAME, _json(told))
-            stage.publish()
+            ran = work.run(progress)
+            _check_equal(choice.form, dtype, ran.losses[layout])
+            report = work.report(Path(out), ran, budget=share, weighed=choice.weighed)
+            report = replace(report, seconds=time.perf_counter() - started)
+            _publish(stage, files, work.layers, report)
     return report
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """Losses by layout; of the one written, layer by layer, the energy that each latent keeps and
+    what it looks like."""
+
+    losses: Mapping[str, CompressionLoss]
+    energy: tuple[float, ...]
+    shown: tuple[Shown, ...]
 
 
 class _Work:
@@ -150,10 +134,8 @@ class _Work:
         self._index: dict[str, str] = {}
         self.parameters = 0
 
-    def run(
-        self, progress: Progress | None
-    ) -> tuple[dict[str, CompressionLoss], list[float], list[Shown]]:
-        """Every layer; the losses, the energy that each latent keeps, and what it looks like."""
+    def run(self, progress: Progress | None) -> _Ran:
+        """Every layer, source and results side by side."""
         embed, norm, head = self.source.trunk()
         rotary = self.source.rotary
         wanted, found = Rows(self.given.judged, rotary), Rows(self.given.judged, self.layers.rotary)
@@ -197,7 +179,29 @@ class _Work:
         losses = {
             each.layout: compared(self.given.name, wanted, rows, norm, head) for each, rows in every
         }
-        return losses, energy, shown
+        return _Ran(losses, tuple(energy), tuple(shown))
+
+    def report(
+        self, out: Path, ran: _Ran, *, budget: float | None, weighed: tuple[Weighed, ...]
+    ) -> CompressReport:
+        """What was done, once every layer is written."""
+        layout = self.layers.layout
+        return CompressReport(
+            path=out,
+            form=self.layers.form,
+            source=self.source.facts,
+            energy=ran.energy,
+            loss=ran.losses[layout],
+            layout=layout,
+            beside={name: loss for name, loss in ran.losses.items() if name != layout},
+            views=tuple(view for view, _ in ran.shown),
+            outputs=tuple(outputs for _, outputs in ran.shown),
+            parameters=self.parameters,
+            notes=(*self.source.notes, *self.given.notes, *self.layers.notes),
+            seconds=0.0,
+            budget=budget,
+            weighed=weighed,
+        )
 
     def _moments(
         self, index: int, layer: Any, weights: HeadWeights, rows: list[Rows]
@@ -253,6 +257,32 @@ def _checked(
             hint="give a budget alone, or widths without one",
         )
     return share_of(budget)
+
+
+def _check_equal(form: Form, dtype: str, loss: CompressionLoss) -> None:
+    """Of an exact form. In fewer bits it is as exact, its weights are not: the loss says so then.
+
+    Raises: GateError CMP-NOT-EQUAL.
+    """
+    if form.method == "exact" and dtype == "fp32" and loss.mean_kl > EXACT:
+        raise GateError(
+            "CMP-NOT-EQUAL",
+            f"the exact form differs from its source by a mean KL of {loss.mean_kl:.3g}, "
+            f"wanted at most {EXACT:g}: the model computes something Llama's layers do not",
+            hint="this model class cannot be compressed yet; please report it",
+        )
+
+
+def _publish(
+    stage: FolderStage, files: WeightFiles, layers: LatentLayers, report: CompressReport
+) -> None:
+    """What lies beside the weights, and all of it in its place."""
+    for name, data in files.texts().items():
+        stage.write(name, data)
+    stage.write(CONFIG_NAME, _json(layers.config_fields()))
+    told = {**report.to_dict(), "source_digest": files.digest, "path": None}
+    stage.write(REPORT_NAME, _json(told))
+    stage.publish()
 
 
 def _json(content: Any) -> bytes:

@@ -14,7 +14,8 @@ from tests.e2e.pages import commands_of, told_by
 def test_the_page_runs(tmp_path: Path) -> None:
     write_llama(tmp_path / "llama")
     commands = commands_of("compress.md")
-    assert [command[1] for command in commands] == ["compress"] * 3 + ["export", "validate", "compress"]
+    verbs = ["compress"] * 3 + ["export", "validate", "compress"]
+    assert [command[1] for command in commands] == verbs
     told = [told_by(command, tmp_path) for command in commands]
     assert "100 % of the cache" in told[0] and "exact" in told[0]
     assert "50 % of the cache" in told[1]
