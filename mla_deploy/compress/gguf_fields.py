@@ -26,6 +26,11 @@ _HERE = {
 FACTORS, LONG, SHORT = (
     "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 )  # fmt: skip
+SPECIAL = {
+    "bos_token_id": "tokenizer.ggml.bos_token_id",
+    "eos_token_id": "tokenizer.ggml.eos_token_id",
+    "pad_token_id": "tokenizer.ggml.padding_token_id",
+}
 _IN_PART = ("phi3",)  # classes that heed a partial_rotary_factor
 _TEMPERED = ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor")
 
@@ -41,6 +46,7 @@ class GgufFields:
         read: Callable[[str], list[float]],
     ) -> None:
         self._arch, self._tensors, self._read = arch, tensors, read
+        self._all = fields
         self._own = {
             name.removeprefix(f"{arch}."): value
             for name, value in fields.items()
@@ -68,6 +74,8 @@ class GgufFields:
         found["rope_parameters"] = rope
         if "original_max_position_embeddings" in rope:  # Phi-3's config has it beside the rope
             found["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+        for ours, own in SPECIAL.items():  # a class's default would be of another tokenizer
+            found[ours] = self._all.get(own)
         if window := self._own.get("attention.sliding_window"):
             found["sliding_window"] = int(window)
         if "blk.0.attn_q.bias" in self._tensors and self._arch == "llama":

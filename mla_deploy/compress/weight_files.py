@@ -23,7 +23,7 @@ from mla_deploy.checkpoint.index import find_weight_files
 from mla_deploy.checkpoint.reader import READABLE_DTYPES, read_headers, unreadable_dtype
 from mla_deploy.checkpoint.shards import Shards
 from mla_deploy.checkpoint.values import read_values
-from mla_deploy.compress.gguf_fields import FACTORS, LONG, SHORT, GgufFields
+from mla_deploy.compress.gguf_fields import FACTORS, LONG, SHORT, SPECIAL, GgufFields
 from mla_deploy.config import CONFIG_NAME, MAX_CONFIG_BYTES
 from mla_deploy.door import open_folder
 from mla_deploy.errors import InputError, quoted
@@ -152,7 +152,7 @@ class _Gguf:
         self._interleaved = name in _INTERLEAVED
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         own = {key: field.contents() for key, field in self._reader.fields.items()
-               if key.startswith((f"{name}.", "split."))}  # fmt: skip
+               if key.startswith((f"{name}.", "split.")) or key in SPECIAL.values()}  # fmt: skip
         if (parts := int(own.get("split.count") or 1)) > 1:
             raise InputError(
                 "CMP-GGUF",
