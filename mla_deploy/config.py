@@ -37,6 +37,7 @@ from mla_deploy.rope import ROPE_TYPES, RopeFacts, rope_facts
 from mla_deploy.strict_json import canonical_json, parse_json
 from mla_deploy.text_fields import (
     architecture,
+    cache_dtype,
     check_same_family,
     check_source_settings,
     model_type,
@@ -125,6 +126,8 @@ class MlaConfig:
     # config.json names classes that come with the checkpoint.
     own_code: bool = False
     quantization: Quantization | None = None
+    # What an export keeps its cache in unless told otherwise; None: as its weights.
+    latent_cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
         for attribute, largest in _BOUNDS.items():
@@ -260,6 +263,7 @@ def parse_config(text: bytes, modelopt: bytes | None = None) -> MlaConfig:
         wrapper_type=wrapper_type(found),
         towers=found.towers,
         own_code=found.own_code,
+        latent_cache_dtype=cache_dtype(fields),
     )
     _check_model(config)
     return _with_layers(config, rope)

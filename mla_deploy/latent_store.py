@@ -113,6 +113,10 @@ STORES = {
 }
 
 
+# What a cache can be kept in: numbers, or latents as codes.
+CACHE_DTYPES = ("fp32", "fp16", "bf16", *STORES)
+
+
 def find_store(name: str) -> LatentStore:
     """A latent's store, or that of rope keys. Raises: InputError EXP-CACHE."""
     if name == ROPE_KEYS.name:

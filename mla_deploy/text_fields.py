@@ -1,4 +1,4 @@
-"""Single settings of the text model: its names, its query rank, tied weights, token ids.
+"""Single settings of the text model: its names, its query rank, cache, tied weights, token ids.
 
 And the types of the settings that only transformers' class reads.
 """
@@ -9,8 +9,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mla_deploy.errors import InputError
+from mla_deploy.errors import InputError, quoted
 from mla_deploy.fields import check_integer, check_number, missing, required, wrong_type
+from mla_deploy.latent_store import CACHE_DTYPES
 from mla_deploy.wrapper import Sections
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
@@ -66,6 +67,21 @@ def query_rank(fields: Mapping[str, Any]) -> int | None:
     found = fields["q_lora_rank"]
     if found is not None:
         check_integer("q_lora_rank", found, 1, 1 << 16)
+    return found
+
+
+def cache_dtype(fields: Mapping[str, Any]) -> str | None:
+    """What the cache is to be kept in, or None. Raises: InputError CFG-TYPE, CFG-RANGE."""
+    found = fields.get("latent_cache_dtype")
+    if not isinstance(found, str | None):
+        raise wrong_type("latent_cache_dtype", found, f"one of {', '.join(CACHE_DTYPES)}")
+    if found not in (None, *CACHE_DTYPES):
+        raise InputError(
+            "CFG-RANGE",
+            f"latent_cache_dtype is {quoted(found)}, wanted one of {', '.join(CACHE_DTYPES)}",
+            hint="upgrade mla-deploy, or take the field out of config.json",
+            field="latent_cache_dtype",
+        )
     return found
 
 

@@ -39,6 +39,15 @@ def bundle_result(bundle: Bundle) -> dict[str, Any]:
     }
 
 
+def stored_words(bundle: Bundle) -> str:
+    """The dtype of weights, and that of the cache where it is another."""
+    manifest, cache = bundle.manifest, bundle.manifest["cache"]
+    if cache["dtype"] == manifest["dtype"] and "dtype_from" not in cache:
+        return str(manifest["dtype"])
+    told = f" as {cache['dtype_from']} asks" if "dtype_from" in cache else ""
+    return f"{manifest['dtype']}, cache {cache['dtype']}{told}"
+
+
 def _engine_result(bundle: Bundle) -> dict[str, Any] | None:
     if bundle.engine is None:
         return None

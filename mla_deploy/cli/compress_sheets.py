@@ -29,9 +29,7 @@ def compress_sheets(report: Mapping[str, Any]) -> tuple[Sheet, ...]:
         ("the source's", f"{report['cached_values_source']:,}"),
         *_stored(report),
     ]
-    if report["views"]:
-        worst = min(min(view["value_cosine"]) for view in report["views"])
-        sizes.append(("cosine of the worst value head", f"{worst:.4f}"))
+    sizes += _worst(report)
     rows = [
         ("verdict", str(loss["verdict"])),
         ("mean KL", f"{loss['mean_kl']:.3g}"),
@@ -53,6 +51,27 @@ def compress_sheets(report: Mapping[str, Any]) -> tuple[Sheet, ...]:
     )
     weighed = [_weighed(report)] if report["weighed"] else []
     return (*weighed, Sheet("Compressed", columns, sizes), Sheet(title, columns, rows), *notes)
+
+
+def _worst(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The head of each kind that keeps least of its direction; the layer furthest off."""
+    kinds = {
+        "key": [view["key_cosine"] for view in report["views"]],
+        "value": [view["value_cosine"] for view in report["views"]],
+        "output": [each["cosine"] for each in report["outputs"]],
+    }
+    rows = []
+    for kind, layers in kinds.items():
+        cosine, layer, head = min(
+            (cosine, layer, head)
+            for layer, heads in enumerate(layers)
+            for head, cosine in enumerate(heads)
+        )
+        rows.append((f"worst {kind} head, its cosine", f"layer {layer}, head {head}: {cosine:.4f}"))
+    errors = [float(each["attention_error"]) for each in report["outputs"]]
+    worst = max(range(len(errors)), key=errors.__getitem__)
+    rows.append(("worst layer, its attention's error", f"layer {worst}: {errors[worst]:.2g}"))
+    return rows
 
 
 def _span(widths: list[int]) -> str:

@@ -64,7 +64,7 @@ def export(
     if (checkpoint is None) != bool(options.get("module")):
         raise click.UsageError("one of CHECKPOINT and --module is needed.")
     import mla_deploy
-    from mla_deploy.cli.bundle_sheets import bundle_result, bundle_sheets
+    from mla_deploy.cli.bundle_sheets import bundle_result, bundle_sheets, stored_words
     from mla_deploy.cli.loss_sheets import loss_of, loss_sheets, loss_words
 
     started = perf_counter()
@@ -75,5 +75,5 @@ def export(
     result = {**bundle_result(bundle), "export_seconds": round(seconds, 3), "loss": loss}
     model, size = result["model"]["model_type"], byte_text(result["total_bytes"])
     summary = f"exported {model} to {out or checkpoint} in {seconds:.1f} s: "
-    summary += f"{result['target']}, {result['dtype']}, {size}{loss_words(loss, bundle)}"
+    summary += f"{result['target']}, {stored_words(bundle)}, {size}{loss_words(loss, bundle)}"
     return Outcome(summary, result, (*loss_sheets(loss, bundle), *bundle_sheets(bundle)))

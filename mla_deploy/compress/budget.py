@@ -28,9 +28,8 @@ from mla_deploy.compress.layer_widths import LESS, Probes, spread
 from mla_deploy.compress.loss import CompressionLoss, compared
 from mla_deploy.compress.plan import Form, form_of
 from mla_deploy.compress.proof import Proof
-from mla_deploy.compress.stream import LayerMoments, MomentsOf, Rows
-from mla_deploy.compress.text import Rations
-from mla_deploy.source.cache import CacheRounding
+from mla_deploy.compress.stream import AttendedRows, LayerMoments, MomentsOf, Rows
+from mla_deploy.compress.text import Rations, fit_rows
 
 _PROBE_ROWS = 1
 Progress = Callable[[str, int, int], None]
@@ -176,28 +175,29 @@ class Budget:
         wanted = _embedded(source, self.given.choice, embed)
         rows = [_embedded(source, self.given.choice, embed) for _ in found]
         layers = [LatentLayers(source, each.form, self.dtype) for each in found]
+        is_fitted = any(each.form.is_fitted for each in found)
+        learnt = _embedded(source, fit_rows(self.given), embed) if is_fitted else None
         for index in range(source.facts.layers):
             _tell(progress, "candidates", index, source.facts.layers)
             layer = source.layer(index)
             weights = source.attention(layer)
             wanted.through(layer)
+            attended = None
+            if learnt is not None:
+                with AttendedRows(layer, learnt) as attended:
+                    learnt.through(layer)
             for made_of, each in zip(layers, rows, strict=True):
                 plan = made_of.folding(index, weights, moments[index])
-                made = made_of.made(index, layer, weights, plan)
-                each.through(made, cached=rounding_of(made_of.form, self.dtype))
+                made = made_of.made(index, layer, plan, weights, attended=attended)
+                each.through(made, cached=made_of.rounding)
                 made_of.release(made)
         _tell(progress, "candidates", source.facts.layers, source.facts.layers)
         return [compared(self.given.name, wanted, each, norm, head) for each in rows]
 
 
-def rounding_of(form: Form, dtype: str) -> CacheRounding | None:
-    """What cached rows of a model in `form` go through; None: nothing but their own dtype."""
-    return None if form.cache is None else CacheRounding.of(form.cache, dtype)
-
-
 def form_of_ranks(form: Form) -> Form:
-    """The same widths, nothing stored in few bits."""
-    return Form(tuple(replace(each, is_stored=False) for each in form.layers))
+    """The same widths, nothing stored in few bits or fitted."""
+    return Form(tuple(replace(each, is_stored=False, is_fitted=False) for each in form.layers))
 
 
 def _embedded(source: HeadsModel, rows: Sequence[Sequence[int]], embed: nn.Module) -> Rows:

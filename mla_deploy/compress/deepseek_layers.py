@@ -49,7 +49,8 @@ class DeepseekLayers(LatentLayers):
         self, source: HeadsModel, form: Form, dtype: str, *, asked: bool, slots_F: Integers | None
     ) -> None:
         """Raises: InputError CMP-LAYOUT, CMP-RANK."""
-        self.source, self.dtype, self._slots_F = source, DTYPES[dtype], slots_F
+        self.source, self._slots_F = source, slots_F
+        self.dtype, self._name = DTYPES[dtype], dtype
         self._cut, self._written = written_settings(form.usual, asked=asked)
         self._family = family_for(source, self._written.rank)
         self.form = Form((self._written,) * len(form.layers))
@@ -174,7 +175,8 @@ class DeepseekLayers(LatentLayers):
 def written_settings(settings: Settings, *, asked: bool) -> tuple[Settings, Settings]:
     """How layers are cut, and what they are with the norm's constant in the latent."""
     if asked:
-        return replace(settings, rank=settings.rank - 1), settings
+        written = replace(settings, is_fitted=settings.method == "low-rank")
+        return replace(written, rank=settings.rank - 1), written
     rank = settings.rank + 1
     return settings, replace(settings, rank=rank + rank % 2)
 

@@ -8,6 +8,8 @@ as much asked of. Both parts of a cached row may be written in another basis at 
     latent     c' = Q S^(-1/4) c with S the covariance of c, W_uk and W_uv times its inverse. Equal
                steps cost tr(T S T^T) tr((T^T T)^-1) of a basis T, which is least there; the fixed
                orthogonal Q then lets no channel stand out
+
+Both are about 1 large then, as 16-bit scales like it.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ def evened(plan: Folding, weights: HeadWeights, moments: LayerMoments) -> Foldin
     had_C = pair_energies(plan.basis, keys)
     asked_C = asked_of_pairs(plan.basis, keys)
     scale_C = (_damped(asked_C) / _damped(had_C)) ** 0.25
+    scale_C /= np.sqrt(_damped(had_C * scale_C**2).mean() / 2)
     basis = KeyBasis(
         plan.basis.keys_C2K * scale_C[:, None, None],
         plan.basis.queries_C2K / scale_C[:, None, None],
@@ -64,6 +67,7 @@ def _even_latent(plan: Folding, moments: LayerMoments) -> tuple[Doubles, Doubles
     covariance_LL = down_LZ @ moments.moments_ZZ @ down_LZ.T - np.outer(mean_L, mean_L)
     energy_L, axes_LL = np.linalg.eigh((covariance_LL + covariance_LL.T) / 2)
     root_L = _damped(np.maximum(energy_L, 0.0)) ** 0.25
+    root_L *= np.sqrt(np.sqrt(np.maximum(energy_L, 0.0)).mean()) or 1.0
     turn_LL = _orthogonal(len(root_L))
     return turn_LL @ ((axes_LL / root_L) @ axes_LL.T), (axes_LL * root_L) @ axes_LL.T @ turn_LL.T
 

@@ -14,8 +14,10 @@ import torch
 from mla_deploy.compress.fold import Folding, HeadWeights, folded
 from mla_deploy.compress.heads_model import HeadsModel
 from mla_deploy.compress.key_basis import Doubles
+from mla_deploy.compress.output_fit import fit_output
 from mla_deploy.compress.plan import Form, folding
-from mla_deploy.compress.stream import LayerMoments, Rows
+from mla_deploy.compress.stream import AttendedRows, LayerMoments
+from mla_deploy.source.cache import CacheRounding
 from mla_deploy.source.mla_llama import (
     ARCHITECTURE,
     MODEL_TYPE,
@@ -33,7 +35,7 @@ class LatentLayers:
     notes: tuple[str, ...] = ()
 
     def __init__(self, source: HeadsModel, form: Form, dtype: str) -> None:
-        self.source, self.form, self.dtype = source, form, DTYPES[dtype]
+        self.source, self.form, self.dtype, self._name = source, form, DTYPES[dtype], dtype
         self._frequencies_F, self._stretch = source.frequencies(form.usual.context)
         self.rotary: Any = source.rotary
         self._build(MlaLlamaConfig, MlaLlamaForCausalLM)
@@ -43,8 +45,24 @@ class LatentLayers:
         settings = self.form.layers[index]
         return folding(settings, weights, moments, self._frequencies_F, self._stretch)
 
-    def made(self, index: int, layer: Any, weights: HeadWeights, plan: Folding) -> Any:
-        """The source's `layer` in its new form. `release` it once it is done with."""
+    @property
+    def rounding(self) -> CacheRounding | None:
+        """What cached rows go through; None: nothing but their own dtype."""
+        return None if self.form.cache is None else CacheRounding.of(self.form.cache, self._name)
+
+    def made(
+        self,
+        index: int,
+        layer: Any,
+        plan: Folding,
+        weights: HeadWeights,
+        *,
+        attended: AttendedRows | None = None,
+    ) -> Any:
+        """The source's `layer` in its new form. `release` it once it is done with.
+
+        `attended`: calibration rows, wanted where the output projection is fitted.
+        """
         made = self._empty.model.layers[index].to_empty(device="cpu")
         state = {
             f"self_attn.{name}": torch.from_numpy(np.ascontiguousarray(value)).float()
@@ -55,15 +73,13 @@ class LatentLayers:
         for name, weight in self.source.gated_mlp(layer).items():
             state[f"mlp.{name}"] = weight
         made.load_state_dict({k: v.to(self.dtype).float() for k, v in state.items()}, strict=True)
-        return made.requires_grad_(False)
-
-    def through(
-        self, rows: Rows, index: int, layer: Any, weights: HeadWeights, moments: LayerMoments | None
-    ) -> None:
-        """Send `rows` through layer `index` in its new form."""
-        made = self.made(index, layer, weights, self.folding(index, weights, moments))
-        rows.through(made)
-        self.release(made)
+        made.requires_grad_(False)
+        if attended is not None and self.form.layers[index].is_fitted:
+            angles = self.rotary(torch.zeros(1, 1, 1), attended.positions_1S)
+            fit_output(made, attended, self.rounding, angles)
+            output = made.self_attn.o_proj
+            output.load_state_dict({k: v.to(self.dtype) for k, v in output.state_dict().items()})
+        return made
 
     def release(self, made: Any) -> None:
         """Free the weights of a layer."""

@@ -25,6 +25,7 @@ from mla_deploy.compress.loss import token_kls
 from mla_deploy.compress.stream import LayerMoments, Rows
 
 LESS = 0.75  # of the widths, in the second of both cuts
+_EVERY = 3  # tokens of a probe: logits cost more than layers do
 _STEPS = 32  # of the usual width, that is dealt out in as many parts
 # Of the usual width: no layer is cut to less or given more than a line through two points tells.
 _LEAST, _MOST = 0.5, 1.5
@@ -44,7 +45,7 @@ class Probes:
             for each in probes:
                 each.through(layer)
         for cut, probes in zip(self._cuts, self._probes, strict=True):
-            made = cut.made(index, layer, weights, cut.folding(index, weights, moments))
+            made = cut.made(index, layer, cut.folding(index, weights, moments), weights)
             probe = self._rows.copied(len(self._rows.tokens_XS))
             probe.through(made)
             cut.release(made)
@@ -55,7 +56,10 @@ class Probes:
         """[widths, layers]: mean KL of each."""
         return np.array(
             [
-                [float(token_kls(self._rows, each, norm, head).mean()) for each in probes]
+                [
+                    float(token_kls(self._rows, each, norm, head, every=_EVERY).mean())
+                    for each in probes
+                ]
                 for probes in self._probes
             ]
         )

@@ -98,10 +98,10 @@ def compared(
 
 
 def token_kls(
-    source: Rows, found: Rows, norm: torch.nn.Module, head: torch.Tensor
+    source: Rows, found: Rows, norm: torch.nn.Module, head: torch.Tensor, *, every: int = 1
 ) -> NDArray[np.float64]:
-    """KL of each predicted token of all rows."""
-    parts = _predictions(source, found, norm, head)
+    """KL of predicted tokens of all rows; of one in `every`."""
+    parts = _predictions(source.thinned(every), found.thinned(every), norm, head)
     return np.concatenate([_divergence(wanted, given) for _, _, wanted, given in parts])
 
 

@@ -14,7 +14,7 @@ import torch
 
 from mla_deploy.compress.fold import Folding, HeadWeights
 from mla_deploy.compress.key_basis import Doubles
-from mla_deploy.compress.stream import Rows
+from mla_deploy.compress.stream import Rows, cache_options
 from mla_deploy.source.cache import CacheRounding
 
 _ROWS = 8
@@ -68,7 +68,7 @@ def head_outputs(
     for start in range(0, min(_ROWS, len(rows.hidden_XSD)), rows.batch):
         hidden = rows.hidden_XSD[start : start + rows.batch]
         wanted, wanted_BSHV = _attended(layers[0], hidden, rows, angles[0], {})
-        found, found_BSHV = _attended(layers[1], hidden, rows, angles[1], rows.cache_of(cached))
+        found, found_BSHV = _attended(layers[1], hidden, rows, angles[1], cache_options(cached))
         shape = (weights.heads, weights.head_dim)
         wanted_BSHV, found_BSHV = (x.unflatten(-1, shape) for x in (wanted_BSHV, found_BSHV))
         found_BSHV = found_BSHV + mean_HV  # our output bias carries it

@@ -59,6 +59,6 @@ def _count_text(tokens: int) -> str:
 
 def _texts(tokens: int, longest: int) -> str:
     if tokens < longest:
-        return "the longest text" if tokens else "the weights do not fit"
+        return "the longest context" if tokens else "the weights do not fit"
     count = tokens // longest
     return f"{count:,} text{'s' if count > 1 else ''} of {longest:,}"

@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 
 from mla_deploy.bundle.folder_stage import FolderStage, stage_folder
-from mla_deploy.compress.budget import Budget, Choice, Progress, Weighed, rounding_of
+from mla_deploy.compress.budget import Budget, Choice, Progress, Weighed
 from mla_deploy.compress.candidates import share_of
 from mla_deploy.compress.fold import HeadWeights
 from mla_deploy.compress.heads_model import HeadsModel
@@ -32,8 +32,8 @@ from mla_deploy.compress.outputs import LayerOutputs, head_outputs
 from mla_deploy.compress.plan import METHODS, Form, form_for, reach_of
 from mla_deploy.compress.proof import Proof
 from mla_deploy.compress.report import CompressReport
-from mla_deploy.compress.stream import LayerMoments, MomentsOf, Rows
-from mla_deploy.compress.text import Rations, rations
+from mla_deploy.compress.stream import AttendedRows, LayerMoments, MomentsOf, Rows
+from mla_deploy.compress.text import Rations, fit_rows, rations
 from mla_deploy.compress.told import REPORT_NAME
 from mla_deploy.compress.views import LayerView, layer_view
 from mla_deploy.compress.weight_files import WeightFiles, open_weight_files
@@ -92,7 +92,7 @@ def compress(
         with stage_folder(out, FolderStage, needed_bytes=needed * 5 // 4) as stage:
             choice = Choice(form) if asked is None else asked.choose(progress)
             seen = layouts.survey(choice, given, progress)
-            work = _Work(proof, layouts.layers(choice.form, dtype, seen), given, stage, dtype)
+            work = _Work(proof, layouts.layers(choice.form, dtype, seen), given, stage)
             work.known = seen.moments
             ran = work.run(progress)
             _check_equal(choice.form, dtype, ran.losses[layout])
@@ -124,13 +124,11 @@ class _Work:
         layers: Sequence[LatentLayers],
         given: Rations,
         stage: FolderStage,
-        dtype: str,
     ) -> None:
         self.source, self._proof = proof.source, proof
         self.given, self.stage = given, stage
         self.layers, self.others = layers[0], layers[1:]
         self.known: tuple[LayerMoments, ...] = ()
-        self._rounding = rounding_of(self.layers.form, dtype)
         self._index: dict[str, str] = {}
         self.parameters = 0
 
@@ -140,11 +138,10 @@ class _Work:
         rotary = self.source.rotary
         wanted, found = Rows(self.given.judged, rotary), Rows(self.given.judged, self.layers.rotary)
         beside = [(each, Rows(self.given.judged, each.rotary)) for each in self.others]
-        calibration = []
-        if self.given.calibration and not self.known:
-            calibration = [Rows(self.given.calibration, rotary)]
-        for rows in (wanted, found, *calibration, *(rows for _, rows in beside)):
-            rows.embed(embed)
+        calibration = self._calibration()
+        for rows in (wanted, found, calibration, *(rows for _, rows in beside)):
+            if rows is not None:
+                rows.embed(embed)
         energy: list[float] = []
         shown: list[Shown] = []
         count = self.source.facts.layers
@@ -154,24 +151,27 @@ class _Work:
             layer = self.source.layer(index)
             self._proof.layer(layer, index)
             weights = self.source.attention(layer)
-            moments = self._moments(index, layer, weights, calibration)
+            moments, attended = self._learnt(index, layer, weights, calibration)
             plan = self.layers.folding(index, weights, moments)
             energy.append(plan.latent.kept)
-            made = self.layers.made(index, layer, weights, plan)
+            made = self.layers.made(index, layer, plan, weights, attended=attended)
             angles = (wanted.angles, found.angles)
             heads = head_outputs(
-                (layer, made), weights, plan, wanted, self._rounding, angles=angles
+                (layer, made), weights, plan, wanted, self.layers.rounding, angles=angles
             )
             seen = None if moments is not None else MomentsOf(weights, index)
             wanted.through(layer, seen)
-            found.through(made, cached=self._rounding)
+            found.through(made, cached=self.layers.rounding)
             if moments is None and seen is not None:  # nothing was calibrated
                 moments = seen.done()
             view = layer_view(weights, cast(LayerMoments, moments), plan)
             shown.append((view, heads.after(wanted, found)))
             self._write(f"model.layers.{index}.", made, index)
             for other, rows in beside:
-                other.through(rows, index, layer, weights, moments)
+                plan = other.folding(index, weights, moments)
+                made = other.made(index, layer, plan, weights, attended=attended)
+                rows.through(made)
+                other.release(made)
         if progress is not None:
             progress("layers", count, count)
         self._write_trunk(embed, norm, head)
@@ -203,18 +203,28 @@ class _Work:
             weighed=weighed,
         )
 
-    def _moments(
-        self, index: int, layer: Any, weights: HeadWeights, rows: list[Rows]
-    ) -> LayerMoments | None:
-        """Statistics on the calibration rows, which go through the layer on the way."""
-        if self.known:
-            return self.known[index]
-        if not rows:
+    def _calibration(self) -> Rows | None:
+        """Rows that statistics are taken of, or only those that projections are fitted to."""
+        given, rotary = self.given, self.source.rotary
+        if not self.layers.form.calibrates:
             return None
-        collected = MomentsOf(weights, index)
-        for each in rows:
-            each.through(layer, collected)
-        return collected.done()
+        if not self.known:
+            return Rows(given.calibration, rotary)
+        fits = any(each.form.is_fitted for each in (self.layers, *self.others))
+        return Rows(fit_rows(given), rotary) if fits else None
+
+    def _learnt(
+        self, index: int, layer: Any, weights: HeadWeights, calibration: Rows | None
+    ) -> tuple[LayerMoments | None, AttendedRows | None]:
+        """Statistics on the calibration rows, which go through the layer on the way, and what its
+        attention did with them."""
+        known = self.known[index] if self.known else None
+        if calibration is None:
+            return known, None
+        collected = MomentsOf(weights, index) if known is None else None
+        with AttendedRows(layer, calibration, len(fit_rows(self.given))) as attended:
+            calibration.through(layer, collected)
+        return known if collected is None else collected.done(), attended
 
     def _write(self, prefix: str, module: Any, index: int) -> None:
         dtype = self.layers.dtype

@@ -41,7 +41,8 @@ _MOST_FOLD = 4
 @dataclass(frozen=True)
 class Settings:
     """Of one layer: `rank` L and `rope` R; `nope` N of every head; `context` the distances that
-    rotations are averaged over; `fold` TransMLA's FreqFold; `is_stored`: in fewer than 16 bits.
+    rotations are averaged over; `fold` TransMLA's FreqFold; `is_stored`: in fewer than 16 bits;
+    `is_fitted`: the output projection is fitted to what is left (`output_fit.py`).
     """
 
     method: str
@@ -51,6 +52,7 @@ class Settings:
     context: int
     fold: int = 2
     is_stored: bool = False
+    is_fitted: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,11 @@ class Form:
         return self.method != "exact"
 
     @property
+    def is_fitted(self) -> bool:
+        """Whether some layer is."""
+        return any(each.is_fitted for each in self.layers)
+
+    @property
     def cached_values(self) -> int:
         """Of a token, in all layers."""
         return sum(each.rank + each.rope for each in self.layers)
@@ -96,13 +103,12 @@ def form_of(
     bits loses anything, and no key lies in a latent."""
     nope = _nope(facts, cut=any(rope < facts.turning_values for _, rope in widths))
     stored = cache in STORES
-    return Form(
-        tuple(
-            Settings("low-rank", rank, rope, nope, context, is_stored=stored)
-            for rank, rope in widths
-        ),
-        cache,
-    )
+
+    def of(rank: int, rope: int) -> Settings:
+        fitted = rank + rope < sum(facts.exact_widths)
+        return Settings("low-rank", rank, rope, nope, context, is_stored=stored, is_fitted=fitted)
+
+    return Form(tuple(of(rank, rope) for rank, rope in widths), cache)
 
 
 def _nope(facts: HeadFacts, *, cut: bool) -> int:
@@ -146,7 +152,8 @@ def _settings(
             f"{turning} is asked for",
             hint=f"--rope-dim {facts.turning}, or --method low-rank",
         )
-    return Settings(method, kept, turning, facts.head_dim, reach)
+    fitted = method == "low-rank" and kept + turning < whole
+    return Settings(method, kept, turning, facts.head_dim, reach, is_fitted=fitted)
 
 
 def reach_of(facts: HeadFacts, context: int | None) -> int:

@@ -57,7 +57,7 @@ class Rows:
         `cached`: the layer is one of ours, and attends to rows as such a cache gives them back.
         """
         run: Any = layer
-        options = self.cache_of(cached)
+        options = cache_options(cached)
         with torch.no_grad():
             for start in range(0, len(self.hidden_XSD), self.batch):
                 part = slice(start, start + self.batch)
@@ -69,16 +69,53 @@ class Rows:
                     **options,
                 )  # fmt: skip
 
-    def cache_of(self, cached: CacheRounding | None) -> dict[str, Any]:
-        """What a layer of ours is given so that it attends to rows of such a cache."""
-        return {} if cached is None else {"cache": _Stored(cached)}
-
     def copied(self, rows: int) -> Rows:
         """The first `rows` of these, from here on by themselves."""
         found = copy.copy(self)
         found.tokens_XS = self.tokens_XS[:rows]
         found.hidden_XSD = self.hidden_XSD[:rows].clone()
         return found
+
+    def thinned(self, every: int) -> Rows:
+        """One token in `every`, for what looks at tokens alone."""
+        found = copy.copy(self)
+        found.tokens_XS, found.hidden_XSD = self.tokens_XS[:, ::every], self.hidden_XSD[:, ::every]
+        return found
+
+
+class AttendedRows:
+    """What attention took and gave at one layer, of rows that go through it in `with` this."""
+
+    def __init__(self, layer: Any, rows: Rows, most: int | None = None) -> None:
+        """`most`: of so many rows only."""
+        self.angles: Any = rows.angles
+        self.positions_1S = rows.positions_1S
+        self._left = len(rows.tokens_XS) if most is None else most
+        self._attention: Any = layer.self_attn
+        self._hook: Any = None
+        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __enter__(self) -> AttendedRows:
+        self._hook = self._attention.register_forward_hook(self._take, with_kwargs=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+
+    def pairs(self) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
+        """Inputs and outputs [B, S, D], a batch at a time."""
+        return self._pairs
+
+    def _take(self, _: Any, given: Any, options: Any, found: Any) -> None:
+        inputs_BSD = options["hidden_states"] if "hidden_states" in options else given[0]
+        if self._left > 0:
+            self._pairs.append((inputs_BSD[: self._left], found[0][: self._left]))
+            self._left -= len(inputs_BSD)
+
+
+def cache_options(cached: CacheRounding | None) -> dict[str, Any]:
+    """Arguments of a layer of ours, or of its attention, whose rows are cached like that."""
+    return {} if cached is None else {"cache": _Stored(cached)}
 
 
 class _Stored:

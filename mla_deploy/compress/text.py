@@ -20,7 +20,8 @@ Tokens = tuple[int, ...]
 ROW = 256
 # What statistics over a few hundred directions need, and what a verdict needs.
 LEAST_CALIBRATION, LEAST_CHOICE, LEAST_JUDGED = 2048, 512, 512
-MOST_CALIBRATION, MOST_CHOICE, MOST_JUDGED = 32_768, 4096, 20_480
+MOST_CALIBRATION, MOST_CHOICE, MOST_JUDGED = 16_384, 2048, 20_480
+FIT_TOKENS = 8192
 _JUDGED_SHARE = 0.4
 _CHOICE_SHARE = 0.25  # of the rest
 _SEED = 20261126
@@ -86,6 +87,11 @@ def rations(
         tuple(calibration) if calibrates else (), tuple(rows_XS[-judged:]), name, notes,
         tuple(choice),
     )  # fmt: skip
+
+
+def fit_rows(given: Rations) -> tuple[Tokens, ...]:
+    """As many calibration rows as a fit needs, which costs more than statistics."""
+    return given.calibration[: max(1, FIT_TOKENS // len(given.calibration[0]))]
 
 
 def _too_short(found: int, wanted: int) -> InputError:

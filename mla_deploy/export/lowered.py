@@ -52,11 +52,14 @@ def require_form(options: ExportOptions) -> None:
     }
     asked = [name for name, wanted in refused.items() if wanted]
     if asked:
+        hint = "leave the option out"
+        if options.cache_by_config:
+            hint = f"latent_cache_dtype of config.json says so: add `--cache-dtype {options.dtype}`"
         raise InputError(
             "TARGET-FORM",
             f"target {target.name} takes no {', '.join(asked)}: {target.runtime} updates one fused "
             "cache of fixed capacity, with weights of the bundle's own",
-            hint="leave the option out, or export with `--target cpu`",
+            hint=f"{hint}, or export with `--target cpu`",
             target=target.name,
             options=asked,
         )

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 import mla_deploy
 from mla_deploy.cache_plan import ITEM_BYTES
-from mla_deploy.config import MlaConfig
+from mla_deploy.config import CONFIG_NAME, MlaConfig
 from mla_deploy.export.assemble import Assembled
 from mla_deploy.export.trace import Trace
 from mla_deploy.export.weights import WeightLayout
@@ -94,6 +94,7 @@ def manifest_of(
             ),
             "tensors": tensors,
             **_store(options, config),
+            **({"dtype_from": CONFIG_NAME} if options.cache_by_config else {}),
             **({"rotation": {"kind": KIND}} if options.rotate_latent else {}),
         },
         "crossover_tokens": crossover if math.isfinite(crossover) else None,

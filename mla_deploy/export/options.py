@@ -8,7 +8,7 @@ from mla_deploy.config import MlaConfig
 from mla_deploy.errors import InputError
 from mla_deploy.export.lowered import require_form
 from mla_deploy.export.weights import DTYPES
-from mla_deploy.latent_store import STORES, LatentStore, rows_dtype
+from mla_deploy.latent_store import CACHE_DTYPES, STORES, LatentStore, rows_dtype
 from mla_deploy.targets import DEFAULT_TARGET, buildable_target, check_dtype, find_target
 from mla_deploy.weight_forms.fit import check_forms, fitted
 from mla_deploy.weight_forms.form import WeightPlan, is_plan, parse_plan
@@ -16,7 +16,6 @@ from mla_deploy.weight_forms.form import WeightPlan, is_plan, parse_plan
 DEFAULT_CAPACITY = 4096
 CACHE_KINDS = ("in-place", "growing")
 CACHE_LAYOUTS = ("fused", "split")
-CACHE_DTYPES = (*DTYPES, *STORES)
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class ExportOptions:
     weights: str | None  # None, "keep", or a plan of `weight_forms.form`
     calibrate: str | None = None  # a file of text that rounding is fitted to
     rotate_latent: bool = False
+    cache_by_config: bool = False  # `cache_dtype` is that of config.json; nobody asked for it
 
     @property
     def plan(self) -> WeightPlan | None:
@@ -75,18 +75,21 @@ def options_for(
     default = min(config.max_position_embeddings, DEFAULT_CAPACITY)
     row = buildable_target(target or DEFAULT_TARGET)
     stored = dtype or row.default_dtype
+    own = config.latent_cache_dtype
+    kept = cache_dtype or own or stored
     chosen = ExportOptions(
         target=row.name,
         dtype=stored,
         cache=cache or "in-place",
-        cache_layout=cache_layout or ("split" if cache_dtype in STORES else "fused"),
-        cache_dtype=cache_dtype or stored,
+        cache_layout=cache_layout or ("split" if kept in STORES else "fused"),
+        cache_dtype=kept,
         capacity=default if capacity is None else capacity,
         all_logits=all_logits,
         in_place=in_place,
         weights=weights,
         calibrate=calibrate,
         rotate_latent=rotate_latent,
+        cache_by_config=cache_dtype is None and own is not None,
     )
     check_options(chosen)
     return chosen

@@ -78,8 +78,7 @@ def export(
 
     `dtype` (fp32 by default) is the storage of weights and cache; arithmetic on a CPU is fp32.
     `cache_dtype`: of the cache alone (None: `latent_cache_dtype` of config.json, else `dtype`);
-    int8, int8-tile, int4 and fp8 store a latent as codes with scales (`latent_store.py`), the rest
-    in 16 bits; int8-all and int4-all the rope key too. `rotate_latent` first evens out channels.
+    int8 and its kin are codes with scales (`latent_store.py`); `rotate_latent` evens out channels.
     `weights` "keep": they are stored as in the checkpoint instead, FP8 and int8 with their scales,
     and the cache in the dtype of most of them; what must be made (halves of kv_b_proj) in float.
     "int4", "int8", "fp8" or a refined one (`weight_forms/form.py`): quantised, rounded to nearest,

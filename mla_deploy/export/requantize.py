@@ -58,7 +58,9 @@ def quantize(
         )
         if cache_dtype is not None:
             layout = "split" if cache_dtype in STORES else options.cache_layout
-            options = changed(options, cache_dtype=cache_dtype, cache_layout=layout)
+            options = changed(
+                options, cache_dtype=cache_dtype, cache_layout=layout, cache_by_config=False
+            )
         check_options(options)
         elements = sum(prod(info.shape) for info in source.slices.values())
         needed = elements if weights is not None else elements * DTYPES[options.dtype].itemsize
@@ -80,4 +82,5 @@ def options_of(bundle: Bundle) -> ExportOptions:
         in_place=False,
         weights=None,
         rotate_latent="rotation" in cache,  # in the weights already
+        cache_by_config="dtype_from" in cache,
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from mla_deploy.config import MlaConfig
 from mla_deploy.devices import DEVICES, Device, find_device, this_machine
 from mla_deploy.errors import InputError, quoted
-from mla_deploy.latent_store import STORES
+from mla_deploy.latent_store import CACHE_DTYPES
 from mla_deploy.plan.fit import MOST_ROWS
 from mla_deploy.plan.models import PlannedModel, find_model
 from mla_deploy.plan.report import PlanReport, Question
@@ -17,7 +17,6 @@ from mla_deploy.plan.row import nearest_row, row_of
 ALL, CPU = "all", "cpu"
 DEFAULT_CONTEXT = 4096
 DTYPES = ("fp32", "fp16", "bf16")
-CACHE_DTYPES = (*DTYPES, *STORES)
 _MOST_CONTEXT = 1 << 31
 _MOST_GIB = 1 << 20
 Progress = Callable[[str, int, int], None]  # stage, done, total

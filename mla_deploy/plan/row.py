@@ -34,7 +34,7 @@ def row_of(
     check_dtype(target, stored)
     if form is not None:
         check_forms(target, form)
-    row = Row(device, stored, cache or stored, form)
+    row = Row(device, stored, cache or config.latent_cache_dtype or stored, form)
     return replace(row, notes=(*_left_in_float(row), *_not_exported(row, config)))
 
 

@@ -44,6 +44,7 @@ class MlaLlamaConfig(LlamaConfig):
     qk_rope_head_dim: int = 64
     v_head_dim: int = 128
     softmax_scale: float = 1.0
+    # What the loss of the compression was measured with; `export` keeps its cache in it.
     latent_cache_dtype: str | None = None
 
     def validate_architecture(self) -> None:

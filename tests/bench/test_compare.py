@@ -79,8 +79,9 @@ def test_every_peer_that_is_installed(command: Command, pair: Exported, tmp_path
         (HALF_SPLIT, (16 + 8) * 2),
         (GROWING, (16 + 8) * 2),
         ({"cache_dtype": "int8"}, 16 + 4 + 8 * 2),
+        ({"cache_dtype": "int8-all"}, 16 + 2 + 8 + 2),
     ],
-    ids=["half-split", "growing", "int8"],
+    ids=["half-split", "growing", "int8", "int8-all"],
 )
 def test_bundles_against_one_another(
     pair: Exported, options: dict[str, Any], row_bytes: int

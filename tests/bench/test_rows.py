@@ -11,13 +11,14 @@ from mla_deploy.bench.contenders.bundle import BundleContender
 from mla_deploy.bench.contenders.rows import layer_rows
 from tests.exported import GROWING, HALF_SPLIT, exported
 
-WORST = {"plain": 0.0, "half-split": 2e-3, "growing": 2e-2, "int8": 3e-2, "int4": 0.6}
+WORST = {"plain": 0.0, "half-split": 2e-3, "growing": 2e-2, "int8": 3e-2, "int8-all": 3e-2,
+         "int4": 0.6, "int4-all": 0.6}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("name", "options"),
     [("plain", {}), ("half-split", HALF_SPLIT), ("growing", GROWING),
-     ("int8", {"cache_dtype": "int8"}), ("int4", {"cache_dtype": "int4"})],
+     *((name, {"cache_dtype": name}) for name in ("int8", "int8-all", "int4", "int4-all"))],
 )  # fmt: skip
 def test_a_bundle_holds_the_rows_that_peers_hold(name: str, options: dict[str, Any]) -> None:
     made = exported("v3", **options)

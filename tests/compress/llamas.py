@@ -29,9 +29,18 @@ SIZES: dict[str, Any] = {
 
 
 def write_llama(
-    folder: Path, name: str = "Llama", *, tokenizer: bool = True, seed: int = 0, **fields: Any
+    folder: Path,
+    name: str = "Llama",
+    *,
+    tokenizer: bool = True,
+    seed: int = 0,
+    last_layer: float = 1.0,
+    **fields: Any,
 ) -> Path:
-    """A checkpoint of transformers' class `name` at `folder`, written as its users do."""
+    """A checkpoint of transformers' class `name` at `folder`, written as its users do.
+
+    `last_layer`: how much its attention adds; near zero, nothing is lost by a cut there.
+    """
     torch.manual_seed(seed)
     given = {**SIZES, **fields}
     if name in ("Qwen2", "Phi3", "Granite", "SmolLM3", "StableLm", "Olmo", "Mixtral", "DiffLlama"):
@@ -46,6 +55,8 @@ def write_llama(
             # Wide enough that attention is not flat; norms and biases are no longer trivial.
             scale = 0.5 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5 * 1.5
             parameter.add_(torch.randn_like(parameter) * scale)
+        if last_layer != 1.0:
+            model.model.layers[-1].self_attn.o_proj.weight.mul_(last_layer)
     model.save_pretrained(folder)
     if tokenizer:
         shutil.copy(TINY / "tokenizer.json", folder / "tokenizer.json")

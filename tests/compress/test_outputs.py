@@ -36,7 +36,7 @@ def test_cosines_are_those_of_the_heads(
         seen = MomentsOf(weights, 0)
         rows.copied(2).through(layer, seen)
         plan = layers.folding(0, weights, seen.done())
-        made = layers.made(0, layer, weights, plan)
+        made = layers.made(0, layer, plan, weights)
         before = rows.hidden_XSD.clone()
         found = head_outputs(
             (layer, made), weights, plan, rows, None, angles=(rows.angles, rows.angles)

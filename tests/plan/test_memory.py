@@ -45,7 +45,8 @@ def predicted(bundle: Bundle, batch: int, context: int) -> Memory:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"dtype": "fp16"}, {"cache_dtype": "int8"}, {"cache_dtype": "int4"}]
+    "options",
+    [{}, {"dtype": "fp16"}, *({"cache_dtype": name} for name in ("int8", "int4", "int8-all"))],
 )
 def test_cache_bytes_of_the_trained_model(options: dict[str, Any], tmp_path: Path) -> None:
     bundle = export(TRAINED, tmp_path / "bundle", **options)

@@ -28,6 +28,7 @@ BUNDLES: dict[str, tuple[Callable[[], Bundle], float]] = {
     "plain": (lambda: exported(**PLAIN).bundle, FP32),
     "half": (lambda: exported(**HALF_SPLIT).bundle, 2e-2),
     "int8": (lambda: exported(cache_dtype="int8").bundle, 5e-2),
+    "int8-all": (lambda: exported(cache_dtype="int8-all").bundle, 5e-2),
     "growing": (lambda: exported(**GROWING).bundle, 2e-2),
     "ring": (lambda: exported_family("dots3_note_text").bundle, FP32),
     "states": (lambda: exported_family("kimi_linear").bundle, FP32),

@@ -59,7 +59,7 @@ def grown_bytes(bundle: Bundle) -> tuple[int, int]:
     return taken[LONG] - taken[SHORT], (LONG - SHORT) * row_bytes
 
 
-@pytest.mark.parametrize("cache_dtype", ["fp32", "int8"])
+@pytest.mark.parametrize("cache_dtype", ["fp32", "int8", "int8-all"])
 def test_a_step_allocates_scores_and_no_rows(cache_dtype: str, tmp_path: Path) -> None:
     """From 2k to 24k tokens: less than a fourth of the further rows that it reads.
 

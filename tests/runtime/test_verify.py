@@ -55,8 +55,8 @@ def poisoned(bundle: Bundle, batch: int) -> OnnxRunner:
 
 @pytest.mark.parametrize(
     "options",
-    [PLAIN, HALF_SPLIT, GROWING, {"cache_dtype": "int8"}],
-    ids=["plain", "half", "grow", "int8"],
+    [PLAIN, HALF_SPLIT, GROWING, {"cache_dtype": "int8"}, {"cache_dtype": "int8-all"}],
+    ids=["plain", "half", "grow", "int8", "int8-all"],
 )
 def test_every_logit_is_that_of_a_step(options: dict[str, Any]) -> None:
     bundle = exported(**options).bundle
