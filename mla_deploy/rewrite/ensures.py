@@ -6,7 +6,8 @@ row and one new token. What is left per cached token is then counted:
 - a value that only moves cached rows (casts, slices, transposes) holds at most one row, L + R;
 - any other value holds at most one number per head: scores and masks, never keys or values.
 
-Of latents stored as codes, widening them is moving them, and a query or a probability is two parts.
+Of latents stored as codes, widening them is moving them, and a query or a probability is two parts;
+what stands for zero, repeated beside their scales, is nothing of a token.
 
 An expanded key holds H x (N + R) per cached token, so a graph that was not absorbed is refused.
 """
@@ -52,8 +53,8 @@ _MOVES = {
     "Unsqueeze",
     "Where",
 }
-# Codes times scales, less what stands for zero; nibbles apart.
-_WIDENS = {"BitShift", "BitwiseAnd", "Mul", "Sub"}
+# Codes times scales, less what stands for zero; nibbles apart; e4m3 numbers by their scales.
+_WIDENS = {"BitShift", "BitwiseAnd", "DequantizeLinear", "Mul"}
 _SCALES = ("latent_scale.", "rope_key_scale.")
 _CACHE = ("latent_cache.", *_SCALES, "rope_key_cache.", "indexer_key_cache.")
 _SMALL = 64  # elements of a constant that can be a shape
@@ -214,6 +215,8 @@ class _Walk:
             subgraphs = list(_subgraphs(node))
             for sub in subgraphs:
                 found.extend(self.graph(sub, known, moved))
+            if node.op_type == "ConstantOfShape":
+                continue
             is_move = node.op_type in self.moves and any(n in moved for n in reads)
             for name in filter(None, node.output):
                 shape = known.get(name)

@@ -15,6 +15,7 @@ import mla_deploy
 from mla_deploy import compress, plan
 from mla_deploy.bundle import Bundle
 from mla_deploy.checkpoint import open_checkpoint
+from mla_deploy.cli.bundle_sheets import stored_words
 from mla_deploy.errors import InputError
 from mla_deploy.export.requantize import quantize
 from mla_deploy.latent_store import STORES
@@ -117,6 +118,7 @@ def test_a_checkpoint_asks_for_its_cache_and_an_option_wins(llama: Path, tmp_pat
     bundle = mla_deploy.export(folder, tmp_path / "own")
     assert bundle.manifest["cache"]["dtype"] == "int8-all"
     assert bundle.manifest["cache"]["dtype_from"] == "config.json"
+    assert stored_words(bundle) == "fp32, cache int8-all as config.json asks"
     assert mla_deploy.validate(bundle, source=folder, threads=1).passed
     (row,) = plan(folder, device="cpu").devices
     assert row.cache_dtype == "int8-all"
@@ -125,6 +127,7 @@ def test_a_checkpoint_asks_for_its_cache_and_an_option_wins(llama: Path, tmp_pat
     told = mla_deploy.export(folder, tmp_path / "told", cache_dtype="fp32")
     assert told.manifest["cache"]["dtype"] == "fp32"
     assert "dtype_from" not in told.manifest["cache"]
+    assert stored_words(told) == "fp32"
     again = quantize(told, tmp_path / "again", weights="int8").manifest["cache"]
     assert again["dtype"] == "fp32"
     kept = quantize(bundle, tmp_path / "kept", weights="int8").manifest["cache"]
@@ -152,3 +155,13 @@ def test_a_cache_that_is_not_known_is_refused(
         mla_deploy.export(folder, tmp_path / "bundle")
     assert "int8-all" in str(refusal.value)
     assert not (tmp_path / "bundle").exists()
+
+
+def test_few_heads_beside_a_rope_key_of_many_tiles(tmp_path: Path) -> None:
+    """What stands for zero beside six scales is more numbers a token than two heads have scores."""
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 96}
+    source = write_llama(tmp_path / "source", hidden_size=96, **sizes)
+    made = compress(source, tmp_path / "made").path
+    bundle = mla_deploy.export(made, tmp_path / "bundle", cache_dtype="int8-all")
+    tensors = {t["kind"]: t["elements"] for t in bundle.manifest["cache"]["tensors"]}
+    assert tensors["rope_key_scale"] == 6
