@@ -106,9 +106,12 @@ class Budget:
         return Choice(found[best].form, tuple(moments), told)
 
     def _cut(self) -> Candidate | None:
-        """The form whose widths are worth spreading: cut in rank, and quantised where one is."""
-        cuts = [each for each in self.found if each.is_cut]
-        return cuts[-1] if cuts and self.source.facts.layers > 1 else None
+        """The form whose widths are worth spreading: quantised where one is, and to 8 bits rather
+        than 4, which a latent with keys in it takes badly (facts 2.4)."""
+        cuts = {each.form.cache: each for each in self.found if each.is_cut}
+        if not cuts or self.source.facts.layers == 1:
+            return None
+        return cuts.get("int8-all", list(cuts.values())[-1])
 
     def _form(self, row_bytes: Sequence[int], cache: str) -> Form | None:
         """Layers of at most so many bytes; None where some layer holds too few."""

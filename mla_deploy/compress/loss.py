@@ -67,25 +67,24 @@ def compared(
 
     Raises: InputError CMP-NONFINITE.
     """
-    kls: list[list[NDArray[np.float64]]] = [[] for _ in source.tokens_XS]
+    kl_XT = _room(source)
     same, wanted_nll, found_nll = 0, 0.0, 0.0
-    for row, target_T, wanted_TX, given_TX in _predictions(source, found, norm, head):
-        kls[row].append(_divergence(wanted_TX, given_TX))
+    for place, target_T, wanted_TX, given_TX in _predictions(source, found, norm, head):
+        kl_XT[place] = _divergence(wanted_TX, given_TX)
         same += int((wanted_TX.argmax(-1) == given_TX.argmax(-1)).sum())
         wanted_nll -= float(wanted_TX.gather(1, target_T[:, None]).sum())
         found_nll -= float(given_TX.gather(1, target_T[:, None]).sum())
-    rows = [np.concatenate(each) for each in kls]
-    every = np.concatenate(rows)
+    every = kl_XT.reshape(-1)
     if not np.isfinite(every).all():
         raise InputError(
             "CMP-NONFINITE",
             f"{np.count_nonzero(~np.isfinite(every))} of {len(every)} predictions are not finite",
             hint="the checkpoint, or its compressed form in that dtype, overflows",
         )
-    low, high = _interval(np.array([row.mean() for row in rows]))
+    low, high = _interval(kl_XT.mean(1))
     return CompressionLoss(
         text=text,
-        rows=len(rows),
+        rows=len(kl_XT),
         tokens=len(every),
         mean_kl=max(0.0, float(every.mean())),
         kl_low=low,
@@ -101,14 +100,24 @@ def token_kls(
     source: Rows, found: Rows, norm: torch.nn.Module, head: torch.Tensor, *, every: int = 1
 ) -> NDArray[np.float64]:
     """KL of predicted tokens of all rows; of one in `every`."""
-    parts = _predictions(source.thinned(every), found.thinned(every), norm, head)
-    return np.concatenate([_divergence(wanted, given) for _, _, wanted, given in parts])
+    source, found = source.thinned(every), found.thinned(every)
+    kl_XT = _room(source)
+    for place, _, wanted_TX, given_TX in _predictions(source, found, norm, head):
+        kl_XT[place] = _divergence(wanted_TX, given_TX)
+    return kl_XT
+
+
+def _room(source: Rows) -> NDArray[np.float64]:
+    """For a number of each predicted token. Small arrays of their own, one after each of many large
+    ones, would hold the heap apart: gigabytes, on 20,000 tokens."""
+    rows, tokens = source.tokens_XS.shape
+    return np.empty((rows, tokens - 1))
 
 
 def _predictions(
     source: Rows, found: Rows, norm: torch.nn.Module, head: torch.Tensor
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Row, next tokens, log probabilities [T, vocab] of both; few tokens at a time."""
+) -> Iterator[tuple[tuple[int, slice], torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Where, next tokens, log probabilities [T, vocab] of both; few tokens at a time."""
     with torch.no_grad():
         for row, (wanted_SD, found_SD, tokens_S) in enumerate(
             zip(source.hidden_XSD, found.hidden_XSD, source.tokens_XS, strict=True)
@@ -117,7 +126,8 @@ def _predictions(
                 stop = min(start + _CHUNK, len(tokens_S) - 1)
                 wanted_TX = _log_probabilities(norm(wanted_SD[start:stop]) @ head.T)
                 given_TX = _log_probabilities(norm(found_SD[start:stop]) @ head.T)
-                yield row, tokens_S[start + 1 : stop + 1], wanted_TX, given_TX
+                place = row, slice(start, stop)
+                yield place, tokens_S[start + 1 : stop + 1], wanted_TX, given_TX
 
 
 def _divergence(wanted_TX: torch.Tensor, given_TX: torch.Tensor) -> NDArray[np.float64]:

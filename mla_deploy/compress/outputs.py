@@ -45,8 +45,10 @@ class HeadOutputs:
 
     def after(self, wanted: Rows, found: Rows) -> LayerOutputs:
         """With what both models' hidden states have come to."""
-        gone = _energy(wanted.hidden_XSD - found.hidden_XSD)
-        error = float(np.sqrt(gone / max(_energy(wanted.hidden_XSD), _TINY)))
+        pairs = list(zip(wanted.hidden_XSD, found.hidden_XSD, strict=True))
+        gone = sum(_energy(one - other) for one, other in pairs)
+        had = sum(_energy(one) for one, _ in pairs)
+        error = float(np.sqrt(gone / max(had, _TINY)))
         return LayerOutputs(self.cosine, self.error, self.attention_error, error)
 
 
@@ -62,22 +64,22 @@ def head_outputs(
     """`layers`: the source's and ours. `rows` are about to enter the source's; they stay as they
     are, and each layer has the `angles` of its own rope. `cached`: ours attends to rows as such a
     cache gives them back."""
-    mean_HV = torch.from_numpy(_carried(weights, plan)).view(weights.heads, -1)
-    had_H, got_H, both_H = torch.zeros(3, weights.heads, dtype=torch.float64)
-    had, gone = 0.0, 0.0
-    for start in range(0, min(_ROWS, len(rows.hidden_XSD)), rows.batch):
-        hidden = rows.hidden_XSD[start : start + rows.batch]
-        wanted, wanted_BSHV = _attended(layers[0], hidden, rows, angles[0], {})
-        found, found_BSHV = _attended(layers[1], hidden, rows, angles[1], cache_options(cached))
-        shape = (weights.heads, weights.head_dim)
-        wanted_BSHV, found_BSHV = (x.unflatten(-1, shape) for x in (wanted_BSHV, found_BSHV))
+    mean_HV = torch.from_numpy(_carried(weights, plan)).float().view(weights.heads, -1)
+    had_H, got_H, both_H, gone_H = torch.zeros(4, weights.heads, dtype=torch.float64)
+    had, gone, shape = 0.0, 0.0, (weights.heads, weights.head_dim)
+    options = cache_options(cached)
+    for hidden_SD in rows.hidden_XSD[:_ROWS]:  # one at a time: temporaries stay small
+        wanted, wanted_BSY = _attended(layers[0], hidden_SD[None], rows, angles[0], {})
+        found, found_BSY = _attended(layers[1], hidden_SD[None], rows, angles[1], options)
+        wanted_BSHV, found_BSHV = (x.unflatten(-1, shape) for x in (wanted_BSY, found_BSY))
         found_BSHV = found_BSHV + mean_HV  # our output bias carries it
-        had_H += (wanted_BSHV**2).sum((0, 1, 3))
-        got_H += (found_BSHV**2).sum((0, 1, 3))
-        both_H += (wanted_BSHV * found_BSHV).sum((0, 1, 3))
+        had_H += _sums(wanted_BSHV, wanted_BSHV)
+        got_H += _sums(found_BSHV, found_BSHV)
+        both_H += _sums(wanted_BSHV, found_BSHV)
+        gone_H += _sums(wanted_BSHV - found_BSHV, wanted_BSHV - found_BSHV)
         had, gone = had + _energy(wanted), gone + _energy(wanted - found)
     cosine_H = both_H / (had_H * got_H).clamp_min(_TINY).sqrt()
-    error_H = ((had_H - 2 * both_H + got_H).clamp_min(0) / had_H.clamp_min(_TINY)).sqrt()
+    error_H = (gone_H / had_H.clamp_min(_TINY)).sqrt()
     return HeadOutputs(
         tuple(cosine_H.tolist()), tuple(error_H.tolist()), float(np.sqrt(gone / max(had, _TINY)))
     )
@@ -105,8 +107,13 @@ def _attended(
             )[0]  # fmt: skip
     finally:
         hook.remove()
-    return out, before[0].double()
+    return out, before[0]
+
+
+def _sums(one_BSHV: torch.Tensor, other_BSHV: torch.Tensor) -> torch.Tensor:
+    """[H]: products of all values of a head."""
+    return (one_BSHV * other_BSHV).sum((0, 1, 3), dtype=torch.float64)
 
 
 def _energy(values: torch.Tensor) -> float:
-    return float((values.double() ** 2).sum())
+    return float(values.square().sum(dtype=torch.float64))

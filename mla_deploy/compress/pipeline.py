@@ -95,7 +95,8 @@ def compress(
             work = _Work(proof, layouts.layers(choice.form, dtype, seen), given, stage)
             work.known = seen.moments
             ran = work.run(progress)
-            _check_equal(choice.form, dtype, ran.losses[layout])
+            if dtype == "fp32":  # in fewer bits the form is as exact, its weights are not
+                _check_exact(choice.form, ran.losses[layout])
             report = work.report(Path(out), ran, budget=share, weighed=choice.weighed)
             report = replace(report, seconds=time.perf_counter() - started)
             _publish(stage, files, work.layers, report)
@@ -249,6 +250,17 @@ class _Work:
         self.parameters += sum(each.numel() for each in tensors.values())
 
 
+def _check_exact(form: Form, loss: CompressionLoss) -> None:
+    """Raises: GateError CMP-NOT-EQUAL."""
+    if form.method == "exact" and loss.mean_kl > EXACT:
+        raise GateError(
+            "CMP-NOT-EQUAL",
+            f"the exact form differs from its source by a mean KL of {loss.mean_kl:.3g}, "
+            f"wanted at most {EXACT:g}: the model computes something Llama's layers do not",
+            hint="this model class cannot be compressed yet; please report it",
+        )
+
+
 def _checked(
     budget: float | str | None, rank: int | None, rope_dim: int | None, method: str
 ) -> float | None:
@@ -267,20 +279,6 @@ def _checked(
             hint="give a budget alone, or widths without one",
         )
     return share_of(budget)
-
-
-def _check_equal(form: Form, dtype: str, loss: CompressionLoss) -> None:
-    """Of an exact form. In fewer bits it is as exact, its weights are not: the loss says so then.
-
-    Raises: GateError CMP-NOT-EQUAL.
-    """
-    if form.method == "exact" and dtype == "fp32" and loss.mean_kl > EXACT:
-        raise GateError(
-            "CMP-NOT-EQUAL",
-            f"the exact form differs from its source by a mean KL of {loss.mean_kl:.3g}, "
-            f"wanted at most {EXACT:g}: the model computes something Llama's layers do not",
-            hint="this model class cannot be compressed yet; please report it",
-        )
 
 
 def _publish(

@@ -20,7 +20,7 @@ from mla_deploy.compress.report import CompressReport
 from mla_deploy.errors import InputError
 from tests.compress.llamas import fields_of, write_llama
 
-SMOL = HeadFacts(heads=9, groups=3, head_dim=64, layers=30, width=576, context=2048)
+SMOL = HeadFacts(heads=9, groups=3, head_dim=64, layers=30, width=576, context=2048, turning=64)
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def by_layer(source: Path) -> CompressReport:
-    """So tight that widths must differ."""
-    return compress(source, source.parent / "by_layer", budget="35%", context=256)
+    """Whose layers should differ in width."""
+    return compress(source, source.parent / "by_layer", budget="45%", context=256)
 
 
 @pytest.mark.parametrize(("budget", "cache"), [(0.6, "int8-all"), ("45%", "int4-all")])
@@ -77,7 +77,7 @@ def test_layers_that_lose_more_keep_more(by_layer: CompressReport) -> None:
     assert own.is_chosen and own.loss.mean_kl < uniform.loss.mean_kl
     first, last = by_layer.form.layers
     assert first.rank + first.rope > last.rank + last.rope
-    assert by_layer.cached_bytes <= 0.35 * by_layer.cached_bytes_source
+    assert by_layer.cached_bytes <= 0.45 * by_layer.cached_bytes_source
     shown = page(by_layer.to_dict()).decode("utf-8")
     assert all(each.name in shown for each in by_layer.weighed)
     assert all(f"{each.rank} + {each.rope}" in shown for each in by_layer.form.layers)
