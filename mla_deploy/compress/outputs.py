@@ -78,7 +78,7 @@ def head_outputs(
         both_H += _sums(wanted_BSHV, found_BSHV)
         gone_H += _sums(wanted_BSHV - found_BSHV, wanted_BSHV - found_BSHV)
         had, gone = had + _energy(wanted), gone + _energy(wanted - found)
-    cosine_H = both_H / (had_H * got_H).clamp_min(_TINY).sqrt()
+    cosine_H = (both_H / (had_H * got_H).clamp_min(_TINY).sqrt()).clamp(-1.0, 1.0)
     error_H = (gone_H / had_H.clamp_min(_TINY)).sqrt()
     return HeadOutputs(
         tuple(cosine_H.tolist()), tuple(error_H.tolist()), float(np.sqrt(gone / max(had, _TINY)))

@@ -52,7 +52,7 @@ def test_cosines_are_those_of_the_heads(
         float((wanted.hidden_XSD - given.hidden_XSD).norm() / wanted.hidden_XSD.norm()), abs=1e-6
     )
     if widths[0] is None:
-        assert min(told.cosine) > 1 - 1e-9 and max(told.error) < 1e-5
+        assert min(told.cosine) > 1 - 1e-7 and max(told.error) < 1e-5
     assert told.cosine == pytest.approx(cosine_H, abs=1e-5)
 
 
