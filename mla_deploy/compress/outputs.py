@@ -58,15 +58,20 @@ def head_outputs(
     plan: Folding,
     rows: Rows,
     cached: CacheRounding | None,
+    *,
+    angles: tuple[Any, Any],
 ) -> HeadOutputs:
     """`layers`: the source's and ours. `rows` are about to enter the source's; they stay as they
-    are. `cached`: ours attends to rows as such a cache gives them back."""
+    are, and each layer has the `angles` of its own rope. `cached`: ours attends to rows as such a
+    cache gives them back."""
     mean_HV = torch.from_numpy(_carried(weights, plan)).float().view(weights.heads, -1)
     had_H, got_H, both_H, gone_H = torch.zeros(4, weights.heads, dtype=torch.float64)
-    had, gone = 0.0, 0.0
+    had, gone, shape = 0.0, 0.0, (weights.heads, weights.head_dim)
+    options = cache_options(cached)
     for hidden_SD in rows.hidden_XSD[:_ROWS]:  # one at a time: temporaries stay small
-        wanted, wanted_BSHV = _attended(layers[0], hidden_SD[None], rows, weights.heads, None)
-        found, found_BSHV = _attended(layers[1], hidden_SD[None], rows, weights.heads, cached)
+        wanted, wanted_BSY = _attended(layers[0], hidden_SD[None], rows, angles[0], {})
+        found, found_BSY = _attended(layers[1], hidden_SD[None], rows, angles[1], options)
+        wanted_BSHV, found_BSHV = (x.unflatten(-1, shape) for x in (wanted_BSY, found_BSY))
         found_BSHV = found_BSHV + mean_HV  # our output bias carries it
         had_H += _sums(wanted_BSHV, wanted_BSHV)
         got_H += _sums(found_BSHV, found_BSHV)
@@ -87,9 +92,9 @@ def _carried(weights: HeadWeights, plan: Folding) -> Doubles:
 
 
 def _attended(
-    layer: Any, hidden_BSD: torch.Tensor, rows: Rows, heads: int, cached: CacheRounding | None
+    layer: Any, hidden_BSD: torch.Tensor, rows: Rows, angles: Any, options: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What attention gives after and before its output projection, [B, S, D] and [B, S, H, V]."""
+    """What attention gives after and before its output projection, [B, S, D] and [B, S, H V]."""
     before: list[torch.Tensor] = []
     hook = layer.self_attn.o_proj.register_forward_pre_hook(
         lambda _, given: before.append(given[0])
@@ -97,12 +102,12 @@ def _attended(
     try:
         with torch.no_grad():
             out = layer.self_attn(
-                layer.input_layernorm(hidden_BSD), position_embeddings=rows.angles,
-                attention_mask=None, position_ids=rows.positions_1S, **cache_options(cached),
+                layer.input_layernorm(hidden_BSD), position_embeddings=angles,
+                attention_mask=None, position_ids=rows.positions_1S, **options,
             )[0]  # fmt: skip
     finally:
         hook.remove()
-    return out, before[0].unflatten(-1, (heads, -1))
+    return out, before[0]
 
 
 def _sums(one_BSHV: torch.Tensor, other_BSHV: torch.Tensor) -> torch.Tensor:

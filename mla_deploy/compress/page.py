@@ -123,6 +123,8 @@ def _loss(report: Facts) -> Iterator[tuple[str, str]]:
     yield "worst layer, error of its attention", f"layer {worst}, {error}"
     yield "perplexity of the source", f"{loss['perplexity_source']:.5g}"
     yield "perplexity now", f"{loss['perplexity']:.5g}"
+    for name, other in report["beside"].items():
+        yield f"mean KL, {name} layout", f"{other['mean_kl']:.4g}"
 
 
 def _energy_chart(views: Sequence[Facts], rank: int, *, is_exact: bool) -> Chart:

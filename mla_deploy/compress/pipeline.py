@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,11 +21,12 @@ import safetensors.torch
 import torch
 
 from mla_deploy.bundle.folder_stage import FolderStage, stage_folder
-from mla_deploy.compress.budget import Budget, Choice, Progress
+from mla_deploy.compress.budget import Budget, Choice, Progress, Weighed
 from mla_deploy.compress.candidates import share_of
 from mla_deploy.compress.fold import HeadWeights
 from mla_deploy.compress.heads_model import HeadsModel
 from mla_deploy.compress.latent_layers import DTYPES, LatentLayers
+from mla_deploy.compress.layouts import Layouts, check_layouts
 from mla_deploy.compress.loss import EXACT, CompressionLoss, compared
 from mla_deploy.compress.outputs import LayerOutputs, head_outputs
 from mla_deploy.compress.plan import METHODS, Form, form_for, reach_of
@@ -35,7 +36,7 @@ from mla_deploy.compress.stream import AttendedRows, LayerMoments, MomentsOf, Ro
 from mla_deploy.compress.text import Rations, fit_rows, rations
 from mla_deploy.compress.told import REPORT_NAME
 from mla_deploy.compress.views import LayerView, layer_view
-from mla_deploy.compress.weight_files import open_weight_files
+from mla_deploy.compress.weight_files import WeightFiles, open_weight_files
 from mla_deploy.config import CONFIG_NAME
 from mla_deploy.errors import GateError, InputError
 
@@ -51,6 +52,8 @@ def compress(
     rope_dim: int | None = None,
     budget: float | str | None = None,
     method: str = "low-rank",
+    layout: str = "own",
+    beside: str | None = None,
     calibrate: str | os.PathLike[str] | None = None,
     context: int | None = None,
     dtype: str = "fp32",
@@ -61,10 +64,13 @@ def compress(
     Without `rank` and `rope_dim` the result is exact, and caches as many values as the source.
     `budget`, 0.5 or "50%", is a share of the bytes that the source caches in 16 bits: forms that
     fit are run, and the one that loses least is written, with how its cache is to be stored.
+    `layout` "deepseek" is one that transformers' own DeepSeek classes load; `beside` names another
+    layout whose loss is measured too, and not written.
     Raises: InputError CMP-*, CFG-*, CKPT-*, FILE-*; BusyError BUN-EXISTS; EnvironmentFailure ENV-*.
     """
     started = time.perf_counter()
     share = _checked(budget, rank, rope_dim, method)
+    check_layouts(layout, beside, budget)
     if dtype not in DTYPES:
         raise InputError("CMP-DTYPE", f"dtype {dtype!r} is not known, wanted {', '.join(DTYPES)}")
     with torch.inference_mode(), open_weight_files(Path(checkpoint)) as files:
@@ -77,52 +83,64 @@ def compress(
             calibrates=share is not None or form.calibrates, chooses=share is not None,
         )  # fmt: skip
         proof = Proof(source)
+        layouts = Layouts(layout, beside, proof, asked=rank is not None)
+        layouts.check(form)
         asked = None
         if share is not None:
             asked = Budget(source, proof, given, share, context=reach, dtype=dtype)
         needed = 4 * sum(int(np.prod(shape)) for shape in files.shapes.values())
         with stage_folder(out, FolderStage, needed_bytes=needed * 5 // 4) as stage:
             choice = Choice(form) if asked is None else asked.choose(progress)
-            work = _Work(proof, choice, given, stage, dtype)
-            loss, energy, shown = work.run(progress)
+            seen = layouts.survey(choice, given, progress)
+            work = _Work(proof, layouts.layers(choice.form, dtype, seen), given, stage)
+            work.known = seen.moments
+            ran = work.run(progress)
             if dtype == "fp32":  # in fewer bits the form is as exact, its weights are not
-                _check_exact(choice.form, loss)
-            for name, data in texts.items():
-                stage.write(name, data)
-            stage.write(CONFIG_NAME, _json(work.layers.config_fields()))
-            seconds = time.perf_counter() - started
-            report = replace(work.report(energy, loss, shown), path=Path(out), seconds=seconds)
-            report = replace(report, budget=share, weighed=choice.weighed)
-            told = {**report.to_dict(), "source_digest": files.digest, "path": None}
-            stage.write(REPORT_NAME, _json(told))
-            stage.publish()
+                _check_exact(choice.form, ran.losses[layout])
+            report = work.report(Path(out), ran, budget=share, weighed=choice.weighed)
+            report = replace(report, seconds=time.perf_counter() - started)
+            _publish(stage, files, work.layers, report)
     return report
 
 
+@dataclass(frozen=True)
+class _Ran:
+    """Losses by layout; of the one written, layer by layer, the energy that each latent keeps and
+    what it looks like."""
+
+    losses: Mapping[str, CompressionLoss]
+    energy: tuple[float, ...]
+    shown: tuple[Shown, ...]
+
+
 class _Work:
-    """One pass over the layers."""
+    """One pass over the layers: the first of `layers` is written, others are judged beside it.
+
+    `known`: statistics of every layer, where an earlier pass took them.
+    """
 
     def __init__(
         self,
         proof: Proof,
-        choice: Choice,
+        layers: Sequence[LatentLayers],
         given: Rations,
         stage: FolderStage,
-        dtype: str,
     ) -> None:
         self.source, self._proof = proof.source, proof
-        self.choice, self.given, self.stage = choice, given, stage
-        self.layers = LatentLayers(proof.source, choice.form, dtype)
+        self.given, self.stage = given, stage
+        self.layers, self.others = layers[0], layers[1:]
+        self.known: tuple[LayerMoments, ...] = ()
         self._index: dict[str, str] = {}
         self.parameters = 0
 
-    def run(self, progress: Progress | None) -> tuple[CompressionLoss, list[float], list[Shown]]:
-        """Every layer; the loss, the energy that each latent keeps, and what it looks like."""
+    def run(self, progress: Progress | None) -> _Ran:
+        """Every layer, source and results side by side."""
         embed, norm, head = self.source.trunk()
         rotary = self.source.rotary
-        wanted, found = Rows(self.given.judged, rotary), Rows(self.given.judged, rotary)
+        wanted, found = Rows(self.given.judged, rotary), Rows(self.given.judged, self.layers.rotary)
+        beside = [(each, Rows(self.given.judged, each.rotary)) for each in self.others]
         calibration = self._calibration()
-        for rows in (wanted, found, calibration):
+        for rows in (wanted, found, calibration, *(rows for _, rows in beside)):
             if rows is not None:
                 rows.embed(embed)
         energy: list[float] = []
@@ -138,7 +156,10 @@ class _Work:
             plan = self.layers.folding(index, weights, moments)
             energy.append(plan.latent.kept)
             made = self.layers.made(index, layer, plan, weights, attended=attended)
-            heads = head_outputs((layer, made), weights, plan, wanted, self.layers.rounding)
+            angles = (wanted.angles, found.angles)
+            heads = head_outputs(
+                (layer, made), weights, plan, wanted, self.layers.rounding, angles=angles
+            )
             seen = None if moments is not None else MomentsOf(weights, index)
             wanted.through(layer, seen)
             found.through(made, cached=self.layers.rounding)
@@ -147,44 +168,58 @@ class _Work:
             view = layer_view(weights, cast(LayerMoments, moments), plan)
             shown.append((view, heads.after(wanted, found)))
             self._write(f"model.layers.{index}.", made, index)
+            for other, rows in beside:
+                plan = other.folding(index, weights, moments)
+                made = other.made(index, layer, plan, weights, attended=attended)
+                rows.through(made)
+                other.release(made)
         if progress is not None:
             progress("layers", count, count)
         self._write_trunk(embed, norm, head)
-        text = self.given.name
-        return compared(text, wanted, found, norm, head), energy, shown
+        every = [(self.layers, found), *beside]
+        losses = {
+            each.layout: compared(self.given.name, wanted, rows, norm, head) for each, rows in every
+        }
+        return _Ran(losses, tuple(energy), tuple(shown))
 
     def report(
-        self, energy: list[float], loss: CompressionLoss, shown: list[Shown]
+        self, out: Path, ran: _Ran, *, budget: float | None, weighed: tuple[Weighed, ...]
     ) -> CompressReport:
-        """What `run` gave; where and how long is the caller's to say."""
+        """What was done, once every layer is written."""
+        layout = self.layers.layout
         return CompressReport(
-            path=Path(),
+            path=out,
             form=self.layers.form,
             source=self.source.facts,
-            energy=tuple(energy),
-            loss=loss,
-            views=tuple(view for view, _ in shown),
-            outputs=tuple(outputs for _, outputs in shown),
+            energy=ran.energy,
+            loss=ran.losses[layout],
+            layout=layout,
+            beside={name: loss for name, loss in ran.losses.items() if name != layout},
+            views=tuple(view for view, _ in ran.shown),
+            outputs=tuple(outputs for _, outputs in ran.shown),
             parameters=self.parameters,
-            notes=(*self.source.notes, *self.given.notes),
+            notes=(*self.source.notes, *self.given.notes, *self.layers.notes),
             seconds=0.0,
+            budget=budget,
+            weighed=weighed,
         )
 
     def _calibration(self) -> Rows | None:
         """Rows that statistics are taken of, or only those that projections are fitted to."""
         given, rotary = self.given, self.source.rotary
-        if not self.choice.form.calibrates:
+        if not self.layers.form.calibrates:
             return None
-        if not self.choice.moments:
+        if not self.known:
             return Rows(given.calibration, rotary)
-        return Rows(fit_rows(given), rotary) if self.choice.form.is_fitted else None
+        fits = any(each.form.is_fitted for each in (self.layers, *self.others))
+        return Rows(fit_rows(given), rotary) if fits else None
 
     def _learnt(
         self, index: int, layer: Any, weights: HeadWeights, calibration: Rows | None
     ) -> tuple[LayerMoments | None, AttendedRows | None]:
         """Statistics on the calibration rows, which go through the layer on the way, and what its
         attention did with them."""
-        known = self.choice.moments[index] if self.choice.moments else None
+        known = self.known[index] if self.known else None
         if calibration is None:
             return known, None
         collected = MomentsOf(weights, index) if known is None else None
@@ -244,6 +279,18 @@ def _checked(
             hint="give a budget alone, or widths without one",
         )
     return share_of(budget)
+
+
+def _publish(
+    stage: FolderStage, files: WeightFiles, layers: LatentLayers, report: CompressReport
+) -> None:
+    """What lies beside the weights, and all of it in its place."""
+    for name, data in files.texts().items():
+        stage.write(name, data)
+    stage.write(CONFIG_NAME, _json(layers.config_fields()))
+    told = {**report.to_dict(), "source_digest": files.digest, "path": None}
+    stage.write(REPORT_NAME, _json(told))
+    stage.publish()
 
 
 def _json(content: Any) -> bytes:

@@ -17,6 +17,7 @@ from mla_deploy.compress.fold import Folding, HeadWeights, rest_keys
 from mla_deploy.compress.heads_model import HeadFacts
 from mla_deploy.compress.key_basis import (
     Doubles,
+    Integers,
     KeyBasis,
     balanced_basis,
     folded_basis,
@@ -25,6 +26,7 @@ from mla_deploy.compress.key_basis import (
     rotation_scores,
 )
 from mla_deploy.compress.latent_basis import LatentBasis, joint_latent, plain_latent
+from mla_deploy.compress.shared_table import best_pairs
 from mla_deploy.compress.stream import LayerMoments
 from mla_deploy.errors import InputError
 from mla_deploy.latent_store import STORES
@@ -172,8 +174,11 @@ def folding(
     moments: LayerMoments | None,
     frequencies_F: Doubles,
     stretch: float,
+    *,
+    slots_F: Integers | None = None,
 ) -> Folding:
-    """How one layer is written; `moments` are needed for all but the exact form."""
+    """How one layer is written; `moments` are needed for all but the exact form, `slots_F`
+    (`shared_table.py`) where all layers turn with one table."""
     groups, half = weights.groups, weights.head_dim // 2
     nope, turns = settings.nope, int(np.count_nonzero(frequencies_F > 0))
     if settings.method == "exact" or moments is None:
@@ -191,16 +196,27 @@ def folding(
         mean_F = _still_as_they_are(np.ones(half, complex), frequencies_F, stretch)
         latent = _latent(settings, basis, turned, moments, centred=False)
         return Folding(basis, turned, latent, mean_F, stretch, nope, turns)
+    basis, mean_F, scores_C = turning_scores(settings, moments, groups, frequencies_F)
+    mean_F = _still_as_they_are(mean_F, frequencies_F, stretch)
+    if slots_F is None:
+        turned = np.sort(np.argsort(-scores_C, kind="stable")[: settings.rope // 2])
+    else:
+        turned = best_pairs(scores_C, basis.frequency_C, slots_F)
+    latent = _latent(settings, basis, turned, moments, centred=True)
+    plan = Folding(basis, turned, latent, mean_F, stretch, nope, turns)
+    return evened(plan, weights, moments) if settings.is_stored else plan
+
+
+def turning_scores(
+    settings: Settings, moments: LayerMoments, groups: int, frequencies_F: Doubles
+) -> tuple[KeyBasis, NDArray[np.complex128], Doubles]:
+    """One layer's basis of keys, the mean rotations, and what each pair loses without turning."""
+    keys = moments.keys(groups)
     basis = balanced_basis(keys)
     mean_F = mean_rotations(frequencies_F, settings.context)
     scores_C = rotation_scores(basis, keys, mean_F)
     scores_C[frequencies_F[basis.frequency_C] == 0] = -1.0  # there is no rotation to keep
-    mean_F = _still_as_they_are(mean_F, frequencies_F, stretch)
-    best = np.argsort(-scores_C, kind="stable")[: settings.rope // 2]
-    turned = np.sort(best)
-    latent = _latent(settings, basis, turned, moments, centred=True)
-    plan = Folding(basis, turned, latent, mean_F, stretch, nope, turns)
-    return evened(plan, weights, moments) if settings.is_stored else plan
+    return basis, mean_F, scores_C
 
 
 def _still_as_they_are(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ class CompressReport:
     source: HeadFacts
     energy: tuple[float, ...]
     loss: CompressionLoss | None
+    layout: str
+    beside: Mapping[str, CompressionLoss]  # of another layout of these widths, by its name
     views: tuple[LayerView, ...]
     outputs: tuple[LayerOutputs, ...]
     parameters: int  # of the result
@@ -77,6 +80,8 @@ class CompressReport:
         return {
             "path": str(self.path),
             "method": self.method,
+            "layout": self.layout,
+            "beside": {name: loss.to_dict() for name, loss in self.beside.items()},
             "layers": self.layers,
             "kv_lora_rank": self.rank,
             "qk_rope_head_dim": self.rope,

@@ -89,6 +89,7 @@ class AttendedRows:
     def __init__(self, layer: Any, rows: Rows, most: int | None = None) -> None:
         """`most`: of so many rows only."""
         self.angles: Any = rows.angles
+        self.positions_1S = rows.positions_1S
         self._left = len(rows.tokens_XS) if most is None else most
         self._attention: Any = layer.self_attn
         self._hook: Any = None

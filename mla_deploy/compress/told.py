@@ -18,7 +18,7 @@ _MAX_BYTES = 64 << 20
 _NEEDED = {"method", "layers", "kv_lora_rank", "qk_rope_head_dim", "cached_values", "loss", "views",
            "cached_values_source", "cache_share", "source_heads", "notes", "widths", "cache_dtype",
            "cached_bytes", "cached_bytes_source", "budget", "weighed", "outputs", "parameters",
-           "longest_text"}  # fmt: skip
+           "longest_text", "layout", "beside"}  # fmt: skip
 
 
 def has_report(folder: str | os.PathLike[str]) -> bool:

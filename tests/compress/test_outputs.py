@@ -38,7 +38,9 @@ def test_cosines_are_those_of_the_heads(
         plan = layers.folding(0, weights, seen.done())
         made = layers.made(0, layer, plan, weights)
         before = rows.hidden_XSD.clone()
-        found = head_outputs((layer, made), weights, plan, rows, None)
+        found = head_outputs(
+            (layer, made), weights, plan, rows, None, angles=(rows.angles, rows.angles)
+        )
         assert torch.equal(rows.hidden_XSD, before)
         wanted, given = rows.copied(2), rows.copied(2)
         wanted.through(layer)
