@@ -21,6 +21,7 @@ from mla_deploy.engine.estimate import Estimate, host_limit
 from mla_deploy.engine.report import BuildReport, GraphReport, ProfileReport
 
 _MIB = 1 << 20
+_TILE = 16  # a fused kernel's heads are padded to a multiple
 # Kernels that only move data: every word of the name is a kind of movement.
 _MOVEMENT = re.compile(r"^__myl_(?:Resh|Tran|Move|Repl|Conc|Slic|Copy|Cast)+_myl")
 _FUSED = re.compile(r"_ge(?:mm|mv)_mha|fmha|mha_v\d", re.IGNORECASE)
@@ -116,12 +117,16 @@ def _kernel_counts(
         "cache_copies", sum(1 for k in reading if _largest(k.outputs) >= rows * width), layers,
         "kernels that copy a whole cache",
     )  # fmt: skip
+    nope, value = int(model["qk_nope_head_dim"]), int(model["v_head_dim"])
+    # Keys and values of every head are what prefill makes of the cache, in whole tiles.
+    tiles = -(-max(nope + width - latent, value) // _TILE) if graph.graph == "prefill" else 0
+    per_head = heads * rows * max(latent, tiles * _TILE + 1 if tiles else 0)
     yield (
         "latent_replicated",
-        sum(1 for k in reading if _largest(k.outputs) >= heads * rows * latent and heads > 1), 0,
+        sum(1 for k in reading if _largest(k.outputs) >= per_head and heads > 1), 0,
         "kernels: the latent per head",
     )  # fmt: skip
-    narrow = min(int(model["qk_nope_head_dim"]), int(model["v_head_dim"]))
+    narrow = min(nope, value)
     lifted = [k for k in moving if _largest(k.constants) >= heads * latent * narrow]
     yield (
         "weights_replicated",

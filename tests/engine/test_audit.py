@@ -28,11 +28,12 @@ def lines(
     host: int = 0,
     plan: int = 0,
     limits: dict[str, int] | None = None,
+    graph: str = "decode",
 ) -> dict[str, AuditLine]:
-    profile = ProfileReport("decode:batch=1", activation, kernels)
-    graph = GraphReport("decode", 0.1, 0.1, 10, plan, host, layers or {}, (profile,))
-    report = BuildReport("tensorrt_rtx", "1.7.1", "rtx-1.7", ("8.9",), (graph,))
-    predicted = Estimate(1000 * _MIB, 0, 0, {"decode:batch=1": 100 * _MIB})
+    profile = ProfileReport(f"{graph}:batch=1", activation, kernels)
+    built = GraphReport(graph, 0.1, 0.1, 10, plan, host, layers or {}, (profile,))
+    report = BuildReport("tensorrt_rtx", "1.7.1", "rtx-1.7", ("8.9",), (built,))
+    predicted = Estimate(1000 * _MIB, 0, 0, {f"{graph}:batch=1": 100 * _MIB})
     return {line.rule: line for line in audit(report, bundle, predicted, limits)}
 
 
@@ -94,6 +95,15 @@ def test_the_latent_is_repeated_for_each_head(bundle: Bundle) -> None:
     assert not lines(bundle, per_head)["latent_replicated"].passed
     whole = kernel("__myl_Slic_myl1_5", [CACHE], [], [(-1, 64, 16)])
     assert lines(bundle, whole)["latent_replicated"].passed
+
+
+def test_keys_of_each_head_are_no_latents(bundle: Bundle) -> None:
+    """Prefill makes keys 8 + 8 wide, and the latent is no wider; decode has no use for any."""
+    keys = kernel("__myl_SlicReplTran_myl1_9", [CACHE], [], [(4, 16, 64)])
+    assert lines(bundle, keys, graph="prefill")["latent_replicated"].passed
+    assert not lines(bundle, keys)["latent_replicated"].passed
+    wider = kernel("__myl_SlicReplTran_myl1_9", [CACHE], [], [(4, 17, 64)])
+    assert not lines(bundle, wider, graph="prefill")["latent_replicated"].passed
 
 
 def test_weights_are_repeated_for_each_row(bundle: Bundle) -> None:
