@@ -7,6 +7,7 @@ The interval is of the mean KL, by resampling whole rows, whose tokens depend on
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,9 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 from mla_deploy.compress.stream import Rows
-from mla_deploy.errors import InputError
+from mla_deploy.errors import InputError, quoted
 
 _CHUNK = 64  # tokens whose logits are in memory at a time
+_MOST_NLL = 300.0  # a token: its exponential is finite, and no model is of use there
 _DRAWS, _SEED = 1000, 20261126
 # Mean KL below which a loss has each name; nothing is minor above either bound of `minor`.
 EXACT, MINOR, VISIBLE = 1e-4, 0.05, 0.3
@@ -60,6 +62,59 @@ class CompressionLoss:
         }  # fmt: skip
 
 
+class SummedLoss:
+    """The loss of predictions as they come; numbers of tokens are kept in two growing arrays, since
+    small arrays, one after each of many large logits, would hold the heap apart."""
+
+    def __init__(self) -> None:
+        self._kl, self._row = array("d"), array("l")
+        self._rows, self._same = 0, 0
+        self._wanted_nll, self._found_nll = 0.0, 0.0
+
+    def predicted(
+        self, row: int, target_T: torch.Tensor, wanted_TX: torch.Tensor, given_TX: torch.Tensor
+    ) -> None:
+        """Some tokens of row `row`: which came, and log probabilities [T, vocab] of both."""
+        self._kl.extend(_divergence(wanted_TX, given_TX).tolist())
+        self._row.extend([row] * len(target_T))
+        self._same += int((wanted_TX.argmax(-1) == given_TX.argmax(-1)).sum())
+        self._wanted_nll -= float(wanted_TX.gather(1, target_T[:, None]).sum())
+        self._found_nll -= float(given_TX.gather(1, target_T[:, None]).sum())
+
+    def add(self, ids_S: torch.Tensor, plain_SV: torch.Tensor, logits_SV: torch.Tensor) -> None:
+        """A row: its tokens, logits of the model as it is, logits of the form."""
+        for start in range(0, len(ids_S) - 1, _CHUNK):
+            part = slice(start, min(start + _CHUNK, len(ids_S) - 1))
+            both = (_log_probabilities(logits[part]) for logits in (plain_SV, logits_SV))
+            self.predicted(self._rows, ids_S[1:][part], *both)
+        self._rows += 1
+
+    def done(self, text: str) -> CompressionLoss:
+        """Over all that came. Raises: InputError CMP-NONFINITE."""
+        every, rows = np.asarray(self._kl), np.asarray(self._row)
+        if not np.isfinite(every).all():
+            raise InputError(
+                "CMP-NONFINITE",
+                f"{np.count_nonzero(~np.isfinite(every))} of {len(every)} predictions on "
+                f"{quoted(text)} are not finite",
+                hint="the model, or this form of it, overflows; nothing can be said of its loss",
+            )
+        means_X = np.bincount(rows, every) / np.bincount(rows)
+        low, high = _interval(means_X)
+        return CompressionLoss(
+            text=text,
+            rows=len(means_X),
+            tokens=len(every),
+            mean_kl=max(0.0, float(every.mean())),
+            kl_low=low,
+            kl_high=high,
+            p99_kl=float(np.quantile(every, 0.99)),
+            top1=self._same / len(every),
+            perplexity_source=math.exp(min(self._wanted_nll / len(every), _MOST_NLL)),
+            perplexity=math.exp(min(self._found_nll / len(every), _MOST_NLL)),
+        )
+
+
 def compared(
     text: str, source: Rows, found: Rows, norm: torch.nn.Module, head: torch.Tensor
 ) -> CompressionLoss:
@@ -67,33 +122,10 @@ def compared(
 
     Raises: InputError CMP-NONFINITE.
     """
-    kl_XT = _room(source)
-    same, wanted_nll, found_nll = 0, 0.0, 0.0
-    for place, target_T, wanted_TX, given_TX in _predictions(source, found, norm, head):
-        kl_XT[place] = _divergence(wanted_TX, given_TX)
-        same += int((wanted_TX.argmax(-1) == given_TX.argmax(-1)).sum())
-        wanted_nll -= float(wanted_TX.gather(1, target_T[:, None]).sum())
-        found_nll -= float(given_TX.gather(1, target_T[:, None]).sum())
-    every = kl_XT.reshape(-1)
-    if not np.isfinite(every).all():
-        raise InputError(
-            "CMP-NONFINITE",
-            f"{np.count_nonzero(~np.isfinite(every))} of {len(every)} predictions are not finite",
-            hint="the checkpoint, or its compressed form in that dtype, overflows",
-        )
-    low, high = _interval(kl_XT.mean(1))
-    return CompressionLoss(
-        text=text,
-        rows=len(kl_XT),
-        tokens=len(every),
-        mean_kl=max(0.0, float(every.mean())),
-        kl_low=low,
-        kl_high=high,
-        p99_kl=float(np.quantile(every, 0.99)),
-        top1=same / len(every),
-        perplexity_source=math.exp(wanted_nll / len(every)),
-        perplexity=math.exp(found_nll / len(every)),
-    )
+    summed = SummedLoss()
+    for (row, _), target_T, wanted_TX, given_TX in _predictions(source, found, norm, head):
+        summed.predicted(row, target_T, wanted_TX, given_TX)
+    return summed.done(text)
 
 
 def token_kls(
@@ -101,17 +133,11 @@ def token_kls(
 ) -> NDArray[np.float64]:
     """KL of predicted tokens of all rows; of one in `every`."""
     source, found = source.thinned(every), found.thinned(every)
-    kl_XT = _room(source)
+    rows, tokens = source.tokens_XS.shape
+    kl_XT = np.empty((rows, tokens - 1))  # one array: see SummedLoss
     for place, _, wanted_TX, given_TX in _predictions(source, found, norm, head):
         kl_XT[place] = _divergence(wanted_TX, given_TX)
     return kl_XT
-
-
-def _room(source: Rows) -> NDArray[np.float64]:
-    """For a number of each predicted token. Small arrays of their own, one after each of many large
-    ones, would hold the heap apart: gigabytes, on 20,000 tokens."""
-    rows, tokens = source.tokens_XS.shape
-    return np.empty((rows, tokens - 1))
 
 
 def _predictions(
@@ -144,8 +170,3 @@ def _interval(means_X: NDArray[np.float64]) -> tuple[float, float]:
     drawn = rng.choice(means_X, (_DRAWS, len(means_X))).mean(1)
     low, high = np.quantile(drawn, (0.025, 0.975))
     return float(low), float(high)
-
-
-def interval(means_X: NDArray[np.float64]) -> tuple[float, float]:
-    """95 % of the mean of the rows' means, by resampling rows."""
-    return _interval(means_X)

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from mla_deploy.compress.loss import CompressionLoss
+from mla_deploy.compress.loss import CompressionLoss, SummedLoss
 from mla_deploy.compress.native.bases import Bases, Basis
 from mla_deploy.compress.native.forms import WHOLE, Form
 from mla_deploy.compress.native.moments import LatentMoments, MomentsOf, reader_metric
 from mla_deploy.compress.native.sites import Site, SiteWeights, watched, weights_of
-from mla_deploy.compress.native.summed import SummedLoss
 from mla_deploy.compress.text import Tokens
 from mla_deploy.errors import InputError
 from mla_deploy.source.abreast import Abreast, Lane
