@@ -95,7 +95,7 @@ class SummedLoss:
         if not np.isfinite(every).all():
             raise InputError(
                 "CMP-NONFINITE",
-                f"{np.count_nonzero(~np.isfinite(every))} of {len(every)} predictions on "
+                f"logits of {np.count_nonzero(~np.isfinite(every))} of {len(every)} predictions on "
                 f"{quoted(text)} are not finite",
                 hint="the model, or this form of it, overflows; nothing can be said of its loss",
             )
