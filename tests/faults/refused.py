@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import os
 import tracemalloc
 from collections.abc import Callable
 from typing import Any
@@ -11,16 +11,21 @@ import pytest
 
 from mla_deploy.errors import MlaDeployError
 
-MAX_SECONDS = 2.0
+MAX_SECONDS = 2.0  # of processors: what else the machine does is no fault
 MAX_BYTES = 300 << 20
+
+
+def processor_seconds() -> float:
+    """Of this process and its children that have ended."""
+    return sum(os.times()[:4])
 
 
 def refused(act: Callable[[], Any], code: str, *named: str, exit_status: int = 4) -> MlaDeployError:
     """Run `act`, which must refuse with `code` and a message holding every word of `named`."""
-    start = time.perf_counter()
+    start = processor_seconds()
     with pytest.raises(MlaDeployError) as caught:
         act()
-    assert time.perf_counter() - start < MAX_SECONDS
+    assert processor_seconds() - start < MAX_SECONDS
     error = caught.value
     assert (error.code, error.exit_status) == (code, exit_status), str(error)
     for word in named:
