@@ -89,7 +89,7 @@ def _goals(found: dict[str, Any]) -> list[Goal]:
     def loses(name: str) -> float | None:
         return found[name]["mean_kl"] if name in found else None
 
-    return [
+    goals = [
         Goal("perplexity, exact", ratio("exact"), 1.00001, at_least=False),
         Goal("perplexity at 75 % of the cache", ratio("75"), 1.03, at_least=False),
         Goal("perplexity at 50 % of the cache", ratio("50"), 1.15, at_least=False),
@@ -98,6 +98,7 @@ def _goals(found: dict[str, Any]) -> list[Goal]:
         Goal("KL over TransMLA's at 75 %", beside("75"), 0.5, at_least=False),
         Goal("KL over TransMLA's at 50 %", beside("50"), 0.5, at_least=False),
     ]
+    return [goal for goal in goals if goal.found is not None]
 
 
 if __name__ == "__main__":
