@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from mla_deploy.foreign.attention import SAME, VIEWS
 from mla_deploy.foreign.graph import ForeignGraph
+from mla_deploy.foreign.turning import ancestors
 
 _MOST = 1 << 24  # values of a table that is looked at
 _BENT = 0.05  # of the logarithm of a step from one frequency to the next
@@ -51,7 +52,7 @@ def _from_cosines(graph: ForeignGraph, rope: int) -> Iterator[RopeSigns]:
     for node in graph.model.graph:
         if node.op_type != "Cos" or node.inputs[0] is None:
             continue
-        for value in _ancestors(node.inputs[0]):
+        for value in ancestors([node.inputs[0]], _is_product):
             found = number_of(graph, value)
             if found is None or found.dtype.kind != "f":
                 continue
@@ -61,18 +62,9 @@ def _from_cosines(graph: ForeignGraph, rope: int) -> Iterator[RopeSigns]:
                     yield RopeSigns(str(value.name), tuple(map(float, half)), _factor(graph, node))
 
 
-def _ancestors(value: ir.Value) -> Iterator[ir.Value]:
-    """A value and what it is made of, as far as that is products and views."""
-    waiting, seen = [value], set()
-    while waiting:
-        each = waiting.pop()
-        if each in seen:
-            continue
-        seen.add(each)
-        yield each
-        node = each.producer()
-        if node is not None and (node.op_type in _PASSED | {"Mul", "MatMul", "Einsum"}):
-            waiting.extend(parent for parent in node.inputs if parent is not None)
+def _is_product(node: ir.Node) -> bool:
+    """Whether what it makes is its inputs, moved or multiplied."""
+    return node.op_type in _PASSED | {"Mul", "MatMul", "Einsum"}
 
 
 def _factor(graph: ForeignGraph, cosine: ir.Node) -> float:

@@ -6,7 +6,7 @@ is computed for fewer tokens than that does not show it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 
 import onnx_ir as ir
 
@@ -25,7 +25,7 @@ def turning_points(
     `read_by`: only single integers that an operator of these reads.
     """
     found: set[int] = set()
-    for value in _ancestors(values):
+    for value in ancestors(values):
         array = graph.known.values.get(value)
         if read_by is not None:
             is_read = any(node.op_type in read_by for node, _ in value.uses())
@@ -40,7 +40,10 @@ def turning_points(
     return tuple(sorted(number for number in found - near if number > 1))
 
 
-def _ancestors(values: Iterable[ir.Value]) -> Iterator[ir.Value]:
+def ancestors(
+    values: Iterable[ir.Value], through: Callable[[ir.Node], bool] = lambda _: True
+) -> Iterator[ir.Value]:
+    """`values` and what they are made of, each once, as far as nodes are let `through`."""
     waiting, seen = list(values), set[ir.Value]()
     while waiting:
         value = waiting.pop()
@@ -49,5 +52,5 @@ def _ancestors(values: Iterable[ir.Value]) -> Iterator[ir.Value]:
         seen.add(value)
         yield value
         node = value.producer()
-        if node is not None:
+        if node is not None and through(node):
             waiting.extend(each for each in node.inputs if each is not None)
