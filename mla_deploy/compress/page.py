@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from mla_deploy.compress.choice_page import choice_facts
-from mla_deploy.compress.page_chart import Chart
+from mla_deploy.compress.page_chart import Chart, mean_curve
 from mla_deploy.compress.page_layers import layer_facts, share_text
 from mla_deploy.compress.page_rooms import room_facts
+from mla_deploy.validate.outputs.html_page import page_environment
 
 Facts = Mapping[str, Any]
 _MOST_ERROR = 0.5  # a relative error that is drawn as full
@@ -23,18 +24,10 @@ _GOOD = ("exact", "minor")
 
 def page(report: Facts) -> bytes:
     """The page of a report as `CompressReport.to_dict` tells it."""
-    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
-
-    loaders = [PackageLoader(name, ".") for name in
-               ("mla_deploy.compress", "mla_deploy.validate.outputs")]  # fmt: skip
-    environment = Environment(
-        loader=ChoiceLoader(loaders), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
     views, loss = report["views"], report["loss"]
     worst = _worst_layer(views)
     stripes = list(_stripes(report, worst))
-    text = environment.get_template("page.html.jinja").render(
+    text = page_environment("mla_deploy.compress").get_template("page.html.jinja").render(
         report=report,
         good=loss["verdict"] in _GOOD,
         headline=f"{100 * report['cache_share']:.0f} % of the cache: {loss['verdict']} loss"
@@ -129,12 +122,9 @@ def _loss(report: Facts) -> Iterator[tuple[str, str]]:
 
 def _energy_chart(views: Sequence[Facts], rank: int, *, is_exact: bool) -> Chart:
     widest = max(view["energy"][-1][0] for view in views)
-    widths = np.linspace(0, widest, 40)
     lines: list[tuple[str, Any]] = [("faint", [(0, 0.0), *view["energy"]]) for view in views]
     for kind, name in (("dashed", "weight_energy"), ("line", "energy")):
-        curves = [np.array([(0, 0.0), *view[name]], float) for view in views]
-        mean = np.mean([np.interp(widths, curve[:, 0], curve[:, 1]) for curve in curves], 0)
-        lines.append((kind, list(zip(widths.tolist(), mean.tolist(), strict=True))))
+        lines.append((kind, mean_curve([view[name] for view in views], widest)))
     places = {0, widest, *([] if is_exact or rank > 0.92 * widest else [rank])}
     return Chart(
         title="Share of variance kept, by width",

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
+import numpy as np
+
 if TYPE_CHECKING:
     from markupsafe import Markup
 
@@ -27,8 +29,6 @@ class Chart:
     mark: float | None = None
 
     def drawn(self) -> Markup:
-        from markupsafe import Markup
-
         root = ElementTree.Element(
             "svg", {"viewBox": f"0 0 {_WIDTH} {_HEIGHT}", "class": "chart", "role": "img"}
         )
@@ -43,7 +43,7 @@ class Chart:
             self._line(root, kind, points)
         if self.mark is not None:
             self._line(root, "chosen", [(self.mark, 0.0), (self.mark, self._highest)])
-        return Markup(ElementTree.tostring(root, encoding="unicode"))  # our own elements, escaped
+        return markup(root)
 
     @property
     def _widest(self) -> float:
@@ -68,3 +68,18 @@ class Chart:
     ) -> None:
         placed = {"x": f"{at[0]}", "y": f"{at[1]}", "text-anchor": anchor}
         ElementTree.SubElement(root, "text", placed).text = text
+
+
+def markup(root: ElementTree.Element) -> Markup:
+    """For a template: our own elements, which `ElementTree` escapes."""
+    from markupsafe import Markup
+
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
+
+
+def mean_curve(curves: Sequence[Sequence[Sequence[float]]], widest: int) -> Points:
+    """Of curves (width, share) from zero, at widths up to `widest`."""
+    widths = np.linspace(0, widest, 40)
+    drawn = [np.array([(0, 0.0), *curve], float) for curve in curves]
+    mean = np.mean([np.interp(widths, each[:, 0], each[:, 1]) for each in drawn], 0)
+    return list(zip(widths.tolist(), mean.tolist(), strict=True))

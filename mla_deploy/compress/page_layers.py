@@ -59,11 +59,12 @@ def _maps(report: Facts) -> Iterator[dict[str, Any]]:
             "title": title,
             "step": step,
             "every": 1 if len(cosines[0]) <= _MANY else 4,
-            "rows": [[_cell(value) for value in row] for row in cosines],
+            "rows": [[cosine_cell(value) for value in row] for row in cosines],
         }
 
 
-def _cell(cosine: float) -> tuple[str, float]:
+def cosine_cell(cosine: float) -> tuple[str, float]:
+    """Its text, and how much is lost, of 1."""
     lost = (1.0 - cosine) / (1.0 - SCALE_FROM)
     return f"{cosine:.4f}", round(min(max(lost, 0.0), 1.0), 3)
 

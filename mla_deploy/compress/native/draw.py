@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-import numpy as np
+from mla_deploy.compress.loss import EXACT, MINOR, VISIBLE
+from mla_deploy.compress.page_chart import markup, mean_curve
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -21,8 +22,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 10, 34
 _FLOOR = 1e-7  # of mean KL: below it lies rounding
 _SHADES = 5
 _CELL = 10
-# Verdicts end here; see `compress/loss.py`.
-_BOUNDS = ((1e-4, "exact below"), (0.05, "minor below"), (0.3, "visible below"))
+_BOUNDS = ((EXACT, "exact below"), (MINOR, "minor below"), (VISIBLE, "visible below"))
 
 
 class _Chart:
@@ -66,7 +66,7 @@ class _Chart:
         ElementTree.SubElement(self.root, "text", placed).text = text
 
     def done(self) -> Markup:
-        return _markup(self.root)
+        return markup(self.root)
 
 
 def energy_chart(sites: Sequence[Facts]) -> Markup:
@@ -80,10 +80,10 @@ def energy_chart(sites: Sequence[Facts]) -> Markup:
     seen = [site["on_text"] for site in sites if site["on_text"] is not None]
     for each in seen:
         chart.line("faint", [(0, 0.0), *each["energy"]])
-    chart.line("dashed", _mean([site["weight_energy"] for site in sites], widest))
+    chart.line("dashed", mean_curve([site["weight_energy"] for site in sites], widest))
     if seen:
-        chart.line("read", _mean([each["readers_energy"] for each in seen], widest))
-        chart.line("line", _mean([each["energy"] for each in seen], widest))
+        chart.line("read", mean_curve([each["readers_energy"] for each in seen], widest))
+        chart.line("line", mean_curve([each["energy"] for each in seen], widest))
     return chart.done()
 
 
@@ -135,21 +135,8 @@ def head_map(rows: Sequence[Sequence[float]]) -> Markup:
                 paths.setdefault(shade, []).append(f"M{j * _CELL} {i * _CELL}h9v9h-9z")
     for shade, parts in sorted(paths.items()):
         ElementTree.SubElement(root, "path", {"class": f"shade-{shade}", "d": "".join(parts)})
-    return _markup(root)
-
-
-def _mean(curves: Sequence[Sequence[Sequence[float]]], widest: int) -> list[tuple[float, float]]:
-    widths = np.linspace(0, widest, 40)
-    drawn = [np.array([(0, 0.0), *curve], float) for curve in curves]
-    mean = np.mean([np.interp(widths, each[:, 0], each[:, 1]) for each in drawn], 0)
-    return list(zip(widths.tolist(), mean.tolist(), strict=True))
+    return markup(root)
 
 
 def _log(kl: float) -> float:
     return math.log10(max(kl, _FLOOR)) if math.isfinite(kl) else 2.0
-
-
-def _markup(root: ElementTree.Element) -> Markup:
-    from markupsafe import Markup
-
-    return Markup(ElementTree.tostring(root, encoding="unicode"))  # our own elements, escaped

@@ -6,45 +6,44 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mla_deploy.compress.native.draw import energy_chart, head_map, loss_chart
+from mla_deploy.compress.page_layers import SCALE_FROM, cosine_cell
 from mla_deploy.shapes import byte_text
+from mla_deploy.validate.outputs.html_page import page_environment
 
 Facts = Mapping[str, Any]
-_TEMPLATES = ("mla_deploy.compress.native", "mla_deploy.compress", "mla_deploy.validate.outputs")
+_TEMPLATES = ("mla_deploy.compress.native", "mla_deploy.compress")
 _ROW = 32_768  # tokens of a row whose cache is told
 _MOST_MAPS = 6  # layers whose heads are drawn
 _BROKEN = "broken"  # the best of what is broken is no use
-_SCALE_FROM = 0.9  # below it a direction is as good as lost
 
 
 def native_page(report: Facts) -> bytes:
     """The page of a report as `NativeReport.to_dict` tells it."""
-    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=ChoiceLoader([PackageLoader(name, ".") for name in _TEMPLATES]),
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
     sites, forms = report["sites"], report["forms"]
     measured = report["text"] is not None
     best = next((row for row in forms if row["name"] == report["smallest_exported"]), None)
     judged = forms[0]["loss"]["tokens"] if measured else 0
-    text = environment.get_template("native.html.jinja").render(
-        report=report,
-        measured=measured,
-        good=not measured or best is not None,
-        headline=_headline(report, best),
-        advice=_advice(report, best),
-        tiles=list(_tiles(report, best)),
-        judged=f"{judged:,}",
-        matrices=_matrices(sites),
-        layers=[_layer(site) for site in sites],
-        energy=energy_chart([site for site in sites if _is_drawn(site, measured)]),
-        maps=[_maps(site, measured) for site in _chosen(sites)],
-        lost=_lost(sites),
-        scale_from=_SCALE_FROM,
-        curves=loss_chart(forms) if measured else None,
-        forms=[_form(row, report) for row in forms],
-        memory=[_memory(row, forms) for row in forms if row["basis"] == "plain"],
+    text = (
+        page_environment(*_TEMPLATES)
+        .get_template("native.html.jinja")
+        .render(
+            report=report,
+            measured=measured,
+            good=not measured or best is not None,
+            headline=_headline(report, best),
+            advice=_advice(report, best),
+            tiles=list(_tiles(report, best)),
+            judged=f"{judged:,}",
+            matrices=_matrices(sites),
+            layers=[_layer(site) for site in sites],
+            energy=energy_chart([site for site in sites if _is_drawn(site, measured)]),
+            maps=[_maps(site, measured) for site in _chosen(sites)],
+            lost=_lost(sites),
+            scale_from=SCALE_FROM,
+            curves=loss_chart(forms) if measured else None,
+            forms=[_form(row, report) for row in forms],
+            memory=[_memory(row, forms) for row in forms if row["basis"] == "plain"],
+        )
     )
     return text.encode("utf-8", "replace")
 
@@ -191,7 +190,7 @@ def _lost(sites: Sequence[Facts]) -> list[tuple[str, list[tuple[str, list[tuple[
         rows = [
             (
                 _short(site["path"]).removeprefix("layers."),
-                [_cell(c) for c in site["on_text"][name]],
+                [cosine_cell(c) for c in site["on_text"][name]],
             )
             for site in sites
             if site["on_text"] is not None
@@ -199,11 +198,6 @@ def _lost(sites: Sequence[Facts]) -> list[tuple[str, list[tuple[str, list[tuple[
         if rows:
             found.append((title, rows))
     return found
-
-
-def _cell(cosine: float) -> tuple[str, float]:
-    lost = (1.0 - cosine) / (1.0 - _SCALE_FROM)
-    return f"{cosine:.4f}", round(min(max(lost, 0.0), 1.0), 3)
 
 
 def _form(row: Facts, report: Facts) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from mla_deploy.validate.outputs.findings import (
 from mla_deploy.validate.outputs.replaced import Facts, Report, facts_of, replace_file
 
 if TYPE_CHECKING:
-    from jinja2 import Template
+    from jinja2 import Environment, Template
 
 _MOST_FAILURES = 60
 _TOP, _LEAST_DECADES = 10.0, 2  # bars of the cases end at ten times the gate
@@ -62,17 +62,23 @@ def html_bytes(facts: Facts) -> bytes:
     return page.encode("utf-8", "replace")
 
 
-@functools.cache
-def _template() -> Template:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+def page_environment(*packages: str) -> Environment:
+    """Of the templates beside these packages' modules, then of those here, which pages share."""
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(
-        loader=PackageLoader("mla_deploy.validate.outputs", "."),
+    names = (*packages, "mla_deploy.validate.outputs")
+    return Environment(
+        loader=ChoiceLoader([PackageLoader(name, ".") for name in names]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+@functools.cache
+def _template() -> Template:
+    environment = page_environment()
     environment.filters["number"] = number
     environment.filters["byte_text"] = byte_text
     return environment.get_template("report.html.jinja")
