@@ -8,7 +8,7 @@ rows that neither the statistics nor the verdict see.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,11 +28,11 @@ from mla_deploy.compress.layer_widths import LESS, Probes, spread
 from mla_deploy.compress.loss import CompressionLoss, compared
 from mla_deploy.compress.plan import Form, form_of
 from mla_deploy.compress.proof import Proof
-from mla_deploy.compress.stream import AttendedRows, LayerMoments, MomentsOf, Rows
+from mla_deploy.compress.statistics import Progress, layer_statistics, tell
+from mla_deploy.compress.stream import AttendedRows, LayerMoments, Rows
 from mla_deploy.compress.text import Rations, fit_rows
 
 _PROBE_ROWS = 1
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -133,23 +133,13 @@ class Budget:
     def _statistics(
         self, cut: Candidate | None, trunk: Any, progress: Progress | None
     ) -> tuple[list[LayerMoments], np.ndarray[Any, Any] | None]:
-        source = self.source
         embed, norm, head = trunk
-        rows = _embedded(source, self.given.calibration, embed)
         probes = self._probes(cut, embed)
-        found = []
-        for index in range(source.facts.layers):
-            _tell(progress, "statistics", index, source.facts.layers)
-            layer = source.layer(index)
-            self._proof.layer(layer, index)
-            weights = source.attention(layer)
-            collected = MomentsOf(weights, index)
-            rows.through(layer, collected)
-            moments = collected.done()
+        found: list[LayerMoments] = []
+        for seen in layer_statistics(self._proof, self.given, embed, progress):
             if probes is not None:
-                probes.through(index, layer, weights, moments)
-            found.append(moments)
-        _tell(progress, "statistics", source.facts.layers, source.facts.layers)
+                probes.through(len(found), seen.layer, seen.weights, seen.moments)
+            found.append(seen.moments)
         return found, None if probes is None else probes.losses(norm, head)
 
     def _probes(self, cut: Candidate | None, embed: nn.Module) -> Probes | None:
@@ -181,7 +171,7 @@ class Budget:
         is_fitted = any(each.form.is_fitted for each in found)
         learnt = _embedded(source, fit_rows(self.given), embed) if is_fitted else None
         for index in range(source.facts.layers):
-            _tell(progress, "candidates", index, source.facts.layers)
+            tell(progress, "candidates", index, source.facts.layers)
             layer = source.layer(index)
             weights = source.attention(layer)
             wanted.through(layer)
@@ -194,7 +184,7 @@ class Budget:
                 made = made_of.made(index, layer, plan, weights, attended=attended)
                 each.through(made, cached=made_of.rounding)
                 made_of.release(made)
-        _tell(progress, "candidates", source.facts.layers, source.facts.layers)
+        tell(progress, "candidates", source.facts.layers, source.facts.layers)
         return [compared(self.given.name, wanted, each, norm, head) for each in rows]
 
 
@@ -207,8 +197,3 @@ def _embedded(source: HeadsModel, rows: Sequence[Sequence[int]], embed: nn.Modul
     found = Rows(rows, source.rotary)
     found.embed(embed)
     return found
-
-
-def _tell(progress: Progress | None, stage: str, done: int, total: int) -> None:
-    if progress is not None:
-        progress(stage, done, total)

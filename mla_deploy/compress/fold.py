@@ -99,8 +99,6 @@ def folded(source: HeadWeights, plan: Folding) -> Mapping[str, Doubles]:
             w_uk_NL = nope_Nd @ still_Qd.T @ plan.latent.up_YL[:keys]
         values = slice(keys + own.start, keys + own.stop)
         expand.append(np.concatenate((w_uk_NL, plan.latent.up_YL[values])))
-    mean_value_K = plan.latent.centre_Y[keys:]
-    carried = np.concatenate([mean_value_K[source.group_of(head)] for head in range(source.heads)])
     return {
         "q_proj.weight": np.concatenate(query),
         "q_proj.bias": np.concatenate(query_bias),
@@ -112,9 +110,15 @@ def folded(source: HeadWeights, plan: Folding) -> Mapping[str, Doubles]:
         ),
         "kv_b_proj.weight": np.concatenate(expand),
         "o_proj.weight": source.out,
-        "o_proj.bias": source.out_bias + source.out @ carried,
+        "o_proj.bias": source.out_bias + source.out @ mean_values(source, plan),
         "rope_select.weight": _chosen(plan),
     }
+
+
+def mean_values(source: HeadWeights, plan: Folding) -> Doubles:
+    """[H d]: the mean value of every query head, which is in the output bias and in no latent."""
+    mean_K = plan.latent.centre_Y[len(plan.latent.centre_Y) - len(source.value) :]
+    return np.concatenate([mean_K[source.group_of(head)] for head in range(source.heads)])
 
 
 def query_maps(source: HeadWeights, plan: Folding) -> list[Doubles]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from mla_deploy.compress.budget import Choice, Progress
+from mla_deploy.compress.budget import Choice
 from mla_deploy.compress.deepseek_layers import DeepseekLayers, family_for, written_settings
 from mla_deploy.compress.latent_layers import LatentLayers
 from mla_deploy.compress.plan import Form
 from mla_deploy.compress.proof import Proof
+from mla_deploy.compress.statistics import Progress
 from mla_deploy.compress.survey import Survey, survey
 from mla_deploy.compress.text import Rations
 from mla_deploy.errors import InputError, quoted

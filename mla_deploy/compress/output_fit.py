@@ -12,13 +12,11 @@ drifted ones, W would answer for errors of this text's earlier layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from mla_deploy.compress.stream import AttendedRows, cache_options
+from mla_deploy.compress.stream import AttendedRows, cache_options, watched_inputs
 from mla_deploy.source.cache import CacheRounding
 
 _DAMPING = 1e-2  # c, of the mean square of A's columns
@@ -29,7 +27,7 @@ def fit_output(made: Any, rows: AttendedRows, cached: CacheRounding | None, angl
     `Rows.through` takes it."""
     attention = made.self_attn
     sums: Any = _Sums(attention.o_proj)
-    with torch.no_grad(), _watched(attention.o_proj, sums.take):
+    with torch.no_grad(), watched_inputs(attention.o_proj, sums.take):
         for inputs_BSD, given_BSD in rows.pairs():
             sums.wanted_XD = given_BSD.reshape(-1, given_BSD.shape[-1])
             attention(
@@ -75,13 +73,3 @@ class _Sums:
         more_DY = torch.linalg.solve(moments_YY, crossed_YD).T
         # Y - A W_o^T has the mean mean_D; what W adds to A's mean comes off it.
         return self._weight_DY.double() + more_DY, mean_D - more_DY @ mean_Y
-
-
-@contextmanager
-def _watched(module: Any, take: Callable[[torch.Tensor], None]) -> Iterator[None]:
-    """`take` sees the input of `module`."""
-    hook = module.register_forward_pre_hook(lambda _, given: take(given[0]))
-    try:
-        yield
-    finally:
-        hook.remove()

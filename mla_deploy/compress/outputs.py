@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mla_deploy.compress.fold import Folding, HeadWeights
-from mla_deploy.compress.key_basis import Doubles
-from mla_deploy.compress.stream import Rows, cache_options
+from mla_deploy.compress.fold import Folding, HeadWeights, mean_values
+from mla_deploy.compress.stream import Rows, cache_options, watched_inputs
 from mla_deploy.source.cache import CacheRounding
 
 _ROWS = 8
@@ -64,7 +63,7 @@ def head_outputs(
     """`layers`: the source's and ours. `rows` are about to enter the source's; they stay as they
     are, and each layer has the `angles` of its own rope. `cached`: ours attends to rows as such a
     cache gives them back."""
-    mean_HV = torch.from_numpy(_carried(weights, plan)).float().view(weights.heads, -1)
+    mean_HV = torch.from_numpy(mean_values(weights, plan)).float().view(weights.heads, -1)
     had_H, got_H, both_H, gone_H = torch.zeros(4, weights.heads, dtype=torch.float64)
     had, gone, shape = 0.0, 0.0, (weights.heads, weights.head_dim)
     options = cache_options(cached)
@@ -85,28 +84,16 @@ def head_outputs(
     )
 
 
-def _carried(weights: HeadWeights, plan: Folding) -> Doubles:
-    """[H V]: the mean value of every head, which is not in the latent."""
-    mean_K = plan.latent.centre_Y[len(plan.latent.centre_Y) - len(weights.value) :]
-    return np.concatenate([mean_K[weights.group_of(head)] for head in range(weights.heads)])
-
-
 def _attended(
     layer: Any, hidden_BSD: torch.Tensor, rows: Rows, angles: Any, options: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What attention gives after and before its output projection, [B, S, D] and [B, S, H V]."""
     before: list[torch.Tensor] = []
-    hook = layer.self_attn.o_proj.register_forward_pre_hook(
-        lambda _, given: before.append(given[0])
-    )
-    try:
-        with torch.no_grad():
-            out = layer.self_attn(
-                layer.input_layernorm(hidden_BSD), position_embeddings=angles,
-                attention_mask=None, position_ids=rows.positions_1S, **options,
-            )[0]  # fmt: skip
-    finally:
-        hook.remove()
+    with torch.no_grad(), watched_inputs(layer.self_attn.o_proj, before.append):
+        out = layer.self_attn(
+            layer.input_layernorm(hidden_BSD), position_embeddings=angles,
+            attention_mask=None, position_ids=rows.positions_1S, **options,
+        )[0]  # fmt: skip
     return out, before[0]
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 
 from mla_deploy.bundle.folder_stage import FolderStage, stage_folder
-from mla_deploy.compress.budget import Budget, Choice, Progress, Weighed
+from mla_deploy.compress.budget import Budget, Choice, Weighed
 from mla_deploy.compress.candidates import share_of
 from mla_deploy.compress.fold import HeadWeights
 from mla_deploy.compress.heads_model import HeadsModel
@@ -32,6 +32,7 @@ from mla_deploy.compress.outputs import LayerOutputs, head_outputs
 from mla_deploy.compress.plan import METHODS, Form, form_for, reach_of
 from mla_deploy.compress.proof import Proof
 from mla_deploy.compress.report import CompressReport
+from mla_deploy.compress.statistics import Progress, tell
 from mla_deploy.compress.stream import AttendedRows, LayerMoments, MomentsOf, Rows
 from mla_deploy.compress.text import Rations, fit_rows, rations
 from mla_deploy.compress.told import REPORT_NAME
@@ -92,13 +93,12 @@ def compress(
         with stage_folder(out, FolderStage, needed_bytes=needed * 5 // 4) as stage:
             choice = Choice(form) if asked is None else asked.choose(progress)
             seen = layouts.survey(choice, given, progress)
-            work = _Work(proof, layouts.layers(choice.form, dtype, seen), given, stage)
-            work.known = seen.moments
+            made_of = layouts.layers(choice.form, dtype, seen)
+            work = _Work(proof, made_of, given, stage, known=seen.moments)
             ran = work.run(progress)
             if dtype == "fp32":  # in fewer bits the form is as exact, its weights are not
                 _check_exact(choice.form, ran.losses[layout])
-            report = work.report(Path(out), ran, budget=share, weighed=choice.weighed)
-            report = replace(report, seconds=time.perf_counter() - started)
+            report = work.report(Path(out), ran, share, choice.weighed, started=started)
             _publish(stage, files, work.layers, report)
     return report
 
@@ -125,11 +125,13 @@ class _Work:
         layers: Sequence[LatentLayers],
         given: Rations,
         stage: FolderStage,
+        *,
+        known: tuple[LayerMoments, ...],
     ) -> None:
         self.source, self._proof = proof.source, proof
         self.given, self.stage = given, stage
         self.layers, self.others = layers[0], layers[1:]
-        self.known: tuple[LayerMoments, ...] = ()
+        self.known = known
         self._index: dict[str, str] = {}
         self.parameters = 0
 
@@ -147,8 +149,7 @@ class _Work:
         shown: list[Shown] = []
         count = self.source.facts.layers
         for index in range(count):
-            if progress is not None:
-                progress("layers", index, count)
+            tell(progress, "layers", index, count)
             layer = self.source.layer(index)
             self._proof.layer(layer, index)
             weights = self.source.attention(layer)
@@ -173,8 +174,7 @@ class _Work:
                 made = other.made(index, layer, plan, weights, attended=attended)
                 rows.through(made)
                 other.release(made)
-        if progress is not None:
-            progress("layers", count, count)
+        tell(progress, "layers", count, count)
         self._write_trunk(embed, norm, head)
         every = [(self.layers, found), *beside]
         losses = {
@@ -183,7 +183,13 @@ class _Work:
         return _Ran(losses, tuple(energy), tuple(shown))
 
     def report(
-        self, out: Path, ran: _Ran, *, budget: float | None, weighed: tuple[Weighed, ...]
+        self,
+        out: Path,
+        ran: _Ran,
+        budget: float | None,
+        weighed: tuple[Weighed, ...],
+        *,
+        started: float,
     ) -> CompressReport:
         """What was done, once every layer is written."""
         layout = self.layers.layout
@@ -199,7 +205,7 @@ class _Work:
             outputs=tuple(outputs for _, outputs in ran.shown),
             parameters=self.parameters,
             notes=(*self.source.notes, *self.given.notes, *self.layers.notes),
-            seconds=0.0,
+            seconds=time.perf_counter() - started,
             budget=budget,
             weighed=weighed,
         )

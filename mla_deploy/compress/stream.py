@@ -6,7 +6,8 @@ Hidden states of every token are what is kept between layers; no two layers are 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +112,16 @@ class AttendedRows:
         if self._left > 0:
             self._pairs.append((inputs_BSD[: self._left], found[0][: self._left]))
             self._left -= len(inputs_BSD)
+
+
+@contextmanager
+def watched_inputs(module: Any, take: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """Within, `take` sees what `module` is given."""
+    hook = module.register_forward_pre_hook(lambda _, given: take(given[0]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def cache_options(cached: CacheRounding | None) -> dict[str, Any]:

@@ -63,6 +63,13 @@ def rations(
         rng = np.random.default_rng(_SEED)
         rows = rng.integers(0, vocab, (max(1, 512 // length), length))
         return Rations((), tuple(tuple(map(int, row)) for row in rows), "random ids", ())
+    if max(ids, default=0) >= vocab:
+        raise InputError(
+            "CMP-TEXT",
+            f"tokenizer.json gives token {max(ids)}, and the model has {vocab}",
+            hint="the tokenizer is of another model: fetch the one of this checkpoint",
+            token=max(ids),
+        )
     name = "sample" if path is None else os.path.basename(os.fspath(path))
     rows_XS = [tuple(ids[i : i + length]) for i in range(0, len(ids) - length + 1, length)]
     judged = max(1, min(int(len(rows_XS) * _JUDGED_SHARE), MOST_JUDGED // length))

@@ -118,6 +118,15 @@ def test_no_tokenizer_no_calibration(tmp_path: Path) -> None:
         compress(source, tmp_path / "out", rank=32)
 
 
+def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
+    """With more words than the model has, in the exact form too."""
+    source = write_llama(tmp_path / "source", vocab_size=512)
+    with pytest.raises(InputError, match="CMP-TEXT") as caught:
+        compress(source, tmp_path / "out")
+    assert "the model has 512" in caught.value.message
+    assert not (tmp_path / "out").exists()
+
+
 def test_norms_on_keys_cannot_be_absorbed(tmp_path: Path) -> None:
     source = write_llama(tmp_path / "source", "Qwen3", tokenizer=False)
     with pytest.raises(InputError, match="CMP-KEY-NORM"):

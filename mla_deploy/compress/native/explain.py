@@ -27,7 +27,7 @@ from mla_deploy.compress.native.report import (
     smallest,
 )
 from mla_deploy.compress.native.sites import Site, SiteWeights, sites_of, weights_of
-from mla_deploy.compress.text import MOST_JUDGED, Tokens, rations
+from mla_deploy.compress.text import MOST_JUDGED, rations
 from mla_deploy.compress.told import KIND
 from mla_deploy.door import open_folder
 from mla_deploy.errors import InputError, quoted
@@ -184,7 +184,6 @@ def _texts(
         )
     context = config.max_position_embeddings
     given = rations(held, path, vocab=config.vocab_size, context=context, calibrates=True)
-    _check_ids((*given.calibration, *given.judged), config.vocab_size)
     length = len(given.judged[0])
     room = _MOST_HELD // ((forms + 1) * length * 4 * (config.hidden_size + length))
     judged = max(1, min(tokens // length, room, len(given.judged)))
@@ -196,17 +195,6 @@ def _texts(
     return Texts(
         given.calibration[: max(1, _MOST_CALIBRATION // length)], given.judged[-judged:], given.name
     ), notes
-
-
-def _check_ids(rows: tuple[Tokens, ...], vocab: int) -> None:
-    largest = max(max(row) for row in rows)
-    if largest >= vocab:
-        raise InputError(
-            "CMP-TEXT",
-            f"{_TOKENIZER} gives token {largest}, and the model has {vocab}",
-            hint="the tokenizer is of another model: fetch the one of this checkpoint",
-            token=largest,
-        )
 
 
 def _about(sites: tuple[Site, ...], texts: Texts | None, forms: tuple[Form, ...]) -> list[str]:
