@@ -1,7 +1,8 @@
 """Writes docs/devices.md: what ran on a device, what was built, what was only read.
 
-From the targets, the SMs of the kernels, the reports that devices sent (docs/device-reports/), and
-the claims below, each with the tests that show it. `tests/test_devices_page.py` holds all of it.
+From the targets, the SMs of the kernels, the reports that devices sent (docs/device-reports/, of
+the plugin alone in its folder mla_decode), and the claims below, each with the tests or the report
+that show it. `tests/test_devices_page.py` holds all of it.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mla_deploy.device_package.plugin_files import source_digest
 from mla_deploy.engine.pipeline import RTX_SMS
 from mla_deploy.targets import TARGETS, Target
 
 PAGE = Path(__file__).with_name("devices.md")
 ROOT = Path(__file__).parents[1]
 REPORTS = ROOT / "docs" / "device-reports"
+PLUGIN_REPORTS = REPORTS / "mla_decode"
 _KERNELS = ROOT / "plugins" / "mla_decode" / "aot.py"
 
 WORDS = {
@@ -32,11 +35,12 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Claim:
-    """One thing said of devices, the word for it, and the tests that show it."""
+    """One thing said of devices, the word for it, and what shows it: tests, a device's report."""
 
     what: str
     word: str
     tests: tuple[str, ...] = ()
+    report: str = ""  # in PLUGIN_REPORTS
 
 
 CLAIMS = (
@@ -73,21 +77,26 @@ CLAIMS = (
     Claim("engines that do not match never reach TensorRT", "stand-in",
           ("tests/runtime/test_tensorrt_runner.py::test_engines_of_another_machine",
            "tests/runtime/test_tensorrt_runner.py::test_engines_that_nobody_vouches_for")),
-    Claim("CUDA through ctypes: its functions are in NVIDIA's libcudart; none was run on a GPU",
-          "read", ("tests/device/test_surface.py::test_nvidia_s_library_has_each_function",)),
+    Claim("CUDA through ctypes: memory, copies, one stream, graphs", "ran",
+          ("tests/plugins/test_on_device.py::test_numbers_on_the_gpu",), "h200"),
     Claim("the Python API that is called is that of tensorrt_rtx 1.7", "read",
           ("tests/device/test_surface.py::test_the_stand_in_has_nothing_that_tensorrt_lacks",)),
     Claim("MlaDecode's CUDA kernels: numbers, compiled for a CPU", "checked",
           ("tests/plugins/test_kernels_on_cpu.py::test_numbers",)),
     Claim("MlaDecode's CUDA kernels for every SM below", "compiled",
-          ("tests/plugins/test_resources.py::test_nothing_spills_and_every_sm_is_there",)),
+          ("tests/plugins/test_resources.py::test_every_sm_is_there_and_spills_only_to_hold_two_blocks",)),
     Claim("MlaDecode's Triton kernels: numbers, in Triton's interpreter", "checked",
           ("tests/plugins/test_triton.py::test_numbers",)),
     Claim("MlaDecode's Triton kernels for every SM below", "compiled",
           ("tests/plugins/test_triton.py::test_every_sm",)),
     Claim("plans that hold MlaDecode with its cache in place, TensorRT-RTX 1.7", "built",
           ("tests/plugins/test_tensorrt_rtx.py::test_one_file_gives_a_plugin_in_place",)),
-    Claim("MlaDecode's enqueue, latencies, device memory, power", "read"),
+    Claim("MlaDecode's built library by its own enqueue, as TensorRT drives it: numbers, bits that "
+          "repeat, CUDA graphs, times", "ran",
+          ("tests/plugins/test_on_device.py::test_numbers_on_the_gpu",), "h200"),
+    Claim("MlaDecode's Triton kernels, compiled ahead, launched by CUDA's driver: the same", "ran",
+          (), "h200"),
+    Claim("MlaDecode within an engine", "read"),
 )  # fmt: skip
 
 
@@ -116,25 +125,44 @@ def device_reports() -> dict[str, str]:
     return found
 
 
+def plugin_reports() -> dict[str, str]:
+    """Target -> what the plugin's own check says of it: ran, ran as an older source, or FAILED."""
+    found = {}
+    for path in sorted(PLUGIN_REPORTS.glob("*.json")) if PLUGIN_REPORTS.is_dir() else ():
+        facts = json.loads(path.read_text("utf-8"))
+        current = facts["source_sha256"] == source_digest()
+        ran = "ran" if current else "ran, an older source"
+        found[path.stem] = ran if facts["passed"] else "FAILED"
+    return found
+
+
 def _lines() -> Iterator[str]:
     reports = device_reports()
     yield "<!-- Written by `python docs/devices.py`. Edit that file, not this page. -->"
     yield "# Devices: what ran, what was built, what was only read\n"
-    ran = f"{len(reports)} targets have run" if reports else "**Nothing has run on a device yet.**"
+    kernels = plugin_reports()
+    ran = (
+        f"Engines of {len(reports)} targets have run." if reports else "**No engine has run yet.**"
+    )
+    yield f"{ran} MlaDecode's kernels ran on: {', '.join(kernels) or 'none'}."
     yield (
-        f"{ran} A target whose engines have not run on it is not called\nsupported here; these are "
-        "the words:\n"
+        "A target whose engines have not run on it is not called supported here; these are the "
+        "words:\n"
     )
     yield from (f"- **{word}**: {meaning}." for word, meaning in WORDS.items())
     yield "\n## By target\n"
     yield "| target | runtime | SM | graphs | engines | MlaDecode's kernels | on the device |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
-    yield from (_row(target, reports) for target in TARGETS if target.release is not None)
+    yield from (_row(target, reports, kernels) for target in TARGETS if target.release is not None)
     yield "\n## By claim\n"
     yield "| claim | | shown by |"
     yield "| --- | --- | --- |"
     for claim in CLAIMS:
-        shown = ", ".join(f"`{test.rpartition('/')[2]}`" for test in claim.tests) or "nothing"
+        shown = ", ".join(f"`{test.rpartition('/')[2]}`" for test in claim.tests)
+        if claim.report:
+            there = f"`device-reports/mla_decode/{claim.report}.json` ({kernels[claim.report]})"
+            shown = f"{shown}; {there}" if shown else there
+        shown = shown or "nothing"
         yield f"| {claim.what} | {claim.word} | {shown} |"
     yield "\n## How a row changes\n"
     yield (
@@ -142,15 +170,18 @@ def _lines() -> Iterator[str]:
         "    ./build.sh && python3 verify.py            # there; copy report.json back\n"
         "    mla-deploy validate BUNDLE --device-report report.json\n\n"
         "A report that passes is committed as `docs/device-reports/TARGET.json`, and this page is "
-        "written\nagain."
+        "written\nagain. For the plugin alone, which wants no TensorRT but its headers:\n\n"
+        "    python -m plugins.mla_decode.on_device --tensorrt-include DIR --json report.json\n\n"
+        "becomes `docs/device-reports/mla_decode/TARGET.json`."
     )
 
 
-def _row(target: Target, reports: dict[str, str]) -> str:
+def _row(target: Target, reports: dict[str, str], plugin: dict[str, str]) -> str:
     engines = "read, calls against a stand-in"
     if str(target.release).startswith("rtx-"):
         engines = f"built ({'this SM' if target.sm in RTX_SMS else 'another SM'})"
     kernels = "compiled" if target.sm in kernel_sms() else "no kernel"
+    kernels = plugin.get(target.name, kernels)
     ran = reports.get(target.name, "not run")
     cells = (target.name, target.runtime, target.sm, "checked", engines, kernels, ran)
     return f"| {' | '.join(str(cell) for cell in cells)} |"

@@ -11,7 +11,7 @@ LIBRARIES = (
     "libcudart.so.13", "libcudart.so.12", "libcudart.so",
     "/usr/local/cuda/lib64/libcudart.so",
 )  # fmt: skip
-_TO_DEVICE, _TO_HOST = 1, 2
+_TO_DEVICE, _TO_HOST, _WITHIN = 1, 2, 3
 _CAPTURE_THREAD = 1
 _MULTIPROCESSORS, _INTEGRATED, _MAJOR, _MINOR = 16, 18, 75, 76
 _PROPERTIES_BYTES = 8192  # more than any release's struct, whose first member is the name
@@ -84,6 +84,10 @@ class Cuda:
         """Fill a contiguous array of numpy's, whole when this returns."""
         self._copy(array.ctypes.data, address, array.nbytes, _TO_HOST)
         self.wait()
+
+    def copy_within(self, to: int, source: int, count: int) -> None:
+        """Copy `count` bytes from one address of the device to another, on the stream."""
+        self._copy(to, source, count, _WITHIN)
 
     def wait(self) -> None:
         """Until the stream is done."""

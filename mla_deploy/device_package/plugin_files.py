@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import subprocess
@@ -16,6 +17,7 @@ import onnx_ir as ir
 
 from mla_deploy.bundle import Bundle
 from mla_deploy.device_package.stage import PackageStage
+from mla_deploy.door import open_folder
 from mla_deploy.engine.plugin_graph import without_body
 from mla_deploy.errors import EnvironmentFailure, quoted
 from mla_deploy.rewrite.release import Release
@@ -30,6 +32,7 @@ _COMPILER = "plugins.mla_decode.aot"
 _DTYPES = {ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 _SECONDS = 1200
 _BARE = "plugin/decode.onnx"
+_MOST_BYTES = 1 << 20  # of a source file
 _SKIPPED = ("__pycache__", ".pyc", ".so", ".o")
 
 
@@ -54,6 +57,16 @@ class PluginFiles:
         return {"called": self.called, "source": self.source, "kernels": list(self.kernels),
                 "told": self.told, "graphs": dict(self.graphs),
                 "weights": list(self.weights)}  # fmt: skip
+
+
+def source_digest() -> str:
+    """SHA-256 of what MlaDecode's kernels are compiled from: what a report of a device is of."""
+    digest = hashlib.sha256()
+    with open_folder(_PLUGINS / "mla_decode") as plugin, plugin.folder("src") as source:
+        compiled = [(source, name) for name in source.names() if "check" not in name]
+        for folder, name in (*compiled, (plugin, "triton_kernels.py")):
+            digest.update(name.encode() + b"\0" + folder.read_bytes(name, max_bytes=_MOST_BYTES))
+    return digest.hexdigest()
 
 
 def add_plugin(stage: PackageStage, bundle: Bundle, sm: str, release: Release) -> PluginFiles:

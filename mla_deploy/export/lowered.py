@@ -147,7 +147,7 @@ def tensorrt_lowering(options: ExportOptions, name: str, composites: set[str]) -
     require_composites(release, composites)
     builder = typed_builder(options.capacity, release.opset, release.ir_version)
     decode, trunk = release.decode, release.trunk
-    blocks = mla_decode.MULTIPROCESSORS[str(find_target(options.target).sm)]
+    blocks = mla_decode.blocks_of_a_wave(str(find_target(options.target).sm))
     place = [rule.name for rule in decode].index("lower_latent_attention")
     decode = (*decode[:place], *mla_decode.rules(blocks), *decode[place:])
     graphs = {

@@ -33,15 +33,21 @@ from mla_deploy.rewrite.rule import (
 
 PLUGIN_NAMESPACE, PLUGIN_VERSION = DOMAIN, "1"
 MOST_LATENT, MOST_ROW = 512, 576
-# Vendors' figures for the part that `targets.py` names: how many blocks make one wave.
+# Vendors' figures for the part that `targets.py` names.
 MULTIPROCESSORS = {
     "8.0": 108, "8.6": 82, "8.7": 16, "8.9": 128, "9.0": 132, "10.0": 148, "11.0": 20, "12.0": 170,
     "12.1": 48,
 }  # fmt: skip
+_TWO_BLOCKS = ("9.0", "10.0", "11.0")  # 228 KiB of shared memory: a multiprocessor holds two
+
+
+def blocks_of_a_wave(sm: str) -> int:
+    """How many blocks of attention run at once on the device of compute capability `sm`."""
+    return MULTIPROCESSORS[sm] * (2 if sm in _TWO_BLOCKS else 1)
 
 
 class ToMlaDecode(Rule):
-    """`multiprocessors` of the target's device; `rope`: the row has a rope key behind the latent.
+    """`multiprocessors`: blocks of a wave; `rope`: the row has a rope key behind the latent.
 
     For a cache that is updated in place, in one fused row. It comes before the lowerings of the
     cache and of attention. Other forms (sinks, a choice of tokens, a ring, a mask of the layer's

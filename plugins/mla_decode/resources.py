@@ -3,8 +3,8 @@
     python -m plugins.mla_decode.resources [--write]
 
 Compiles the CUDA and the Triton kernels for every SM (minutes; no GPU) and prints the tables of
-README.md; with --write, puts them there. The roofline is arithmetic on `mla_deploy.targets`: no
-kernel here has been timed.
+README.md; with --write, puts them there. The roofline is arithmetic on `mla_deploy.targets`; what
+a device took is in docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mla_deploy.rewrite.mla_decode import MULTIPROCESSORS
+from mla_deploy.rewrite.mla_decode import MULTIPROCESSORS, blocks_of_a_wave
 from mla_deploy.targets import TARGETS, Target
 
 from . import aot
@@ -158,8 +158,8 @@ def _cache_bytes(tokens: int, coded: bool) -> int:
 
 
 def _scratch_bytes(target: Target, tokens: int) -> int:
-    """Partials and their sums, written and read, at one block for each multiprocessor."""
-    splits = min(MULTIPROCESSORS[str(target.sm)], -(-tokens // 128))
+    """Partials and their sums, written and read, at one wave of splits of 64 tokens or more."""
+    splits = min(blocks_of_a_wave(str(target.sm)), -(-tokens // 64))
     return 2 * splits * HEADS * (LATENT + 1) * 4
 
 

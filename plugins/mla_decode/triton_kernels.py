@@ -25,6 +25,7 @@ _ROUND = tl.constexpr(12582912.0)
 _ROUND_BITS = tl.constexpr(0x4B400000)
 _PLAIN = tl.constexpr(PLAIN)
 _INT8 = tl.constexpr(INT8)
+_MANY, _FEW = tl.constexpr(128), tl.constexpr(8)  # splits that `join_splits` takes at a time
 
 
 @triton.jit
@@ -212,15 +213,21 @@ def join_splits(partial, log_sum, splits, out, L: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, L)
     most = -float("inf")
-    for k in range(splits):
-        most = tl.maximum(most, tl.load(log_sum + row * splits + k))
+    for first in range(0, splits, _MANY):
+        k = first + tl.arange(0, _MANY)
+        told = tl.load(log_sum + row * splits + k, mask=k < splits, other=-float("inf"))
+        most = tl.maximum(most, tl.max(told, 0))
     gathered = tl.zeros([L], tl.float32)
     weights = 0.0
-    for k in range(splits):
-        told = tl.load(log_sum + row * splits + k)
-        if told > -float("inf"):
-            weight = tl.exp(told - most)
-            weights += weight
-            gathered += weight * tl.load(partial + (row * splits + k) * L + column)
+    # Several at once, so that their reads are under way together.
+    for first in range(0, splits, _FEW):
+        k = first + tl.arange(0, _FEW)
+        told = tl.load(log_sum + row * splits + k, mask=k < splits, other=-float("inf"))
+        some = told > -float("inf")
+        weight = tl.where(some, tl.exp(told - most), 0.0)
+        at = partial + (row * splits + k)[:, None] * L + column[None, :]
+        part = tl.load(at, mask=some[:, None], other=0.0)
+        weights += tl.sum(weight, 0)
+        gathered += tl.sum(weight[:, None] * part, 0)
     divisor = tl.where(weights > 0.0, weights, 1.0)
     tl.store(out + row * L + column, (gathered / divisor).to(out.dtype.element_ty))

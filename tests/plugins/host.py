@@ -7,16 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tests.plugins.reference import DTYPES, Array, Problem
-
-STORAGES = ("plain", "int8", "fp8")
-
-
-class Sizes(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_int32)
-        for name in "batch new_tokens heads capacity latent rope tile rope_tile splits".split()
-    ]
+from plugins.mla_decode.device_calls import STORAGES, Sizes, sizes_of
+from plugins.mla_decode.reference import DTYPES, Array, Problem
 
 
 class Step(ctypes.Structure):
@@ -34,12 +26,6 @@ class Order:
 
     reversed: bool = False
     late: bool = False
-
-
-def sizes_of(call: Problem) -> Sizes:
-    batch, new, heads, _ = call.query_BSHE.shape
-    capacity = call.cache_B1ME.shape[2]
-    return Sizes(batch, new, heads, capacity, call.latent, call.rope, call.tile, call.rope_tile, 0)
 
 
 def run(

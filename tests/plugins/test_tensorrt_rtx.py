@@ -21,9 +21,9 @@ import onnx_ir as ir
 import pytest
 
 from mla_deploy.rewrite.mla_decode_body import add_body, add_tensorrt_body, drop_body, expose
+from plugins.mla_decode.reference import Problem, Shape, coded, problem
 from tests.plugins.conftest import built_plugin
 from tests.plugins.fat_binary import SMS, compiled_for
-from tests.plugins.reference import Problem, Shape, coded, problem
 from tests.rewrite.test_mla_decode import operator
 
 WORKER = Path(__file__).with_name("rtx_worker.py")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.plugins.reference import TOLERANCE, Problem, Shape, expected, problem, same_bytes
+from plugins.mla_decode.reference import TOLERANCE, Problem, Shape, expected, problem, same_bytes
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton, and found none", allow_module_level=True)

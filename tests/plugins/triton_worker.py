@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from plugins.mla_decode import triton_kernels as kernels
-from tests.plugins.reference import Problem
+from plugins.mla_decode.reference import Problem
 
 
 def _tensor(array: Any) -> torch.Tensor:

@@ -15,10 +15,10 @@ from mla_deploy.rewrite import absorb, lower_attention, lower_cache, mla_decode
 from mla_deploy.rewrite.composites import add_bodies
 from mla_deploy.rewrite.mla_decode_body import add_body, add_tensorrt_body
 from mla_deploy.rewrite.order import apply_rules
-from tests.plugins.reference import (
+from plugins.mla_decode.reference import (
     TOLERANCE as CODED_TOLERANCE,
 )
-from tests.plugins.reference import (
+from plugins.mla_decode.reference import (
     Problem,
     Shape,
     coded,

@@ -14,10 +14,12 @@ MLA_FN void score_tile(Block& block, State& state, Sizes const& z, T const* tile
 {
     using A = Attend<T, ROWS>;
     int const steps = (z.latent + z.rope) / 16;
+    constexpr int kTiles = kTokens / 16 / A::kRuns;
     block.each_warp([&](int warp) {
-        int const group = warp / kSlices;
+        int const group = A::group(warp);
         int const slice = warp % kSlices;
-        Sums sums[kTokens / 16];
+        int const token = A::token(warp);
+        Sums sums[kTiles];
         for (Sums& one : sums)
         {
             one.clear();
@@ -29,59 +31,91 @@ MLA_FN void score_tile(Block& block, State& state, Sizes const& z, T const* tile
             if (slice + kSlices * i < steps)
             {
 #pragma unroll
-                for (int t = 0; t < kTokens / 16; ++t)
+                for (int t = 0; t < kTiles; ++t)
                 {
                     TokenMatrix<T> keys;
-                    keys.load_keys(tile + 16 * t * stride + column, stride);
+                    keys.load_keys(tile + (token + 16 * t) * stride + column, stride);
                     sums[t].add_product(state.of(warp).query[i], keys);
                 }
             }
         }
-        for (int t = 0; t < kTokens / 16; ++t)
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t)
         {
-            sums[t].store(scores + (slice * ROWS + 16 * group) * kScoreStride + 16 * t, kScoreStride, 16);
+            float* to = scores + (slice * ROWS + 16 * group) * kScoreStride + token + 16 * t;
+            sums[t].store(to, kScoreStride, 16);
         }
     });
 }
 
 // One step of the running softmax: shares [ROWS, tokens] of this tile, and what older sums shrink by.
+// Lanes beside one another have a row, each some tokens of it. Scores and their maxima are powers of 2.
 template <typename T, int ROWS, typename Block>
 MLA_FN void share_tile(Block& block, Step const& step, Part const& part, int begin, float const* scores, T* shares,
     float* most, float* sum, float* factor)
 {
+    constexpr int kRows = ROWS / Attend<T, ROWS>::kWarps; // of a warp
+    constexpr int kLanes = 32 / kRows;
+    constexpr int kOfLane = kTokens / kLanes;
+    float const scale = step.scale * kLog2E;
     block.each_warp([&](int warp) {
-        for (int row = warp; row < ROWS; row += Attend<T, ROWS>::kWarps)
-        {
-            int const seen = row < part.rows ? part.seen(row) : 0;
-            Lanes const score = Lanes::of([&](int lane) {
-                float x = 0.0F;
-                for (int slice = 0; slice < kSlices; ++slice)
+        auto const row_of = [&](int lane) { return kRows * warp + lane / kLanes; };
+        auto const token_of = [&](int lane) { return kOfLane * (lane % kLanes); };
+        auto const scored = PerLane<Few<float, kOfLane>>::of([&](int lane) {
+            int const row = row_of(lane);
+            int const seen = (row < part.rows ? part.seen(row) : 0) - begin - token_of(lane);
+            Few<float, kOfLane> x{};
+            for (int slice = 0; slice < kSlices; ++slice)
+            {
+                float const* from = scores + (slice * ROWS + row) * kScoreStride + token_of(lane);
+                auto const some = Few<float, kOfLane>::at(from);
+                for (int i = 0; i < kOfLane; ++i)
                 {
-                    x += scores[(slice * ROWS + row) * kScoreStride + lane];
+                    x.of[i] += some.of[i];
                 }
-                return begin + lane < seen ? x * step.scale : -INFINITY;
-            });
-            float const before = most[row];
-            float const after = fmaxf(before, score.largest());
-            float const least = after == -INFINITY ? 0.0F : after;
-            score.each([&](int lane, float x) {
-                shares[row * kShareStride + lane] = Number<T>::narrow(expf(x - least));
-            });
-            // The sum is that of the shares as they are multiplied.
-            Lanes const share
-                = Lanes::of([&](int lane) { return Number<T>::wide(shares[row * kShareStride + lane]); });
-            float const total = share.total();
-            float const shrink = expf(before - least);
-            block.warp_barrier();
-            Lanes::every([&](int lane) {
-                if (lane == 0)
-                {
-                    sum[row] = sum[row] * shrink + total;
-                    most[row] = after;
-                    factor[row] = shrink;
-                }
-            });
-        }
+            }
+            for (int i = 0; i < kOfLane; ++i)
+            {
+                x.of[i] = i < seen ? x.of[i] * scale : -INFINITY;
+            }
+            return x;
+        });
+        Lanes const peak = Lanes::of([&](int lane) {
+            float x = scored.at(lane).of[0];
+            for (int i = 1; i < kOfLane; ++i)
+            {
+                x = fmaxf(x, scored.at(lane).of[i]);
+            }
+            return x;
+        }).largest_of(kLanes);
+        Lanes const after = Lanes::of([&](int lane) { return fmaxf(most[row_of(lane)], peak.at(lane)); });
+        // The sum is that of the shares as they are multiplied.
+        Lanes const total = Lanes::of([&](int lane) {
+            float const least = after.at(lane) == -INFINITY ? 0.0F : after.at(lane);
+            Few<T, kOfLane> share;
+            float x = 0.0F;
+            for (int i = 0; i < kOfLane; ++i)
+            {
+                share.of[i] = Number<T>::narrow(power_of_2(scored.at(lane).of[i] - least));
+                x += Number<T>::wide(share.of[i]);
+            }
+            share.put(shares + row_of(lane) * kShareStride + token_of(lane));
+            return x;
+        }).total_of(kLanes);
+        Lanes const shrink = Lanes::of([&](int lane) {
+            float const least = after.at(lane) == -INFINITY ? 0.0F : after.at(lane);
+            return power_of_2(most[row_of(lane)] - least);
+        });
+        block.warp_barrier();
+        Lanes::every([&](int lane) {
+            if (lane % kLanes == 0)
+            {
+                int const row = row_of(lane);
+                sum[row] = sum[row] * shrink.at(lane) + total.at(lane);
+                most[row] = after.at(lane);
+                factor[row] = shrink.at(lane);
+            }
+        });
     });
 }
 
@@ -90,7 +124,7 @@ MLA_FN void gather_tile(Block& block, State& state, Sizes const& z, T const* til
     float const* factor)
 {
     using A = Attend<T, ROWS>;
-    block.each_warp([&](int warp) {
+    block.each_warp_open([&](int warp) {
         auto& mine = state.of(warp);
 #pragma unroll
         for (int group = 0; group < A::kGroups; ++group)
@@ -139,7 +173,7 @@ MLA_FN void begin_part(Block& block, State& state, Step const& step, Part const&
         + (static_cast<size_t>(b) * z.newTokens * z.heads + part.firstRow) * width;
     block.each_warp([&](int warp) {
         auto& mine = state.of(warp);
-        int const first = 16 * (warp / kSlices);
+        int const first = 16 * A::group(warp);
 #pragma unroll
         for (int i = 0; i < A::kSteps; ++i)
         {
@@ -181,7 +215,7 @@ MLA_FN void end_part(Block& block, State& state, Step const& step, Part const& p
                 factor[row] = any ? 1.0F / sum[row] : 0.0F;
                 if (row < part.rows)
                 {
-                    step.logSum[(row0 + row) * z.splits + split] = any ? most[row] + logf(sum[row]) : -INFINITY;
+                    step.logSum[(row0 + row) * z.splits + split] = any ? most[row] / kLog2E + logf(sum[row]) : -INFINITY;
                 }
             }
         });
@@ -233,12 +267,12 @@ MLA_FN void attend_split(Block& block, Step const& step, char* memory, int tile,
     int stage = 0;
     for (int begin = part.begin; begin < part.end; begin += kTokens)
     {
-        bool const more = begin + kTokens < part.end;
-        if (more)
+        // The tile is there, and every warp is done with the one before, whose stage is free.
+        block.wait();
+        if (begin + kTokens < part.end)
         {
             load_tile<T, Coding, kWarps>(block, step, shared, memory, b, 1 - stage, begin + kTokens, part.end);
         }
-        block.wait(more ? 1 : 0);
         decode_tile<T, Coding, kWarps>(block, step, shared, memory, stage);
         T const* rows = reinterpret_cast<T const*>(memory + shared.tile(stage));
         score_tile<T, ROWS>(block, state, z, rows, shared.rowStride, scores);
@@ -246,6 +280,7 @@ MLA_FN void attend_split(Block& block, Step const& step, char* memory, int tile,
         gather_tile<T, ROWS>(block, state, z, rows, shared.rowStride, shares, factor);
         stage = 1 - stage;
     }
+    block.wait();
     end_part<T, ROWS>(block, state, step, part, b, split, most, sum, factor);
 }
 

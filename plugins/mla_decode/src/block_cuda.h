@@ -3,7 +3,7 @@
 //
 //   each_warp(f)        f(warp) in every warp, then a barrier
 //   PerWarp<State>      registers of a warp that live across barriers
-//   Lanes               32 floats, one in each lane
+//   Lanes               32 floats, one in each lane; PerLane<V>: 32 of anything
 //   QueryMatrix, TokenMatrix, Sums   16 x 16 operands and fp32 sums of a matrix product
 //   copy16, commit, wait             copies to shared memory that run beside arithmetic
 
@@ -48,25 +48,48 @@ struct Lanes
         f(lane());
     }
 
-    MLA_FN float largest() const
+    MLA_FN float at(int) const { return value; }
+
+    MLA_FN float largest() const { return largest_of(32).value; }
+
+    MLA_FN float total() const { return total_of(32).value; }
+
+    // Of each `count` lanes beside one another, a power of two, in every one of them.
+    MLA_FN Lanes largest_of(int count) const
     {
         float x = value;
-        for (int step = 16; step > 0; step /= 2)
+#pragma unroll
+        for (int step = count / 2; step > 0; step /= 2)
         {
             x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFU, x, step));
         }
-        return x;
+        return Lanes{x};
     }
 
-    MLA_FN float total() const
+    MLA_FN Lanes total_of(int count) const
     {
         float x = value;
-        for (int step = 16; step > 0; step /= 2)
+#pragma unroll
+        for (int step = count / 2; step > 0; step /= 2)
         {
             x += __shfl_xor_sync(0xFFFFFFFFU, x, step);
         }
-        return x;
+        return Lanes{x};
     }
+};
+
+template <typename V>
+struct PerLane
+{
+    V value;
+
+    template <typename F>
+    static MLA_FN PerLane of(F const& f)
+    {
+        return PerLane{f(Lanes::lane())};
+    }
+
+    MLA_FN V const& at(int) const { return value; }
 };
 
 template <int WARPS>
@@ -80,7 +103,7 @@ public:
         __syncthreads();
     }
 
-    // The barrier that ends a phase may be left out where what follows starts with `wait`.
+    // Without the barrier, where what is written next is written behind a `wait`.
     template <typename F>
     MLA_FN void each_warp_open(F const& f)
     {
@@ -105,17 +128,10 @@ public:
 
     MLA_FN void commit() { asm volatile("cp.async.commit_group;\n"); }
 
-    // All copies are there, for every thread, but those of the last `open` (0 or 1) groups.
-    MLA_FN void wait(int open)
+    // All copies are there, for every thread, and what was done before is done by all.
+    MLA_FN void wait()
     {
-        if (open == 0)
-        {
-            asm volatile("cp.async.wait_group 0;\n");
-        }
-        else
-        {
-            asm volatile("cp.async.wait_group 1;\n");
-        }
+        asm volatile("cp.async.wait_group 0;\n");
         __syncthreads();
     }
 };
@@ -224,6 +240,7 @@ struct Sums
 
     MLA_FN void scale_rows(float const* factors)
     {
+#pragma unroll
         for (int i = 0; i < 8; ++i)
         {
             halves[i / 4][i % 4] *= factors[sum_pair(Lanes::lane(), i / 4, i % 4 / 2).row];

@@ -47,22 +47,57 @@ struct Lanes
         }
     }
 
-    float largest() const { return *std::max_element(values, values + 32); }
+    float at(int lane) const { return values[lane]; }
 
-    // In the device's order of pairs.
-    float total() const
+    float largest() const { return largest_of(32).values[0]; }
+
+    float total() const { return total_of(32).values[0]; }
+
+    Lanes largest_of(int count) const
     {
-        float sums[32];
-        std::copy(values, values + 32, sums);
-        for (int step = 16; step > 0; step /= 2)
+        return paired(count, [](float a, float b) { return std::max(a, b); });
+    }
+
+    Lanes total_of(int count) const
+    {
+        return paired(count, [](float a, float b) { return a + b; });
+    }
+
+private:
+    // In the device's order of pairs.
+    template <typename F>
+    Lanes paired(int count, F const& join) const
+    {
+        Lanes made = *this;
+        for (int step = count / 2; step > 0; step /= 2)
         {
-            for (int lane = 0; lane < step; ++lane)
+            Lanes const before = made;
+            for (int lane = 0; lane < 32; ++lane)
             {
-                sums[lane] += sums[lane + step];
+                made.values[lane] = join(before.values[lane], before.values[lane ^ step]);
             }
         }
-        return sums[0];
+        return made;
     }
+};
+
+template <typename V>
+struct PerLane
+{
+    V values[32];
+
+    template <typename F>
+    static PerLane of(F const& f)
+    {
+        PerLane made{};
+        for (int lane = 0; lane < 32; ++lane)
+        {
+            made.values[lane] = f(lane);
+        }
+        return made;
+    }
+
+    V const& at(int lane) const { return values[lane]; }
 };
 
 struct Order
@@ -104,17 +139,16 @@ public:
         mOpen.clear();
     }
 
-    // On the device each thread commits, so a group is counted once for all.
-    void wait(int open)
+    void wait()
     {
-        while (static_cast<int>(mGroups.size()) > open)
+        for (std::vector<Copy> const& group : mGroups)
         {
-            for (Copy const& one : mGroups.front())
+            for (Copy const& one : group)
             {
                 one.run();
             }
-            mGroups.erase(mGroups.begin());
         }
+        mGroups.clear();
     }
 
 private:

@@ -55,10 +55,15 @@ void run(Step const& step, Order order)
     {
         attend<T, Coding, 32>(step, order);
     }
+    std::vector<float> memory(joinBytes(z) / sizeof(float));
     for (int row = 0; row < z.batch * z.newTokens * z.heads; ++row)
     {
-        Block<4> block(order);
-        join_splits<T, 4>(block, step, row);
+        for (int chunk = 0; chunk < ceilDiv(z.latent, kJoinColumns); ++chunk)
+        {
+            std::memset(memory.data(), 0xFF, joinBytes(z));
+            Block<kJoinWarps> block(order);
+            join_splits<T>(block, step, memory.data(), row, chunk);
+        }
     }
 }
 

@@ -10,6 +10,14 @@ namespace mla_decode
 namespace
 {
 
+// Blocks of attend on one multiprocessor: two where its shared memory holds them (228 KiB), and one
+// computes while the other waits. It leaves a thread 128 registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+constexpr int kResident = 2;
+#else
+constexpr int kResident = 1;
+#endif
+
 template <typename T, typename Coding>
 __global__ void __launch_bounds__(32 * kAppendWarps) append_kernel(Step const step)
 {
@@ -17,19 +25,28 @@ __global__ void __launch_bounds__(32 * kAppendWarps) append_kernel(Step const st
     append_row<T, Coding>(block, step, blockIdx.y, blockIdx.x);
 }
 
-template <typename T, typename Coding, int ROWS>
-__global__ void __launch_bounds__(32 * Attend<T, ROWS>::kWarps) attend_kernel(Step const step)
+// WIDEST: rows of 512 and 64 columns, which nearly every model has. Known when compiling, they turn
+// offsets into constants and bounds into nothing.
+template <typename T, typename Coding, int ROWS, bool WIDEST>
+__global__ void __launch_bounds__(32 * Attend<T, ROWS>::kWarps, kResident) attend_kernel(Step const step)
 {
     extern __shared__ __align__(16) char memory[];
     Block<Attend<T, ROWS>::kWarps> block;
-    attend_split<T, Coding, ROWS>(block, step, memory, blockIdx.x, blockIdx.y, blockIdx.z);
+    Step known = step;
+    if constexpr (WIDEST)
+    {
+        known.sizes.latent = kMaxLatent;
+        known.sizes.rope = kMaxRow - kMaxLatent;
+    }
+    attend_split<T, Coding, ROWS>(block, known, memory, blockIdx.x, blockIdx.y, blockIdx.z);
 }
 
 template <typename T>
-__global__ void __launch_bounds__(128) join_kernel(Step const step)
+__global__ void __launch_bounds__(32 * kJoinWarps) join_kernel(Step const step)
 {
-    Block<4> block;
-    join_splits<T, 4>(block, step, blockIdx.x);
+    extern __shared__ __align__(16) char memory[];
+    Block<kJoinWarps> block;
+    join_splits<T>(block, step, reinterpret_cast<float*>(memory), blockIdx.x, blockIdx.y);
 }
 
 template <typename T, typename Coding, int ROWS>
@@ -37,7 +54,8 @@ cudaError_t attend(Step const& step, cudaStream_t stream)
 {
     Sizes const& z = step.sizes;
     size_t const bytes = Shared<T, Coding>(z, ROWS).bytes;
-    auto const kernel = attend_kernel<T, Coding, ROWS>;
+    bool const widest = z.latent == kMaxLatent && z.latent + z.rope == kMaxRow;
+    auto const kernel = widest ? attend_kernel<T, Coding, ROWS, true> : attend_kernel<T, Coding, ROWS, false>;
     cudaError_t const set
         = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
     if (set != cudaSuccess)
@@ -65,7 +83,8 @@ cudaError_t run(Step const& step, cudaStream_t stream)
     {
         return attended;
     }
-    join_kernel<T><<<z.batch * z.newTokens * z.heads, 128, 0, stream>>>(step);
+    dim3 const grid(z.batch * z.newTokens * z.heads, ceilDiv(z.latent, kJoinColumns));
+    join_kernel<T><<<grid, 32 * kJoinWarps, joinBytes(z), stream>>>(step);
     return cudaGetLastError();
 }
 

@@ -12,6 +12,7 @@ constexpr int kAppendWarps = 4;
 constexpr int kSlices = 4;                // warps that share out the columns of one score
 constexpr int kScoreStride = kTokens + 4; // no two rows of a fragment in one bank
 constexpr int kShareStride = kTokens + 8;
+constexpr float kLog2E = 1.44269504F;     // a power of e is one of 2, which devices compute
 constexpr int kPad = 8;                   // columns behind a row in shared memory: the same reason
 
 struct Length

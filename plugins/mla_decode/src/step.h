@@ -62,6 +62,7 @@ constexpr int32_t kMaxNewTokens = 8;
 constexpr int32_t kMaxLatent = 512;
 constexpr int32_t kMaxRow = 576;
 constexpr int32_t kTokens = 32; // cached tokens that a block holds at a time
+constexpr int32_t kMostSplits = 4096; // a row's weights fit a block's shared memory when joined
 
 MLA_BOTH int32_t ceilDiv(int32_t a, int32_t b)
 {
@@ -79,15 +80,21 @@ MLA_BOTH int32_t scalesPerRow(Sizes const& s)
     return s.latent / s.tile + (s.rope == 0 ? 0 : s.rope / s.ropeTile);
 }
 
-// One wave of blocks, and no split shorter than four tiles of a full cache. Of shapes only, so
-// that a sum is taken in the same order whatever the lengths and the device are.
+// The least tokens of a split of a full cache: fewer rows have less to join.
+MLA_BOTH int32_t leastSplit(Sizes const& s)
+{
+    return kTokens * (rowsPerBlock(s) == 16 ? 2 : 4);
+}
+
+// One wave of blocks, and no split shorter than the least. Of shapes only, so that a sum is taken
+// in the same order whatever the lengths and the device are.
 MLA_BOTH int32_t splitsFor(Sizes const& s, int32_t multiprocessors)
 {
     int32_t const tiles = s.batch * ceilDiv(s.newTokens * s.heads, rowsPerBlock(s));
-    int32_t const most = ceilDiv(s.capacity, 4 * kTokens);
+    int32_t const most = ceilDiv(s.capacity, leastSplit(s));
     int32_t const wanted = multiprocessors / (tiles > 0 ? tiles : 1);
     int32_t const splits = wanted < most ? wanted : most;
-    return splits < 1 ? 1 : splits;
+    return splits < 1 ? 1 : (splits < kMostSplits ? splits : kMostSplits);
 }
 
 MLA_BOTH size_t partialBytes(Sizes const& s)
@@ -105,7 +112,7 @@ MLA_BOTH size_t workspaceBound(Sizes const& most, int32_t multiprocessors)
 {
     size_t const rows = static_cast<size_t>(most.batch) * most.newTokens * most.heads;
     size_t const wave = static_cast<size_t>(rowsPerBlock(most)) * multiprocessors;
-    size_t const splits = ceilDiv(most.capacity, 4 * kTokens);
+    size_t const splits = ceilDiv(most.capacity, 2 * kTokens);
     size_t const wanted = rows > wave ? rows : wave;
     size_t const bound = rows * splits < wanted ? rows * splits : wanted;
     return sizeof(float) * (bound > rows ? bound : rows) * (most.latent + 1);

@@ -53,10 +53,15 @@ struct Shared
 template <typename T, int ROWS>
 struct Attend
 {
+    static constexpr int kWarps = 8;
     static constexpr int kGroups = ROWS / 16; // of 16 query rows
-    static constexpr int kWarps = kSlices * kGroups;
+    static constexpr int kRuns = kWarps / kSlices / kGroups; // of tokens that a score's warps share out
     static constexpr int kSteps = kMaxRow / 16 / kSlices;   // products of one score, per warp
     static constexpr int kColumns = kMaxLatent / 16 / kWarps; // of 16 latent columns, per warp
+
+    // The 16 query rows whose scores are a warp's, and where its tokens begin.
+    static MLA_BOTH int group(int warp) { return warp / kSlices % kGroups; }
+    static MLA_BOTH int token(int warp) { return kTokens / kRuns * (warp / kSlices / kGroups); }
 
     struct Registers
     {
@@ -95,39 +100,109 @@ MLA_FN Part part_of(Step const& step, int tile, int split, int b)
     return Part{first, rows, begin, end, z.heads, length};
 }
 
+// Brings rows `begin` up to `end` into a stage, zeros behind them. A warp has every WARPS-th row.
 template <typename T, typename Coding, int WARPS, typename Block>
 MLA_FN void load_tile(Block& block, Step const& step, Shared<T, Coding> const& shared, char* memory, int b, int stage,
     int begin, int end)
 {
     using Stored = typename Coding::Stored;
+    constexpr int kParts = (kMaxRow * static_cast<int>(sizeof(Stored)) + 511) / 512; // of 16 bytes a lane
     Sizes const& z = step.sizes;
     int const rowBytes = (z.latent + z.rope) * static_cast<int>(sizeof(Stored));
-    char* raw = memory + shared.raw(stage);
-    char* scales = memory + shared.rawScales(stage);
-    size_t const row0 = static_cast<size_t>(b) * z.capacity;
-    char const* cache = static_cast<char const*>(step.cache);
+    size_t const first = static_cast<size_t>(b) * z.capacity + begin;
+    char* const raw = memory + shared.raw(stage);
+    char const* const cache = static_cast<char const*>(step.cache) + first * rowBytes;
     block.each_warp_open([&](int warp) {
-        for (int t = warp; t < kTokens; t += WARPS)
-        {
-            bool const there = begin + t < end;
-            size_t const slot = row0 + (there ? begin + t : 0);
-            Lanes::every([&](int lane) {
-                for (int byte = 16 * lane; byte < rowBytes; byte += 16 * 32)
+        Lanes::every([&](int lane) {
+#pragma unroll
+            for (int i = 0; i < kTokens / WARPS; ++i)
+            {
+                int const t = warp + WARPS * i;
+#pragma unroll
+                for (int part = 0; part < kParts; ++part)
                 {
-                    block.copy16(raw + t * shared.rawStride + byte, cache + slot * rowBytes + byte, there);
-                }
-                if constexpr (Coding::kCODED)
-                {
-                    for (int g = lane; g < shared.scales; g += 32)
+                    int const byte = 16 * lane + 512 * part;
+                    if (byte < rowBytes)
                     {
-                        block.copy4(scales + sizeof(float) * (t * shared.scales + g),
-                            step.scales + slot * shared.scales + g, there);
+                        block.copy16(raw + t * shared.rawStride + byte, cache + t * rowBytes + byte, begin + t < end);
                     }
                 }
-            });
-        }
+            }
+            if constexpr (Coding::kCODED)
+            {
+                // Scales of rows beside one another are beside one another, here and there.
+                char* const to = memory + shared.rawScales(stage);
+                float const* const from = step.scales + first * shared.scales;
+                for (int i = 32 * warp + lane; i < kTokens * shared.scales; i += 32 * WARPS)
+                {
+                    block.copy4(to + sizeof(float) * i, from + i, i < (end - begin) * shared.scales);
+                }
+            }
+        });
     });
     block.commit();
+}
+
+MLA_FN int scale_of(Sizes const& z, int column)
+{
+    return column < z.latent ? column / z.tile : z.latent / z.tile + (column - z.latent) / z.ropeTile;
+}
+
+// Decodes a tile of which every run of columns has one scale. A lane has the same columns of each
+// row, so that it looks for their scale once.
+template <typename T, typename Coding, int WARPS, typename Block>
+MLA_FN void decode_runs(Block& block, Sizes const& z, Shared<T, Coding> const& shared, char const* raw,
+    float const* scales, T* tile)
+{
+    constexpr int kParts = (kMaxRow + 32 * kDecoded - 1) / (32 * kDecoded);
+    block.each_warp([&](int warp) {
+        Lanes::every([&](int lane) {
+#pragma unroll
+            for (int part = 0; part < kParts; ++part)
+            {
+                int const column = kDecoded * (lane + 32 * part);
+                if (column < z.latent + z.rope)
+                {
+                    int const g = scale_of(z, column);
+#pragma unroll
+                    for (int t = warp; t < kTokens; t += WARPS)
+                    {
+                        float const scale = scales[t * shared.scales + g];
+                        float wide[kDecoded];
+                        Coding::widen(raw + t * shared.rawStride + column, wide);
+                        Few<T, kDecoded> row;
+#pragma unroll
+                        for (int j = 0; j < kDecoded; ++j)
+                        {
+                            row.of[j] = Number<T>::narrow(wide[j] * scale);
+                        }
+                        row.put(tile + t * shared.rowStride + column);
+                    }
+                }
+            }
+        });
+    });
+}
+
+// The same of scales as narrow as they may be.
+template <typename T, typename Coding, int WARPS, typename Block>
+MLA_FN void decode_columns(Block& block, Sizes const& z, Shared<T, Coding> const& shared, char const* raw,
+    float const* scales, T* tile)
+{
+    block.each_warp([&](int warp) {
+        Lanes::every([&](int lane) {
+            for (int column = lane; column < z.latent + z.rope; column += 32)
+            {
+                int const g = scale_of(z, column);
+                for (int t = warp; t < kTokens; t += WARPS)
+                {
+                    auto const* codes = reinterpret_cast<typename Coding::Stored const*>(raw + t * shared.rawStride);
+                    float const x = Coding::decode(codes[column]) * scales[t * shared.scales + g];
+                    tile[t * shared.rowStride + column] = Number<T>::narrow(x);
+                }
+            }
+        });
+    });
 }
 
 // A coded tile in the query's type. A row that is not there has scales of 0 and codes of 0.
@@ -136,26 +211,18 @@ MLA_FN void decode_tile(Block& block, Step const& step, Shared<T, Coding> const&
 {
     if constexpr (Coding::kCODED)
     {
-        using Stored = typename Coding::Stored;
         Sizes const& z = step.sizes;
-        int const latentScales = z.latent / z.tile;
         T* tile = reinterpret_cast<T*>(memory + shared.tile(stage));
         float const* scales = reinterpret_cast<float const*>(memory + shared.rawScales(stage));
         char const* raw = memory + shared.raw(stage);
-        block.each_warp([&](int warp) {
-            for (int t = warp; t < kTokens; t += WARPS)
-            {
-                Stored const* codes = reinterpret_cast<Stored const*>(raw + t * shared.rawStride);
-                Lanes::every([&](int lane) {
-                    for (int e = lane; e < z.latent + z.rope; e += 32)
-                    {
-                        int const g = e < z.latent ? e / z.tile : latentScales + (e - z.latent) / z.ropeTile;
-                        float const x = Coding::decode(codes[e]) * scales[t * shared.scales + g];
-                        tile[t * shared.rowStride + e] = Number<T>::narrow(x);
-                    }
-                });
-            }
-        });
+        if (z.tile % kDecoded == 0 && (z.rope == 0 || z.ropeTile % kDecoded == 0))
+        {
+            decode_runs<T, Coding, WARPS>(block, z, shared, raw, scales, tile);
+        }
+        else
+        {
+            decode_columns<T, Coding, WARPS>(block, z, shared, raw, scales, tile);
+        }
     }
 }
 

@@ -56,6 +56,23 @@ class Shape:
     capacity: int = 96
 
 
+# (shape, lengths of each row as (cached, new)); 64 cached tokens are the least of a split.
+CASES: dict[str, tuple[Shape, list[tuple[int, int]]]] = {
+    "one token, from 0 and 1, full, idle": (
+        Shape(heads=5), [(0, 1), (1, 1), (40, 1), (95, 1), (7, 0), (0, 0)]
+    ),
+    "ragged, four splits": (
+        Shape(heads=16, new=3, capacity=512), [(509, 3), (300, 2), (33, 1), (0, 3), (511, 1)]
+    ),
+    "128 heads, rank 256, rope 32": (
+        Shape(heads=128, latent=256, rope=32, new=2, capacity=300), [(298, 2), (130, 1), (0, 2)]
+    ),
+    "rank 256, rope 64": (Shape(heads=5, latent=256, rope=64, new=2), [(60, 2), (0, 1)]),
+    "rank 512, rope 32": (Shape(heads=5, latent=512, rope=32, new=2), [(60, 2), (0, 1)]),
+    "eight new tokens": (Shape(heads=5, new=8, capacity=64), [(50, 8), (31, 7), (0, 8), (56, 8)]),
+}  # fmt: skip
+
+
 def problem(
     shape: Shape,
     lengths: list[tuple[int, int]],
