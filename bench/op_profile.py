@@ -22,9 +22,9 @@ _CONTAINERS = {"If", "Loop", "Scan"}  # their time is that of the nodes inside, 
 
 
 def profile_bundle(
-    bundle: Bundle, context: int, *, threads: int, realtime: bool
+    bundle: Bundle, context: int, *, threads: int, realtime: bool, name: str = "our"
 ) -> list[dict[str, Any]]:
-    """The decode graph of a bundle at `context` tokens."""
+    """The decode graph of a bundle at `context` tokens, its cache in floats or in codes."""
     path = bundle.graph("decode")
     feeds: Arrays = {
         "input_ids": np.full((1, 1), 7), "new_lengths": np.ones(1, np.int64),
@@ -35,18 +35,26 @@ def profile_bundle(
     for value in bundle.inputs("decode"):
         if value.name not in feeds:
             shape = (1, 1, context, int(value.shape[-1]))
-            feeds[value.name] = rng.standard_normal(shape, np.float32)
-            in_place[value.name.replace("cache.", "cache_out.")] = value.name
-    title = f"our decode step at {context}, by operator"
-    return profile_rows(title, path, feeds, in_place, threads=threads, realtime=realtime)
+            if value.dtype in ("int8", "uint8"):
+                feeds[value.name] = rng.integers(0, 256, shape, np.uint8).view(value.dtype)
+            else:
+                kind = {"fp16": np.float16}.get(value.dtype, np.float32)
+                feeds[value.name] = rng.standard_normal(shape, np.float32).astype(kind)
+            stem, _, layer = value.name.rpartition(".")
+            in_place[f"{stem}_out.{layer}"] = value.name
+    title = f"{name} decode step at {context}, by operator"
+    packed = "quantized" in bundle.manifest["weights"]
+    return profile_rows(
+        title, path, feeds, in_place, threads=threads, realtime=realtime, packed=packed
+    )
 
 
 def profile_rows(
     title: str, model: ir.Model | Path, feeds: Arrays, in_place: Mapping[str, str], *,
-    threads: int, realtime: bool,
+    threads: int, realtime: bool, packed: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One row per operator and output shape, most time first; milliseconds per step."""
-    options = session_options(threads)
+    options = session_options(threads, packed=packed)
     options.enable_profiling = True
     with tempfile.TemporaryDirectory() as folder:
         options.profile_file_prefix = str(Path(folder) / "profile")

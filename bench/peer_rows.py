@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 FORMS: Mapping[str, tuple[str, ...]] = {
     "fp32": (),
     "int8": ("--weights", "int8"),
+    "int8-block128": ("--weights", "int8:block=128"),
     "int4": ("--weights", "int4"),
     "int4-block128": ("--weights", "int4:block=128"),
     "int8-cache": ("--cache-dtype", "int8"),
@@ -42,6 +43,8 @@ ROWS: Mapping[str, PeerRow] = {
     ),
     "llama-q8": PeerRow("int8", "llama.cpp:q8_0", {512: 1.1, 4096: 1.2}, _READ),
     "llama-q4": PeerRow("int4", "llama.cpp:q4_0", {512: 1.2, 4096: 1.25}, _READ, {512: 1.35}),
+    # Blocks of 128 beside the usual 64 of int8, and the 32 of q8_0 and of int4.
+    "llama-q8-block128": PeerRow("int8-block128", "llama.cpp:q8_0", {512: 1.1, 4096: 1.2}, _READ),
     # Blocks of 128 are multiplied faster than the 32 of q4_0, and lose more: see the row `loss`.
     "llama-q4-block128": PeerRow(
         "int4-block128", "llama.cpp:q4_0", {512: 1.2, 4096: 1.25}, _READ, {512: 1.35}

@@ -10,7 +10,7 @@ import ctypes
 import json
 import os
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,13 +119,34 @@ class Memory:
         return found
 
 
-class PluginCall:
-    """One problem on the device, ready to be enqueued again and again."""
+class DeviceCall:
+    """A problem's cache and output on the device."""
+
+    def __init__(self, memory: Memory, call: Problem, dtype: str) -> None:
+        self.call, self.memory = call, memory
+        batch, new, heads, _ = call.query_BSHE.shape
+        self._out = np.zeros((batch, new, heads, call.latent), DTYPES[dtype])
+        self.cache, self.scales = memory.copied(call.cache_B1ME), memory.copied(call.scales_B1MG)
+        self.out = memory.empty(self._out.nbytes)
+
+    def enqueue(self) -> None:
+        """Give the stream the whole call, to be run as often as wanted."""
+        raise NotImplementedError
+
+    def results(self) -> tuple[Array, Array, Array]:
+        """out_BSHL, cache and scales, once the stream is done."""
+        read = self.memory.read
+        return (read(self.out, self._out), read(self.cache, self.call.cache_B1ME),
+                read(self.scales, self.call.scales_B1MG))  # fmt: skip
+
+
+class PluginCall(DeviceCall):
+    """Through the built plugin's own enqueue. Raises: ValueError when it refuses the sizes."""
 
     def __init__(
         self, built: Built, memory: Memory, call: Problem, dtype: str, multiprocessors: int
     ) -> None:
-        self.call, self.dtype, self.memory = call, dtype, memory
+        super().__init__(memory, call, dtype)
         self._door = built.opened()
         sizes, storage = sizes_of(call), STORAGES.index(call.storage)
         self._held = self._door.mla_decode_open(
@@ -134,11 +155,6 @@ class PluginCall:
         )  # fmt: skip
         if not self._held:
             raise ValueError("the plugin refuses these sizes")
-        batch, new, heads, _ = call.query_BSHE.shape
-        self._out = np.zeros((batch, new, heads, call.latent), DTYPES[dtype])
-        self.cache = memory.copied(call.cache_B1ME)
-        self.scales = memory.copied(call.scales_B1MG)
-        self.out = memory.empty(self._out.nbytes)
         self.scratch_bytes = int(self._door.mla_decode_workspace(self._held))
         inputs = [memory.copied(call.query_BSHE), memory.copied(call.new_row_BSE), self.cache,
                   memory.copied(call.cache_lengths_B), memory.copied(call.new_lengths_B),
@@ -153,12 +169,6 @@ class PluginCall:
         )
         if answer != 0:
             raise RuntimeError(f"enqueue answered {answer}")
-
-    def results(self) -> tuple[Array, Array, Array]:
-        """out_BSHL, cache and scales, once the stream is done."""
-        read = self.memory.read
-        return (read(self.out, self._out), read(self.cache, self.call.cache_B1ME),
-                read(self.scales, self.call.scales_B1MG))  # fmt: skip
 
     def close(self) -> None:
         self._door.mla_decode_close(self._held)
@@ -190,43 +200,48 @@ class CompiledTriton:
             )
         )
 
-    def launcher(
+    def launch(
         self, step: str, grid: tuple[int, int, int], values: Sequence[Any], stream: int
-    ) -> Callable[[], None]:
-        """A launch of `step` over `grid`; `values` are ctypes numbers, in the kernel's order."""
+    ) -> Launch:
+        """Of `step` over `grid`; `values` are ctypes numbers, in the kernel's order."""
         row, driver = self._rows[step], ctypes.CDLL("libcuda.so.1")
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
-        cubin = (self._folder / row["cubin"]).read_bytes()
-        _answered(driver.cuModuleLoadData(ctypes.byref(module), cubin), "cuModuleLoadData")
-        name = row["entry"].encode()
-        _answered(driver.cuModuleGetFunction(ctypes.byref(function), module, name), row["entry"])
-        shared = int(row["shared_bytes"])
-        _answered(
-            driver.cuFuncSetAttribute(function, _MOST_DYNAMIC_SHARED, shared), "shared memory"
-        )
-        held = list(values)  # they must outlive the launches
-        pointers = (ctypes.c_void_p * len(held))(*map(ctypes.addressof, held))
-
-        def launch() -> None:
-            status = driver.cuLaunchKernel(function, *grid, int(row["threads"]), 1, 1, shared,
-                                           ctypes.c_void_p(stream), pointers, None)  # fmt: skip
-            _answered(status, f"launch of {step}" if held else step)
-
-        return launch
+        cubin, shared = (self._folder / row["cubin"]).read_bytes(), int(row["shared_bytes"])
+        for status in (
+            driver.cuModuleLoadData(ctypes.byref(module), cubin),
+            driver.cuModuleGetFunction(ctypes.byref(function), module, row["entry"].encode()),
+            driver.cuFuncSetAttribute(function, _MOST_DYNAMIC_SHARED, shared),
+        ):
+            _answered(status, row["entry"])
+        return Launch(driver, function, (*grid, int(row["threads"]), 1, 1, shared), values, stream)
 
 
-class TritonCall:
-    """The three compiled kernels on one problem, launched as TensorRT launches them."""
+@dataclass(frozen=True)
+class Launch:
+    """One launch by CUDA's driver; `shape` is the grid, the block and its shared memory."""
+
+    driver: ctypes.CDLL
+    function: ctypes.c_void_p
+    shape: tuple[int, ...]
+    values: Sequence[Any]
+    stream: int
+
+    def __call__(self) -> None:
+        pointers = (ctypes.c_void_p * len(self.values))(*map(ctypes.addressof, self.values))
+        stream = ctypes.c_void_p(self.stream)
+        status = self.driver.cuLaunchKernel(self.function, *self.shape, stream, pointers, None)
+        _answered(status, "cuLaunchKernel")
+
+
+class TritonCall(DeviceCall):
+    """By the three compiled kernels, launched as TensorRT launches them."""
 
     def __init__(
         self, kernels: CompiledTriton, memory: Memory, call: Problem, dtype: str, splits: int
     ) -> None:
-        self.call, self.memory = call, memory
+        super().__init__(memory, call, dtype)
         batch, new, heads, _ = call.query_BSHE.shape
         rows = batch * new * heads
-        self._out = np.zeros((batch, new, heads, call.latent), DTYPES[dtype])
-        self.cache, self.scales = memory.copied(call.cache_B1ME), memory.copied(call.scales_B1MG)
-        self.out = memory.empty(self._out.nbytes)
         partial = memory.empty(4 * rows * splits * call.latent)
         log_sum = memory.empty(4 * rows * splits)
         coded = [self.scales] if call.storage != "plain" else []
@@ -240,19 +255,14 @@ class TritonCall:
         blocks = -(-new * heads // int(kernels.variant["rows"]))
         stream = memory.cuda.stream
         self._launches = [
-            kernels.launcher("append", (new, batch, 1), append, stream),
-            kernels.launcher("attend", (blocks, splits, batch), attend, stream),
-            kernels.launcher("join", (rows, 1, 1), join, stream),
+            kernels.launch("append", (new, batch, 1), append, stream),
+            kernels.launch("attend", (blocks, splits, batch), attend, stream),
+            kernels.launch("join", (rows, 1, 1), join, stream),
         ]
 
     def enqueue(self) -> None:
         for launch in self._launches:
             launch()
-
-    def results(self) -> tuple[Array, Array, Array]:
-        read = self.memory.read
-        return (read(self.out, self._out), read(self.cache, self.call.cache_B1ME),
-                read(self.scales, self.call.scales_B1MG))  # fmt: skip
 
 
 def _values(inputs: list[int], numbers: list[int], outputs: list[int]) -> list[Any]:

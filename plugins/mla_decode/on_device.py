@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from .device_calls import (
     STORAGES,
     Built,
     CompiledTriton,
+    DeviceCall,
     Memory,
     PluginCall,
     TritonCall,
@@ -47,7 +49,6 @@ LONG: Cases = {
 TILES = {"plain": (512, 32), "int8": (512, 32), "fp8": (128, 32)}
 _REPLAYS = 15
 _TURN_BYTES = 400 << 20  # of caches that a graph goes through: several second-level caches
-Call = PluginCall | TritonCall
 
 
 @dataclass(frozen=True)
@@ -110,18 +111,15 @@ class Device:
 
     def calls(
         self, memory: Memory, given: Problem, dtype: str
-    ) -> Iterator[tuple[str, Callable[[], Call]]]:
+    ) -> Iterator[tuple[str, Callable[[], DeviceCall]]]:
         """(backend, how its call is made)."""
         for blocks in self.blocks:
-            yield (f"CUDA, {blocks} blocks",
-                   lambda n=blocks: PluginCall(self.built, memory, given, dtype, n))  # fmt: skip
+            made = partial(PluginCall, self.built, memory, given, dtype, blocks)
+            yield f"CUDA, {blocks} blocks", made
         for compiled in self.triton:
             if compiled.takes(given, dtype):
                 splits = self._splits(given, int(compiled.variant["rows"]))
-                yield (
-                    "Triton",
-                    lambda c=compiled, n=splits: TritonCall(c, memory, given, dtype, n),
-                )
+                yield "Triton", partial(TritonCall, compiled, memory, given, dtype, splits)
 
     def _splits(self, given: Problem, rows: int) -> int:
         """As `splitsFor` of src/step.h, for one block on a multiprocessor."""
@@ -130,7 +128,7 @@ class Device:
         most = -(-given.cache_B1ME.shape[2] // 128)
         return max(1, min(self.cuda.facts()["multiprocessors"] // tiles, most))
 
-    def recorded(self, calls: list[Call]) -> int:
+    def recorded(self, calls: list[DeviceCall]) -> int:
         """A graph of every call once."""
         self.cuda.begin_capture()
         for call in calls:
@@ -146,7 +144,7 @@ class Device:
                 self.cuda.copy_within(to, source, count)
             return 8 * 2 * count / self._median(self.cuda.end_capture()) / 1e9
 
-    def seconds(self, calls: list[Call]) -> tuple[float, float, float]:
+    def seconds(self, calls: list[DeviceCall]) -> tuple[float, float, float]:
         """(median, least, most) seconds of one call."""
         graph = self.recorded(calls)
         times = sorted(t / len(calls) for t in self._times(graph))
@@ -182,7 +180,7 @@ def check(device: Device, cases: Cases) -> Iterator[dict[str, Any]]:
                         yield {**facts, **_checked(device, made(), wanted, dtype)}
 
 
-def _checked(device: Device, call: Call, wanted: Any, dtype: str) -> dict[str, Any]:
+def _checked(device: Device, call: DeviceCall, wanted: Any, dtype: str) -> dict[str, Any]:
     call.enqueue()
     out, cache, scales = call.results()
     call.enqueue()
