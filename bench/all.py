@@ -46,9 +46,7 @@ def main() -> None:
 
 
 def _measured(name: str, row: PeerRow, work: Path, options: Any) -> Report:
-    checkpoint = work / f"m4-{options.layers}"
-    if not (checkpoint / "model.safetensors").exists():
-        stack.write_checkpoint(checkpoint, stack.m4(options.layers))
+    checkpoint = stack.kept_m4(work, options.layers)
     against = row.against
     if against in FORMS:
         against = str(exported(checkpoint, against, work))

@@ -27,9 +27,7 @@ def main() -> None:
     report = Report("peers: where a step goes", provenance(options.threads, layers=options.layers))
     with tempfile.TemporaryDirectory(prefix="bench-missed-") as folder:
         work = options.work or Path(folder)
-        checkpoint = work / f"m4-{options.layers}"
-        if not (checkpoint / "model.safetensors").exists():
-            stack.write_checkpoint(checkpoint, stack.m4(options.layers))
+        checkpoint = stack.kept_m4(work, options.layers)
         for form, context in _STEPS:
             bundle = open_bundle(exported(checkpoint, form, work))
             report.rows += profile_bundle(

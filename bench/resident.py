@@ -32,9 +32,7 @@ def main() -> None:
     report = Report("resident memory", facts)
     with tempfile.TemporaryDirectory(prefix="bench-resident-") as folder:
         work = options.work or Path(folder)
-        checkpoint = work / f"m4-{options.layers}"
-        if not (checkpoint / "model.safetensors").exists():
-            stack.write_checkpoint(checkpoint, stack.m4(options.layers))
+        checkpoint = stack.kept_m4(work, options.layers)
         for form in ("int4", "int8"):
             _measure(form, exported(checkpoint, form, work), report, options)
     show(report, options.json)

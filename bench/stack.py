@@ -44,6 +44,14 @@ def m4(layers: int, **fields: Any) -> dict[str, Any]:
     return {**M4, "num_hidden_layers": layers, "first_k_dense_replace": layers, **fields}
 
 
+def kept_m4(work: Path, layers: int) -> Path:
+    """The checkpoint of m4 in `work`: that of an earlier run where it is whole."""
+    checkpoint = work / f"m4-{layers}"
+    if not (checkpoint / "model.safetensors").exists():
+        write_checkpoint(checkpoint, m4(layers))
+    return checkpoint
+
+
 def write_checkpoint(folder: Path, fields: dict[str, Any], dtype: str = "F32") -> Path:
     """Write `config.json` and `model.safetensors` (dtype F32 or BF16) into `folder`, made here."""
     import torch

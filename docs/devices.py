@@ -144,7 +144,8 @@ def _lines() -> Iterator[str]:
     ran = (
         f"Engines of {len(reports)} targets have run." if reports else "**No engine has run yet.**"
     )
-    yield f"{ran} MlaDecode's kernels ran on: {', '.join(kernels) or 'none'}."
+    right = [name for name, told in kernels.items() if told != "FAILED"]
+    yield f"{ran} MlaDecode's kernels ran on: {', '.join(right) or 'none'}."
     yield (
         "A target whose engines have not run on it is not called supported here; these are the "
         "words:\n"

@@ -89,3 +89,4 @@ def test_a_plugin_report_of_another_source_says_so(
         assert devices.plugin_reports() == {"h200": told}
         (row,) = [line for line in devices.page().splitlines() if line.startswith("| h200 |")]
         assert f"| {told} |" in row
+        assert ("ran on: h200." in devices.page()) == (told != "FAILED")

@@ -191,14 +191,9 @@ class CompiledTriton:
         rows = 32 if new * heads > 16 and call.storage == "plain" else 16
         tiles = (call.tile, call.rope_tile)
         coded = call.storage == "plain" or tiles == (given["tile"], given["rope_tile"])
-        return (
-            coded
-            and abs(given["scale"] - call.scale) < 1e-9
-            and (
-                (given["dtype"], given["storage"], given["latent"], given["rope"], given["rows"])
-                == (dtype, call.storage, call.latent, call.rope, rows)
-            )
-        )
+        names = ("dtype", "storage", "latent", "rope", "rows", "scale")
+        wanted = (dtype, call.storage, call.latent, call.rope, rows, call.scale)
+        return coded and tuple(given[name] for name in names) == wanted
 
     def launch(
         self, step: str, grid: tuple[int, int, int], values: Sequence[Any], stream: int
