@@ -1,5 +1,8 @@
 # CI calls these recipes and no others. `make test` is what .ci/run runs.
 PY := .venv/bin/python
+# What a process imports is kept compiled, in one ignored folder: the tests start hundreds.
+export PYTHONDONTWRITEBYTECODE :=
+export PYTHONPYCACHEPREFIX := $(CURDIR)/.venv/bytecode
 .PHONY: venv test fast slow lint fix demo demo-compress docs faults bench
 
 venv: .venv/installed
