@@ -11,9 +11,9 @@ venv: .venv/installed
 	$(PY) -m pip install --quiet --no-compile --editable '.[dev]' && touch $@
 
 test: lint
-	$(PY) -m pytest -n 2 --dist loadscope -m 'not heavy'
+	$(PY) -m pytest -n 2 --dist loadscope --no-loadscope-reorder -m 'not heavy'
 fast: venv
-	$(PY) -m pytest -n 2 --dist loadscope -m 'not slow and not heavy'
+	$(PY) -m pytest -n 2 --dist loadscope --no-loadscope-reorder -m 'not slow and not heavy'
 slow: venv
 	$(PY) -m pytest -m heavy
 lint: venv
