@@ -76,7 +76,7 @@ def test_callable_in_every_import_order(child: Command, tmp_path: Path) -> None:
         for title, text in ORDERS.items():
             asked.append((name, title, text.format(name=name, below=below), arguments, keywords))
             wanted.append([name, title, *answer])
-    ran = child(PROGRAM, json.dumps(asked), cwd=tmp_path)
+    ran = child(PROGRAM, json.dumps(asked), cwd=tmp_path, timeout=300)
     assert ran.err == ""
     assert [line.split("|") for line in ran.out.splitlines()] == wanted
 
