@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import socket
@@ -29,8 +30,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
+def pytest_collection_finish() -> None:
+    """What all tests imported stays: walking it again and again took a fifth of an export."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_sessionfinish() -> None:
     """In each worker too; xdist ends them without running what `atexit` holds."""
+    gc.unfreeze()
     shared = sys.modules.get("tests.exported")
     if shared is not None:
         shared.leave()
