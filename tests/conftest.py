@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -48,6 +49,25 @@ def pytest_sessionfinish() -> None:
 def _own_config(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What a test builds is not listed among the engines that its user trusts."""
     os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.mktemp("config"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_of_onnx_runtime() -> Iterator[None]:
+    """As above: no variable tells it so, and its second thread spins while it waits. What a test
+    asks for by `threads` is what it gets."""
+    import onnxruntime
+    from onnxruntime.capi import onnxruntime_inference_collection as sessions
+
+    def options() -> Any:
+        made = SessionOptions()
+        made.intra_op_num_threads = 1
+        return made
+
+    SessionOptions = onnxruntime.SessionOptions
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(onnxruntime, "SessionOptions", options)
+        patched.setattr(sessions.C, "get_default_session_options", options)
+        yield
 
 
 @pytest.fixture(autouse=True)
