@@ -18,7 +18,6 @@ import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO, Literal
 
 from mla_deploy.errors import BusyError, EnvironmentFailure, InputError, quoted
@@ -166,12 +165,7 @@ class Folder:
     def __enter__(self) -> Folder:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _open_linked(self, name: str, max_bytes: int | None) -> int:
