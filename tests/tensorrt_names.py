@@ -8,6 +8,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+__all__ = [
+    "BuilderFlag",
+    "ILogger",
+    "NetworkDefinitionCreationFlag",
+    "OnnxParserFlag",
+    "PreviewFeature",
+    "ProfilingVerbosity",
+]
 VERSION = os.environ.get("STAND_IN_VERSION", "10.16.2.1")
 
 

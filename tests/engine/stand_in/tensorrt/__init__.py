@@ -16,28 +16,9 @@ import sys
 import time
 from typing import Any
 
-from tests.tensorrt_names import (
-    VERSION,
-    BuilderFlag,
-    ILogger,
-    NetworkDefinitionCreationFlag,
-    OnnxParserFlag,
-    PreviewFeature,
-    ProfilingVerbosity,
-    RecordedConfig,
-    RecordedParser,
-    Severity,
-    record,
-)
+from tests.tensorrt_names import *  # noqa: F403 -- the names that both stand-ins have
+from tests.tensorrt_names import VERSION, ILogger, RecordedConfig, RecordedParser, Severity, record
 
-__all__ = [
-    "BuilderFlag",
-    "ILogger",
-    "NetworkDefinitionCreationFlag",
-    "OnnxParserFlag",
-    "PreviewFeature",
-    "ProfilingVerbosity",
-]
 __version__ = VERSION
 _MODE = os.environ.get("STAND_IN_MODE", "builds")
 
