@@ -259,7 +259,7 @@ _QUANTIZED_RULES: dict[str, _Rule] = {
 _CALIBRATION_RULES: dict[str, _Rule] = {
     f"weights.quantized.calibration.{path}": rule
     for path, rule in {
-        "kept": _one_of("calibrated", "nearest"),
+        "kept": _one_of("calibrated", "scaled", "nearest"),
         "tokens": _COUNT,
         "held_out_tokens": _COUNT,
         "weights": _NATURAL,
