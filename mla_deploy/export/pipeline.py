@@ -279,7 +279,9 @@ def _calibrate(
     is_for_device = find_target(options.target).release is not None
     rounding = PlanRounding.of(config, options.plan, options.dtype, for_device=is_for_device)
     found = calibrate(config, weights.read_parameter, layout, rounding, text=text, report=report)
-    layout.calibration = {**found.to_dict(), "scaled_by": dict(layout.scales.readers)}
+    layout.calibration = found.to_dict()
+    if found.scaled is not None:
+        layout.calibration["scaled_by"] = dict(layout.scales.readers)
 
 
 def _require_fired(graphs: dict[str, Assembled], trace: Trace) -> None:

@@ -1,7 +1,7 @@
 """Which matrices read which channels: where a scale of a channel can move without a trace.
 
-    norm       y = w x / rms(x)         every product that reads y        w / s,  columns * s
-    product    y = (W_up h) * g         every product that reads y        rows of W_up / s,  columns * s
+    norm       y = w x / rms(x)       every product that reads y      w / s,        columns * s
+    product    y = (W_up h) * g       every product that reads y      rows / s,     columns * s
 
 Found by following values through one run of the class. A value that anything reads but products
 with a known matrix, element by element products, and changes of shape that keep the last axis, is
@@ -27,8 +27,12 @@ from mla_deploy.source.norms import neutral_weight
 NORM, PRODUCT = "norm", "product"
 # Each gives the channels that it was given, in their order, if it keeps the width of the last axis.
 _KEEPING = frozenset(
-    "view reshape contiguous to type type_as float unsqueeze squeeze flatten __getitem__ index_select "
-    "expand clone detach repeat_interleave dropout".split()
+    "view reshape contiguous to type type_as float unsqueeze squeeze flatten __getitem__ "
+    "index_select expand clone detach repeat_interleave dropout".split()
+)
+# Each asks for no more than a shape.
+_ASKING = frozenset(
+    "zeros_like ones_like empty_like full_like new_zeros new_ones new_empty".split()
 )
 _TIMES = frozenset(("mul", "__mul__", "__rmul__", "multiply"))
 _ONE_BY_ONE = re.compile(r"\.experts\.\d+\.")  # a run shows those only that its tokens chose
@@ -145,6 +149,8 @@ class _Flow(TorchFunctionMode):
         if not read or not results:  # no tensor comes of asking for a shape or a dtype
             return
         name = getattr(function, "__name__", "")
+        if name in _ASKING:
+            return
         (_, value), others = read[0], read[1:]
         keeps = name in _KEEPING or (name in _TIMES and found is not given[0])
         if keeps and not others and len(results) == 1 and results[0].shape[-1:] == (value.width,):

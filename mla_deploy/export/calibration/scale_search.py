@@ -139,7 +139,7 @@ def _is_served(group: ChannelGroup) -> bool:
 
 
 def _magnitude(x_XK: torch.Tensor) -> torch.Tensor:
-    """Root mean square of each channel; one that is never used counts as the least of the others."""
+    """Root mean square of each channel; one of zeros counts as the least of the others."""
     squares_K = x_XK.double().square().mean(0)
     used_K = squares_K[squares_K > 0]
     least = float(used_K.min()) if len(used_K) else 1.0
