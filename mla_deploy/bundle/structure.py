@@ -279,7 +279,7 @@ _CALIBRATION_RULES: dict[str, _Rule] = {
 _SCALED_RULES: dict[str, _Rule] = {
     "weights.quantized.calibration.scaled.mean_kl": _NUMBER,
     "weights.quantized.calibration.scaled.perplexity": _NUMBER,
-    "weights.quantized.calibration.scales.groups": _COUNT,
+    "weights.quantized.calibration.scales.groups": _NATURAL,
     "weights.quantized.calibration.scaled_by": _TEXTS,
 }
 

@@ -2,10 +2,12 @@
 
     norm       y = w x / rms(x)       every product that reads y      w / s,        columns * s
     product    y = (W_up h) * g       every product that reads y      rows / s,     columns * s
+    heads      y = P (W_uv c)         o_proj                          rows / s,     columns * s
 
 Found by following values through one run of the class. A value that anything reads but products
 with a known matrix, element by element products, and changes of shape that keep the last axis, is
-left alone: so are embeddings, which rows are also looked up in.
+left alone: so are embeddings, which rows are also looked up in. Heads are known by the widths of
+kv_b_proj and o_proj; what lies between them is not followed, so whoever uses these has to compare.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from mla_deploy.source.layerwise import LayerwiseModel
 from mla_deploy.source.norms import neutral_weight
 
-NORM, PRODUCT = "norm", "product"
+NORM, PRODUCT, HEADS = "norm", "product", "heads"
 # Each gives the channels that it was given, in their order, if it keeps the width of the last axis.
 _KEEPING = frozenset(
     "view reshape contiguous to type type_as float unsqueeze squeeze flatten __getitem__ "
@@ -42,7 +44,8 @@ _ONE_BY_ONE = re.compile(r"\.experts\.\d+\.")  # a run shows those only that its
 class ChannelGroup:
     """`readers` multiply by what `maker` scales: a norm's weight [K], or a matrix [K, D].
 
-    `neutral`: of a norm, the weight that only divides; a matrix has 0.
+    `neutral`: of a norm, the weight that only divides; a matrix has 0. `heads`, `nope`: of
+    kv_b_proj [H*(N+V), L], whose K are the rows of values alone.
     """
 
     kind: str
@@ -50,6 +53,8 @@ class ChannelGroup:
     readers: tuple[str, ...]
     width: int
     neutral: float = 0.0
+    heads: int = 0
+    nope: int = 0
 
 
 def channel_groups(model: LayerwiseModel, ids_BS: torch.Tensor) -> tuple[ChannelGroup, ...]:
@@ -67,13 +72,31 @@ def channel_groups(model: LayerwiseModel, ids_BS: torch.Tensor) -> tuple[Channel
             hook.remove()
     makers = Counter(value.maker for value in flow.values)
     readers = Counter(name for value in flow.values for name in value.readers)
-    return tuple(
+    followed = tuple(
         ChannelGroup(value.kind, value.maker, tuple(value.readers), value.width, value.neutral)
         for value in flow.values
         if value.is_whole
         and makers[value.maker] == 1
         and all(readers[name] == 1 and _is_plain(name) for name in value.readers)
     )
+    taken = {reader for group in followed for reader in group.readers}
+    return (*followed, *(group for group in _heads(model) if group.readers[0] not in taken))
+
+
+def _heads(model: LayerwiseModel) -> Iterator[ChannelGroup]:
+    nope = int(getattr(model.module.config, "qk_nope_head_dim", 0) or 0)
+    for prefix, module in model.module.named_modules():
+        up, out = (getattr(module, name, None) for name in ("kv_b_proj", "o_proj"))
+        if not (isinstance(up, nn.Linear) and isinstance(out, nn.Linear)):
+            continue
+        names = f"{prefix}.kv_b_proj.weight", f"{prefix}.o_proj.weight"
+        has_bias = f"{prefix}.kv_b_proj.bias" in model.shapes
+        if not nope or has_bias or not all(name in model.shapes for name in names):
+            continue
+        rows, width = model.shapes[names[0]][0], model.shapes[names[1]][1]
+        heads = (rows - width) // nope
+        if heads > 0 and heads * nope + width == rows and width % heads == 0:
+            yield ChannelGroup(HEADS, names[0], names[1:], width, heads=heads, nope=nope)
 
 
 def _is_plain(reader: str) -> bool:

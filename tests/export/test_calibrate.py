@@ -78,10 +78,11 @@ def test_the_trained_model_loses_less(tmp_path: Path) -> None:
     # One percent is what perplexity says by chance on so short a text.
     assert report["calibrated"]["perplexity"] < 1.01 * report["nearest"]["perplexity"]
     losses = [
-        measure_loss(bundle, plain, text=sample[-2500:], threads=1) for bundle in (nearest, found)
+        measure_loss(bundle, plain, text=sample[12000:20000], threads=1)
+        for bundle in (nearest, found)
     ]
     assert losses[1]["failures"] == []
-    assert losses[1]["mean_kl"] < losses[0]["mean_kl"]
+    assert losses[1]["mean_kl"] < 0.95 * losses[0]["mean_kl"]
     added = 4 * sum(x.numel() for x in scales_of(found).values())
     more = found.manifest["weights"]["bytes"] - nearest.manifest["weights"]["bytes"]
     assert more == added

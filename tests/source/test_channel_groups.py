@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from mla_deploy.checkpoint import open_checkpoint
-from mla_deploy.source.channel_groups import NORM, PRODUCT, ChannelGroup, channel_groups
+from mla_deploy.source.channel_groups import HEADS, NORM, PRODUCT, ChannelGroup, channel_groups
 from mla_deploy.source.layerwise import LayerwiseModel
 from mla_deploy.source.model import source_weights
-from mla_deploy.weight_forms.channel_scales import ChannelScales
+from mla_deploy.weight_forms.channel_scales import ChannelScales, of_heads
 from tests.exported import exported
 
 IDS = torch.tensor([[3, 17, 40, 5, 61, 22, 8, 90], [9, 8, 7, 6, 70, 33, 41, 2]])
@@ -53,6 +53,9 @@ def test_every_reader_of_a_norm_is_known() -> None:
     }
     assert found["layers.0.mlp.up_proj.weight"].kind == PRODUCT
     assert readers(found["layers.0.mlp.up_proj.weight"]) == ["0.mlp.down_proj.weight"]
+    values = found["layers.1.self_attn.kv_b_proj.weight"]
+    assert (values.kind, values.heads, values.nope, values.width) == (HEADS, 4, 8, 4 * 8)
+    assert readers(values) == ["1.self_attn.o_proj.weight"]
 
 
 def test_what_is_looked_up_in_is_left_alone() -> None:
@@ -90,19 +93,23 @@ def test_scales_of_every_group_change_nothing(preset: str) -> None:
     def compared(model: LayerwiseModel) -> tuple[float, float, int]:
         groups = channel_groups(model, IDS)
         generator = torch.Generator().manual_seed(5)
-        scales = ChannelScales(
-            {g.maker: torch.rand(g.width, generator=generator) * 3 + 0.2 for g in groups},
-            {reader: g.maker for g in groups for reader in g.readers},
-        )
-        lacking = ChannelScales(scales.scales, dict(list(scales.readers.items())[1:]))
+        scales = {}
+        for group in groups:
+            scale_K = torch.rand(group.width, generator=generator) * 3 + 0.2
+            if group.kind == HEADS:
+                scale_K = of_heads(scale_K, group.heads, group.nope)
+            scales[group.maker] = scale_K
+        readers = {reader: group.maker for group in groups for reader in group.readers}
+        whole = ChannelScales(scales, readers)
+        lacking = ChannelScales(scales, dict(list(readers.items())[1:]))
         wanted = model.logits(IDS, lambda _, weight: weight)
         distances = [
             float((model.logits(IDS, prepared) - wanted).norm() / wanted.norm())
-            for prepared in (scales, lacking)
+            for prepared in (whole, lacking)
         ]
         return distances[0], distances[1], len(groups)
 
     whole, lacking, groups = with_model(preset, compared)
-    assert groups >= 8
+    assert groups >= 10
     assert whole < 1e-5
     assert lacking > 1e-3

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 
 from mla_deploy.export.calibration.rounded_inputs import rounded_inputs
-from mla_deploy.source.channel_groups import PRODUCT, ChannelGroup
+from mla_deploy.source.channel_groups import HEADS, NORM, ChannelGroup
 from mla_deploy.source.layerwise import LayerwiseModel
-from mla_deploy.weight_forms.channel_scales import ChannelScales
+from mla_deploy.weight_forms.channel_scales import ChannelScales, of_heads
 from mla_deploy.weight_forms.form import WeightForm
 from mla_deploy.weight_forms.one_thread import one_thread
 from mla_deploy.weight_forms.roles import role_of
@@ -88,12 +88,16 @@ class ScaleSearch:
                 self._scales[group] = scale_K
         self._pending = {}
 
-    def found(self) -> ChannelScales:
-        """Those of every group that has others than ones."""
+    def found(self, without: str | None = None) -> ChannelScales:
+        """Those of every group that has others than ones, but for groups of a kind."""
         self.layer_done()
+        scales = {g: scale_K for g, scale_K in self._scales.items() if g.kind != without}
         return ChannelScales(
-            {group.maker: scale_K for group, scale_K in self._scales.items()},
-            {reader: group.maker for group in self._scales for reader in group.readers},
+            {
+                g.maker: of_heads(scale_K, g.heads, g.nope) if g.kind == HEADS else scale_K
+                for g, scale_K in scales.items()
+            },
+            {reader: g.maker for g in scales for reader in g.readers},
         )
 
     def _chosen(
@@ -134,7 +138,7 @@ class ScaleSearch:
 
 def _is_served(group: ChannelGroup) -> bool:
     """A norm of 1 + w is left alone, and a latent: its channels are what the cache holds."""
-    is_plain = group.kind == PRODUCT or group.neutral == 1.0
+    is_plain = group.kind != NORM or group.neutral == 1.0
     return is_plain and not any(role_of(r) == "kv_b" for r in group.readers)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from mla_deploy.export.calibration.scale_search import Choice, ScaleSearch
-from mla_deploy.source.channel_groups import ChannelGroup, channel_groups
+from mla_deploy.source.channel_groups import HEADS, ChannelGroup, channel_groups
 from mla_deploy.source.layerwise import LayerwiseModel, Prepared, Progress
 from mla_deploy.weight_forms.channel_scales import ChannelScales
 from mla_deploy.weight_forms.rounded import PlanRounding
@@ -49,7 +49,10 @@ def found_scales(
     if not scales:
         return scales, None
     farthest = _farthest(model, scales, few_BS)
-    report = _report(search.choices, farthest)
+    if not farthest <= _EXACT:  # something lies between the heads and o_proj
+        scales = search.found(without=HEADS)
+        farthest = _farthest(model, scales, few_BS)
+    report = _report(search.choices, set(scales.scales), farthest)
     return (scales if farthest <= _EXACT else ChannelScales()), report
 
 
@@ -64,11 +67,11 @@ def _farthest(model: LayerwiseModel, prepared: Prepared, ids_BS: torch.Tensor) -
     return farthest if math.isfinite(farthest) else 1.0
 
 
-def _report(choices: dict[ChannelGroup, Choice], farthest: float) -> ScaleReport:
-    scaled = [choice for choice in choices.values() if choice.after < choice.before]
+def _report(choices: dict[ChannelGroup, Choice], makers: set[str], farthest: float) -> ScaleReport:
+    scaled = [choice for group, choice in choices.items() if group.maker in makers]
 
     def mean(values: Iterable[float]) -> float:
-        return sum(values) / len(scaled)
+        return sum(values) / max(1, len(scaled))
 
     return ScaleReport(
         groups=len(scaled),
