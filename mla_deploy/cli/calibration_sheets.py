@@ -55,6 +55,8 @@ def calibration_sheets(bundle: Any) -> tuple[Sheet, ...]:
     )
     if "scaled" in found:
         title += f", channels of {found['scales']['groups']} inputs scaled"
+    elif "scales" in found:
+        title += ", channel scales left, for the source's logits moved with them"
     if found["unseen"]:
         title += f", {found['unseen']:,} that met too few tokens rounded to nearest"
     return (Sheet(title, ("weights", "#mean KL", "#perplexity", ""), rows),)

@@ -6,7 +6,8 @@ graphs and between processes. Quantised weights are packed all the same, since M
 not packed widen them at every call; so that this takes one private copy and not two, both graphs
 run in one session then (`rewrite/join.py`). Measured (ONNX Runtime 1.31.1, 2 threads,
 AVX-512 VNNI, one MLP of 37.7 million weights of four bits): one token 2.7 ms packed, 140 ms not,
-10.6 ms in fp32; 512 tokens 174, 269 and 185 ms. Memory patterns are off because they keep one plan
+10.6 ms in fp32; 512 tokens 174, 269 and 185 ms. What was packed moves into huge pages
+(`huge_pages.py`). Memory patterns are off because they keep one plan
 per input shape, and decoding has a new shape at every step.
 """
 
@@ -29,6 +30,7 @@ from mla_deploy.errors import (
     quoted,
 )
 from mla_deploy.runtime.binding import bind
+from mla_deploy.runtime.huge_pages import HugePages
 from mla_deploy.shapes import EXPANDED
 
 Graph = Literal["prefill", "decode"]
@@ -46,6 +48,7 @@ class GraphSessions:
     binds_whole = False  # whether the graphs take every slot of a row, finite ones
     writes_padding = False  # whether a step writes slots for padding as well
     joins = True  # whether quantised graphs may share a session
+    moves = True  # whether packed weights are moved into huge pages
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         """Raises: InputError RUN-THREADS. Nothing is loaded yet."""
@@ -56,6 +59,7 @@ class GraphSessions:
         self.threads = threads
         self._sessions: dict[Graph, ort.InferenceSession] = {}
         self._joined: ort.InferenceSession | None = None  # of both graphs
+        self._moving: list[HugePages] = []
         self._lock = threading.Lock()
 
     def session(self, graph: Graph) -> ort.InferenceSession:
@@ -66,11 +70,15 @@ class GraphSessions:
         with self._lock:
             if graph not in self._sessions:
                 before = anonymous_bytes()
+                pages = HugePages() if self._is_packed and self.moves else None
                 self._require_weights()
                 if not self._sessions:
                     self._joined = self._opened_joined()
                 self._sessions[graph] = self._joined or self._opened(graph)
                 self.private_bytes += max(0, anonymous_bytes() - before)
+                if pages is not None:
+                    self._moving.append(pages)
+                    pages.move()
             return self._sessions[graph]
 
     def choose(self, binding: Any, graph: Graph) -> bool:
@@ -78,6 +86,12 @@ class GraphSessions:
         if self._joined is not None:
             bind(binding.bind_input, EXPANDED, np.bool_, _IS_EXPANDED[graph])
         return self._joined is not None
+
+    def settle(self) -> int:
+        """Wait until packed weights lie where they will; bytes of them in huge pages."""
+        for pages in self._moving:
+            pages.settle()
+        return sum(pages.moved_bytes for pages in self._moving)
 
     def opened(self) -> tuple[Graph, ...]:
         """The graphs that have a session by now."""
@@ -91,6 +105,11 @@ class GraphSessions:
     def is_joined(self) -> bool:
         """Whether one session, open by now, runs both graphs."""
         return self._joined is not None
+
+    @property
+    def _is_packed(self) -> bool:
+        """Whether ONNX Runtime packs the weights, which are quantised then."""
+        return "quantized" in self.bundle.manifest["weights"]
 
     def _require_weights(self) -> None:
         for name in self.bundle.weight_files:
@@ -134,7 +153,7 @@ class GraphSessions:
         options.log_severity_level = _ERRORS_ONLY
         options.enable_mem_pattern = False
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(self.bundle.path))
-        if "quantized" not in self.bundle.manifest["weights"]:
+        if not self._is_packed:
             options.add_session_config_entry("session.disable_prepacking", "1")
         if self.threads is not None:
             options.intra_op_num_threads = self.threads

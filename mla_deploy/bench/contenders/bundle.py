@@ -18,16 +18,26 @@ from mla_deploy.runtime import open_runner
 class BundleContender:
     """Ours."""
 
-    def __init__(self, path: str, *, threads: int | None, capacity: int) -> None:
-        """Raises: as `open_runner`. The coordinator has verified every byte of the bundle."""
+    def __init__(
+        self, path: str, *, threads: int | None, capacity: int, huge_pages: bool = True
+    ) -> None:
+        """`huge_pages` False leaves packed weights where they are.
+
+        Raises: as `open_runner`. The coordinator has verified every byte of the bundle.
+        """
         self.bundle = open_bundle(path, verify="sizes")
         self.runner = open_runner(self.bundle, threads=threads, capacity=capacity)
+        sessions = self.runner._sessions
+        sessions.moves = huge_pages
+        sessions.session("decode")
+        self.moved_bytes = sessions.settle()  # moving goes on in the background otherwise
 
     def facts(self) -> dict[str, Any]:
         manifest = self.bundle.manifest
         how = "random rows" if only_token_rows(manifest) else "real tokens"
         return {"versions": {"mla-deploy": __version__, "onnxruntime": ort.__version__},
-                "cache_filled_with": how, "cache_dtype": manifest["cache"]["dtype"]}  # fmt: skip
+                "cache_filled_with": how, "cache_dtype": manifest["cache"]["dtype"],
+                "in_huge_pages": self.moved_bytes}  # fmt: skip
 
     def fill(self, context: int) -> int:
         self.runner.reset()
