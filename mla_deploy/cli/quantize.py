@@ -33,6 +33,11 @@ from mla_deploy.cli.verb import choice, verb
     help="Fit channel scales and rounding to this text; its end is held out to judge by.",
 )
 @click.option(
+    "--rotate-latent",
+    is_flag=True,
+    help="So that no channel of a latent stands out and takes the codes of the others.",
+)
+@click.option(
     "--text", type=click.Path(path_type=Path), help="Measure the loss on this.  [a sample]"
 )
 @click.option("--replace", is_flag=True, default=None, help="Swap out a bundle that is there.")
@@ -54,11 +59,10 @@ def quantize(screen: Screen, bundle: Path, out: Path, **options: Any) -> Outcome
         found, loss = quantized(bundle, out, progress=progress, **options)
     seconds = perf_counter() - started
     result = {**bundle_result(found), "quantize_seconds": round(seconds, 3), "loss": loss}
-    forms = ", ".join(
-        f"{told} {options[name]}"
-        for name, told in (("weights", "weights"), ("cache_dtype", "cache"))
-        if options.get(name)
-    )
+    words = {
+        "weights": "weights {}", "cache_dtype": "cache {}", "rotate_latent": "latents rotated"
+    }  # fmt: skip
+    forms = ", ".join(told.format(options[n]) for n, told in words.items() if options.get(n))
     summary = (
         f"quantised {bundle} to {out} in {seconds:.1f} s: {forms}, "
         f"{byte_text(result['total_bytes'])}{loss_words(loss, found)}"

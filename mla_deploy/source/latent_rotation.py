@@ -170,6 +170,6 @@ def _unfit(name: str, reason: str) -> InputError:
         "EXP-ROTATE",
         f"the latent cannot be rotated: {quoted(name)} {reason}; wanted {DOWN}, an RMS norm and "
         f"{UP} in every latent attention",
-        hint="export without --rotate-latent",
+        hint="leave --rotate-latent out",
         reason=reason,
     )
