@@ -32,6 +32,7 @@ from mla_deploy.export.lowered import any_capacity, lowered
 from mla_deploy.export.manifest import Source, manifest_of
 from mla_deploy.export.options import ExportOptions, options_for
 from mla_deploy.export.rotated import rotated_weights
+from mla_deploy.export.scaled import scaled_source
 from mla_deploy.export.trace import Trace, trace_model
 from mla_deploy.export.trace_layer import CacheForm
 from mla_deploy.export.weights import DTYPES, WeightLayout, WeightSource
@@ -226,7 +227,7 @@ def build_bundle(
             kept = copy_kept(layout, kept, checkpoint.checkpoint, stage.named("weights"))
         stage.require_space(layout.total_bytes)
     _calibrate(config, weights, options, layout, text=text, report=report)
-    write_weights(weights, layout, stage, report)
+    write_weights(scaled_source(weights, layout), layout, stage, report)
     for graph in graphs.values():
         bind_weights(graph.model, layout, stage.path, stage.named("weights"))
         point_in_place(graph.model, kept, place)
@@ -279,6 +280,8 @@ def _calibrate(
     rounding = PlanRounding.of(config, options.plan, options.dtype, for_device=is_for_device)
     found = calibrate(config, weights.read_parameter, layout, rounding, text=text, report=report)
     layout.calibration = found.to_dict()
+    if found.scaled is not None:
+        layout.calibration["scaled_by"] = dict(layout.scales.readers)
 
 
 def _require_fired(graphs: dict[str, Assembled], trace: Trace) -> None:
