@@ -110,6 +110,7 @@ class OnnxRunner(GuardedRunner):
             self._spec, self._batch, self._capacity, whole=sessions.binds_whole
         )
         self._bindings: dict[str, Any] = {}
+        self._holds_chunk = False  # the joined session holds what a prefill computed
         self._verified: Verified | None = None  # the last call, when it was verify()
 
     @property
@@ -248,7 +249,9 @@ class OnnxRunner(GuardedRunner):
         bind(binding.bind_output, output, np.float32, logits)
         is_joined = self._sessions.choose(binding, graph)
         self._bind_cache(binding, window)
-        run_bound(session, binding, gives_back=is_joined and graph == "prefill")
+        # Not after each chunk: the next one would take the same memory again, page by page.
+        run_bound(session, binding, gives_back=self._holds_chunk and graph == "decode")
+        self._holds_chunk = is_joined and graph == "prefill"
         if row is None:
             self._cache.accept(window)
         else:
