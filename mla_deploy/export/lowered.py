@@ -13,8 +13,10 @@ from mla_deploy.config import MlaConfig
 from mla_deploy.errors import InputError, MlaDeployError
 from mla_deploy.export.assemble import Assembled, Builder, GraphForm, assemble
 from mla_deploy.export.assemble_typed import typed_builder
+from mla_deploy.export.static_scales import LatentScales
 from mla_deploy.export.trace import Trace
 from mla_deploy.export.weights import WeightLayout
+from mla_deploy.latent_store import STATIC
 from mla_deploy.rewrite import mla_decode, mla_decode_body, order, quantize_cpu, quantize_heads
 from mla_deploy.rewrite.release import (
     Release,
@@ -41,14 +43,25 @@ class Lowering:
 def require_form(options: ExportOptions) -> None:
     """Raises: InputError TARGET-FORM for what no TensorRT target has."""
     target = find_target(options.target)
+    is_static = options.store is STATIC
     if target.release is None:
+        if is_static:
+            raise InputError(
+                "TARGET-FORM",
+                f"target {target.name} takes no --cache-dtype {STATIC.name}, whose scales are "
+                "constants of an engine; wanted one of its own",
+                hint="store the cache as int8, whose scales follow each token and lose less",
+                target=target.name,
+            )
         return
     refused = {
         "--in-place": options.in_place,
         "--cache growing": options.cache == "growing",
-        "--cache-layout split": options.cache_layout == "split",
+        "--cache-layout split": options.cache_layout == "split" and not is_static,
+        "--cache-layout fused": options.cache_layout == "fused" and is_static,
         "--weights keep": options.weights == "keep",
-        "--cache-dtype other than --dtype": options.cache_dtype != options.dtype,
+        f"--cache-dtype other than --dtype or {STATIC.name}": options.cache_dtype != options.dtype
+        and not is_static,
     }
     asked = [name for name, wanted in refused.items() if wanted]
     if asked:
@@ -66,9 +79,15 @@ def require_form(options: ExportOptions) -> None:
 
 
 def lowered(
-    trace: Trace, config: MlaConfig, options: ExportOptions, layout: WeightLayout
+    trace: Trace,
+    config: MlaConfig,
+    options: ExportOptions,
+    layout: WeightLayout,
+    scales: LatentScales | None = None,
 ) -> dict[str, Assembled]:
     """`prefill` and `decode`, over one weight file; `layout` learns its weights.
+
+    `scales`: of latents in static codes.
 
     Raises: InputError REW-TARGET, MlaDeployError REW-* and EXP-*.
     """
@@ -90,6 +109,7 @@ def lowered(
         layers_prefix=trace.layers_prefix,
         builder=lowering.builder,
         plan=options.plan,
+        scales=scales,
     )
     graphs = {name: assemble(trace, form, rules, layout) for name, rules in lowering.graphs.items()}
     if release is not None:

@@ -32,10 +32,12 @@ from mla_deploy.export.lowered import any_capacity, lowered
 from mla_deploy.export.manifest import Source, manifest_of
 from mla_deploy.export.options import ExportOptions, options_for
 from mla_deploy.export.rotated import rotated_weights
+from mla_deploy.export.static_scales import LatentScales, latent_scales, require_static
 from mla_deploy.export.trace import Trace, trace_model
 from mla_deploy.export.trace_layer import CacheForm
 from mla_deploy.export.weights import DTYPES, WeightLayout, WeightSource
 from mla_deploy.export.widen import point_in_place
+from mla_deploy.latent_store import STATIC
 from mla_deploy.rewrite import order
 from mla_deploy.rewrite.ensures import require_latent_only
 from mla_deploy.source.model import source_weights
@@ -79,7 +81,8 @@ def export(
 
     `dtype` (fp32 by default) is the storage of weights and cache; arithmetic on a CPU is fp32.
     `cache_dtype`: of the cache alone (None: `latent_cache_dtype` of config.json, else `dtype`);
-    int8 and its kin are codes with scales (`latent_store.py`); `rotate_latent` evens out channels.
+    int8 and its kin are codes with scales (`latent_store.py`), those of int8-static, for TensorRT,
+    found on the text `calibrate` (None: a sample); `rotate_latent` evens out channels.
     `weights` "keep": they are stored as in the checkpoint instead, FP8 and int8 with their scales,
     and the cache in the dtype of most of them; what must be made (halves of kv_b_proj) in float.
     "int4", "int8", "fp8" or a refined one (`weight_forms/form.py`): quantised, rounded to nearest,
@@ -210,12 +213,15 @@ def build_bundle(
             require_keepable(checkpoint, find_target(options.target))
     if not options.in_place:
         copy_texts(source.folder, stage, _TEXTS)
+    if options.store is STATIC:
+        require_static(config)
     text = _text(source, options)
     report("trace", 0, 1)
     trace = trace_model(config, cache, options.all_logits)
     report("trace", 1, 1)
     layout = WeightLayout()
-    graphs = lowered(trace, config, options, layout)
+    scales = _scales(config, weights, options, text=text, report=report)
+    graphs = lowered(trace, config, options, layout, scales)
     _require_fired(graphs, trace)
     report("rewrite", 1, 1)
     kept: Kept = {}
@@ -236,8 +242,9 @@ def build_bundle(
     joined = _write_graphs(stage, options, protos)
     report("publish", 0, 1)
     manifest = manifest_of(
-        source, options, trace, graphs, layout=layout, weights=weights, named=stage.named
-    )
+        source, options, trace, graphs, layout=layout, weights=weights, named=stage.named,
+        scales=scales,
+    )  # fmt: skip
     manifest.update(joined)
     if options.in_place and checkpoint is not None:
         manifest["in_place"] = files_section(checkpoint.checkpoint, _TEXTS, kept)
@@ -257,10 +264,24 @@ def _write_graphs(
 
 
 def _text(source: Described, options: ExportOptions) -> CalibrationText | None:
-    """That of `options.calibrate`, refused before the work begins."""
-    if options.calibrate is None:
+    """That of `options.calibrate`, or what finds scales without; refused before the work begins."""
+    if options.calibrate is None and options.store is not STATIC:
         return None
     return calibration_text(options.calibrate, source.folder, source.config)
+
+
+def _scales(
+    config: MlaConfig,
+    weights: WeightMap | BundleSource,
+    options: ExportOptions,
+    *,
+    text: CalibrationText | None,
+    report: Progress,
+) -> LatentScales | None:
+    """Of latents in static codes; None for any other cache."""
+    if options.store is not STATIC or text is None:
+        return None
+    return latent_scales(config, weights.read_parameter, text, DTYPES[options.dtype], report)
 
 
 def _calibrate(
@@ -273,7 +294,7 @@ def _calibrate(
     report: Progress,
 ) -> None:
     """Fit the rounding of the layout's weights to `text`, where there is one."""
-    if options.plan is None or text is None:
+    if options.plan is None or options.calibrate is None or text is None:
         return
     is_for_device = find_target(options.target).release is not None
     rounding = PlanRounding.of(config, options.plan, options.dtype, for_device=is_for_device)
@@ -293,6 +314,7 @@ def _require_fired(graphs: dict[str, Assembled], trace: Trace) -> None:
     both = {
         "lower_cache_update": found["CacheUpdate"],
         "lower_quantized_update": found["QuantizedUpdate"],
+        "lower_static_update": found["StaticUpdate"],
         "lower_ring_update": found["RingUpdate"],
         "lower_experts": found["MoE"],
         "lower_delta_attention": found["DeltaAttention"],

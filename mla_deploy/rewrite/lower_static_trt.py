@@ -1,0 +1,124 @@
+"""lower: a latent cache in int8 with scales that are the graph's own, for TensorRT.
+
+    # before:  StaticUpdate(codes_B1ML, rows_B1SL, plan) -> codes_out, rows_B1ML
+    # after:   QuantizeLinear(Where(active, rows[source], held), scale_L) -> ScatterND into codes
+    #          DequantizeLinear(codes_out, scale_L) -> rows
+
+    # before:  q_latent, q_rope, rows_B1ML, rope_key_B1MR --LatentAttention--> out_BHSL
+    # after:   scores = (rows q_latent^T + rope_key q_rope^T)^T --fp32 Softmax--> MatMul(rows)
+
+KVCacheUpdate takes no int8, so codes are scattered. An idle row writes what it holds, which is read
+as numbers and rounded to the same codes again: ONNX Runtime's Where takes no int8. Stale slots need
+no clearing: every code is a finite number, and they are masked.
+
+Latent and rope key are multiplied apart: joined in a row, the whole cache would be widened and
+written once more. As they are the builder reads codes inside both products (`CastMulCastFc`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from mla_deploy.rewrite.lower_absorbed_trt import masked_softmax
+from mla_deploy.rewrite.lower_attention import LowerLatentAttention
+from mla_deploy.rewrite.rule import (
+    DOMAIN,
+    Mismatch,
+    Rule,
+    attribute,
+    ints,
+    producer,
+    required_node,
+    static,
+    swapped,
+)
+from mla_deploy.rewrite.step_inputs import LATENT_SCALE, step_input
+
+_FLOAT = ir.DataType.FLOAT
+
+
+class StaticToScatter(Rule):
+    def pattern(self, op: Any, codes: Any, rows: Any, active: Any, source: Any, slot: Any) -> Any:
+        codes_out, rows_out = op.StaticUpdate(
+            codes,
+            rows,
+            active,
+            source,
+            slot,
+            _domain=DOMAIN,
+            _outputs=["codes_out", "rows_out"],
+        )
+        return codes_out, rows_out
+
+    def check(self, context: Any, codes: ir.Value, rows: ir.Value, **_: Any) -> bool:
+        if static(codes, -1) != static(rows, -1):
+            raise Mismatch("a row of codes is not as wide as the latent", codes)
+        return True
+
+    def rewrite(
+        self,
+        op: Any,
+        codes: ir.Value,
+        rows: ir.Value,
+        active: ir.Value,
+        source: ir.Value,
+        slot: ir.Value,
+        **_: Any,
+    ) -> Any:
+        scale_L = step_input(LATENT_SCALE)
+        zero_L = op.Constant(value=ir.tensor(np.zeros(static(rows, -1), np.int8)))
+        new_BSL = op.GatherND(op.Squeeze(rows, ints(op, [1])), source, batch_dims=1)
+        held_BSL = op.DequantizeLinear(op.GatherND(codes, slot), scale_L, axis=-1)
+        written_BSL = op.Where(active, new_BSL, held_BSL)
+        written_BSL = op.QuantizeLinear(written_BSL, scale_L, zero_L, axis=-1)
+        codes_out = op.ScatterND(codes, slot, written_BSL)
+        return codes_out, op.DequantizeLinear(codes_out, scale_L, axis=-1)
+
+
+class FoldHeadsApart(LowerLatentAttention):
+    """As `lower_absorbed_trt`, over a latent of codes and a rope key beside it."""
+
+    def check(self, context: Any, latent: ir.Value, **_: Any) -> bool:
+        if producer(latent, "StaticUpdate", DOMAIN) is None:
+            raise Mismatch("the latent is not of static codes", latent)
+        return True
+
+    def rewrite(
+        self,
+        op: Any,
+        q_latent: ir.Value,
+        q_rope: ir.Value,
+        latent: ir.Value,
+        rope_key: ir.Value,
+        visible: ir.Value,
+        out: ir.Value,
+        sinks: ir.Value | None = None,
+        **_: Any,
+    ) -> Any:
+        node = required_node(out)
+        heads, rank = int(attribute(node, "heads")), static(latent, -1)
+        scale = op.Constant(value_float=float(attribute(node, "scale")))
+        scores_B1XM = _scores(op, latent, op.Mul(q_latent, scale))
+        if static(rope_key, -1):
+            of_rope = _scores(op, rope_key, op.Mul(q_rope, scale))
+            scores_B1XM = op.Add(scores_B1XM, of_rope)
+        apart = op.Concat(ints(op, [0, heads]), op.Shape(visible, start=2), axis=0)
+        weights_BHSM = masked_softmax(op, op.Reshape(scores_B1XM, apart), visible, sinks)
+        weights_B1XM = op.Reshape(weights_BHSM, op.Shape(scores_B1XM))
+        out_B1XL = op.MatMul(weights_B1XM, latent)
+        return op.Reshape(out_B1XL, ints(op, [0, heads, -1, rank]))
+
+
+def _scores(op: Any, rows_B1MW: ir.Value, query_BHSW: ir.Value) -> ir.Value:
+    """[B, 1, H*S, M] in fp32, which two of them are added in."""
+    query_B1XW = op.Reshape(query_BHSW, ints(op, [0, 1, -1, static(rows_B1MW, -1)]))
+    scores_B1MX = op.MatMul(rows_B1MW, swapped(op, query_B1XW))
+    found: ir.Value = op.Cast(swapped(op, scores_B1MX), to=_FLOAT)
+    return found
+
+
+UPDATE = StaticToScatter.rule("lower_static_update")
+ATTENTION = tuple(FoldHeadsApart.rule("lower_latent_attention", sinks) for sinks in (False, True))
