@@ -6,9 +6,9 @@ row and one new token. What is left per cached token is then counted:
 - a value that only moves cached rows (casts, slices, transposes) holds at most one row, L + R;
 - any other value holds at most one number per head: scores and masks, never keys or values.
 
-Of latents stored as codes, widening them is moving them. Where scales are cached beside them, a query
-or a probability is two parts, and what stands for zero, repeated beside scales, is nothing of a
-token.
+Of latents stored as codes, widening them is moving them. Where scales are cached beside them, a
+query or a probability is two parts, and what stands for zero, repeated beside scales, is nothing
+of a token.
 
 An expanded key holds H x (N + R) per cached token, so a graph that was not absorbed is refused.
 """
