@@ -116,8 +116,10 @@ def _kernel_counts(
     moving = [kernel for kernel in profile.kernels if _MOVEMENT.match(kernel.name)]
     reading = [k for k in moving if any(dims[-2:] in held for dims in k.inputs)]
     least = min(rows * width for rows, width in held)
+    # Static codes are scattered into a second buffer.
+    most = layers if len(held) == 1 else layers * (1 + len(held))
     yield (
-        "cache_copies", sum(1 for k in reading if _largest(k.outputs) >= least), layers * len(held),
+        "cache_copies", sum(1 for k in reading if _largest(k.outputs) >= least), most,
         "kernels that copy a whole cache",
     )  # fmt: skip
     nope, value = int(model["qk_nope_head_dim"]), int(model["v_head_dim"])
