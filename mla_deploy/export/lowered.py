@@ -13,7 +13,6 @@ from mla_deploy.config import MlaConfig
 from mla_deploy.errors import InputError, MlaDeployError
 from mla_deploy.export.assemble import Assembled, Builder, GraphForm, assemble
 from mla_deploy.export.assemble_typed import typed_builder
-from mla_deploy.export.static_scales import LatentScales
 from mla_deploy.export.trace import Trace
 from mla_deploy.export.weights import WeightLayout
 from mla_deploy.latent_store import STATIC
@@ -79,15 +78,9 @@ def require_form(options: ExportOptions) -> None:
 
 
 def lowered(
-    trace: Trace,
-    config: MlaConfig,
-    options: ExportOptions,
-    layout: WeightLayout,
-    scales: LatentScales | None = None,
+    trace: Trace, config: MlaConfig, options: ExportOptions, layout: WeightLayout
 ) -> dict[str, Assembled]:
     """`prefill` and `decode`, over one weight file; `layout` learns its weights.
-
-    `scales`: of latents in static codes.
 
     Raises: InputError REW-TARGET, MlaDeployError REW-* and EXP-*.
     """
@@ -109,7 +102,7 @@ def lowered(
         layers_prefix=trace.layers_prefix,
         builder=lowering.builder,
         plan=options.plan,
-        scales=scales,
+        scales=layout.scales,
     )
     graphs = {name: assemble(trace, form, rules, layout) for name, rules in lowering.graphs.items()}
     if release is not None:

@@ -62,13 +62,9 @@ def manifest_of(
     layout: WeightLayout,
     weights: Skipping,
     named: Callable[[str], str],
-    scales: LatentScales | None = None,
 ) -> dict[str, Any]:
-    """Everything but `files`, which publishing adds; `named` gives a part's file name.
-
-    `scales`: of latents in static codes.
-    """
-    config = source.config
+    """Everything but `files`, which publishing adds; `named` gives a part's file name."""
+    config, scales = source.config, layout.scales
     crossover = config.crossover_tokens
     tensors = [_cache_tensor(buffer, options.rows_dtype, scales) for buffer in trace.all_buffers]
     return {

@@ -32,7 +32,7 @@ from mla_deploy.export.lowered import any_capacity, lowered
 from mla_deploy.export.manifest import Source, manifest_of
 from mla_deploy.export.options import ExportOptions, options_for
 from mla_deploy.export.rotated import rotated_weights
-from mla_deploy.export.static_scales import LatentScales, latent_scales, require_static
+from mla_deploy.export.static_scales import latent_scales, require_static
 from mla_deploy.export.trace import Trace, trace_model
 from mla_deploy.export.trace_layer import CacheForm
 from mla_deploy.export.weights import DTYPES, WeightLayout, WeightSource
@@ -81,8 +81,8 @@ def export(
 
     `dtype` (fp32 by default) is the storage of weights and cache; arithmetic on a CPU is fp32.
     `cache_dtype`: of the cache alone (None: `latent_cache_dtype` of config.json, else `dtype`);
-    int8 and its kin are codes with scales (`latent_store.py`), those of int8-static, for TensorRT,
-    found on the text `calibrate` (None: a sample); `rotate_latent` evens out channels.
+    int8 and its kin are codes with scales (`latent_store.py`), of int8-static found on `calibrate`
+    or a sample; `rotate_latent` evens out channels.
     `weights` "keep": they are stored as in the checkpoint instead, FP8 and int8 with their scales,
     and the cache in the dtype of most of them; what must be made (halves of kv_b_proj) in float.
     "int4", "int8", "fp8" or a refined one (`weight_forms/form.py`): quantised, rounded to nearest,
@@ -90,7 +90,7 @@ def export(
     `capacity` is the tokens a runner reserves per row unless told otherwise.
     Nothing is left under `out` unless everything succeeded; `replace` swaps whole bundles.
     `module`, `package.file:factory`, in place of a checkpoint: the user's own torch.nn.Module, with
-    `weights`, one `.safetensors` file (None: those the factory set). This runs the user's code.
+    `weights`, one `.safetensors` file (None: as the factory set them). This runs the user's code.
     `in_place`, without `out`, writes the bundle beside the checkpoint, as files `mla-deploy.*` of
     its folder: weights stay in the checkpoint's files and dtype, and are not read.
 
@@ -199,12 +199,6 @@ def build_bundle(
     Raises: as `export`.
     """
     config = source.config
-    cache = CacheForm(
-        fused=options.cache_layout == "fused",
-        growing=options.cache == "growing",
-        least_rows=1 + int(config.raw.get("index_kpool") or 1),
-        store=options.store,
-    )
     # All that headers and small files can get refused comes before the trace, which takes seconds.
     checkpoint = weights if isinstance(weights, WeightMap) else None
     if checkpoint is not None:
@@ -213,15 +207,13 @@ def build_bundle(
             require_keepable(checkpoint, find_target(options.target))
     if not options.in_place:
         copy_texts(source.folder, stage, _TEXTS)
-    if options.store is STATIC:
-        require_static(config)
     text = _text(source, options)
     report("trace", 0, 1)
-    trace = trace_model(config, cache, options.all_logits)
+    trace = trace_model(config, _cache_form(config, options), options.all_logits)
     report("trace", 1, 1)
     layout = WeightLayout()
-    scales = _scales(config, weights, options, text=text, report=report)
-    graphs = lowered(trace, config, options, layout, scales)
+    _find_scales(config, weights, options, layout, text=text, report=report)
+    graphs = lowered(trace, config, options, layout)
     _require_fired(graphs, trace)
     report("rewrite", 1, 1)
     kept: Kept = {}
@@ -242,15 +234,23 @@ def build_bundle(
     joined = _write_graphs(stage, options, protos)
     report("publish", 0, 1)
     manifest = manifest_of(
-        source, options, trace, graphs, layout=layout, weights=weights, named=stage.named,
-        scales=scales,
-    )  # fmt: skip
+        source, options, trace, graphs, layout=layout, weights=weights, named=stage.named
+    )
     manifest.update(joined)
     if options.in_place and checkpoint is not None:
         manifest["in_place"] = files_section(checkpoint.checkpoint, _TEXTS, kept)
     bundle = stage.publish(manifest)
     report("publish", 1, 1)
     return bundle
+
+
+def _cache_form(config: MlaConfig, options: ExportOptions) -> CacheForm:
+    return CacheForm(
+        fused=options.cache_layout == "fused",
+        growing=options.cache == "growing",
+        least_rows=1 + int(config.raw.get("index_kpool") or 1),
+        store=options.store,
+    )
 
 
 def _write_graphs(
@@ -267,21 +267,24 @@ def _text(source: Described, options: ExportOptions) -> CalibrationText | None:
     """That of `options.calibrate`, or what finds scales without; refused before the work begins."""
     if options.calibrate is None and options.store is not STATIC:
         return None
+    if options.store is STATIC:
+        require_static(source.config)
     return calibration_text(options.calibrate, source.folder, source.config)
 
 
-def _scales(
+def _find_scales(
     config: MlaConfig,
     weights: WeightMap | BundleSource,
     options: ExportOptions,
+    layout: WeightLayout,
     *,
     text: CalibrationText | None,
     report: Progress,
-) -> LatentScales | None:
-    """Of latents in static codes; None for any other cache."""
-    if options.store is not STATIC or text is None:
-        return None
-    return latent_scales(config, weights.read_parameter, text, DTYPES[options.dtype], report)
+) -> None:
+    """Give the layout the scales of latents in static codes, where they are that."""
+    if options.store is STATIC and text is not None:
+        stored = DTYPES[options.dtype]
+        layout.scales = latent_scales(config, weights.read_parameter, text, stored, report)
 
 
 def _calibrate(
