@@ -59,6 +59,7 @@ def needed(model: Model, target: Target, batch: int, context: int) -> Memory:
     decode = Call(
         "decode", batch=batch, tokens=1, capacity=context, row_width=model.config.row_width,
         itemsize=model.itemsize, release=release.name,
+        code_width=model.config.kv_lora_rank if _is_static(model) else 0,
     )  # fmt: skip
     prefill = replace(decode, graph="prefill", tokens=min(CHUNK, context))
     return Memory(
@@ -76,9 +77,13 @@ def _second_bytes(model: Model, tokens: int, is_in_place: bool, cache: int) -> i
     """The second buffer of what an engine scatters: the whole cache, or static codes alone."""
     if not is_in_place:
         return cache
-    if model.store is None or not model.store.is_static:
+    if not _is_static(model):
         return 0
     return tokens * sum(c.elements for c in cache_plan(model.config, model.store) if c.fixed == 1)
+
+
+def _is_static(model: Model) -> bool:
+    return model.store is not None and model.store.is_static
 
 
 def build_bytes(model: Model, target: Target) -> int | None:
