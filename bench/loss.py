@@ -1,7 +1,7 @@
 """What quantised weights and caches cost the trained model of `models/`, as `export` measures it.
 
 Each form is exported afresh; its loss against the float source, on the sample text that comes with
-mla-deploy, is in what the command tells.
+mla-deploy, is in what the command tells. With --calibrate, forms are fitted to another text first.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from peer_rows import FORMS
+from peer_rows import CALIBRATED, FORMS
 from table import Goal, Report, bench_arguments, show
 from verbs import NotRun, run_verb
 
@@ -22,16 +22,21 @@ _FIGURES = ("on", "positions", "mean_kl", "top1", "perplexity_ratio")
 def main() -> None:
     parser = bench_arguments(__doc__)
     parser.add_argument("--model", type=Path, default=_MODEL)
+    parser.add_argument("--calibrate", type=Path, metavar="TEXT")
     options = parser.parse_args()
     if options.work is None:
         parser.error("--work FOLDER is needed: bundles are written there")
-    report = Report("peers: loss", provenance(options.threads, model=options.model.name))
-    for form, given in FORMS.items():
+    forms = dict(FORMS if options.calibrate is None else CALIBRATED)
+    text = () if options.calibrate is None else ("--calibrate", str(options.calibrate))
+    settings = {} if options.calibrate is None else {"calibrated_on": options.calibrate.name}
+    facts = provenance(options.threads, model=options.model.name, **settings)
+    report = Report("peers: loss", facts)
+    for form, given in forms.items():
         if not given:
             continue
         row: dict[str, Any] = {"table": "loss", "form": form}
         try:
-            loss = _loss(options.model, options.work / f"{options.model.name}-{form}", given)
+            loss = _loss(options.model, options.work / f"{options.model.name}-{form}", given + text)
             report.rows.append({**row, **{name: loss[name] for name in _FIGURES}})
         except NotRun as problem:
             report.rows.append({**row, "on": f"not run: {problem}"})

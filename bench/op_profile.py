@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from mla_deploy.bench.contenders.rows import cache_rows
 from mla_deploy.bench.interleave import scheduled
 from mla_deploy.bench.sessions import Arrays, bound_call, open_session, session_options
 from mla_deploy.bundle import Bundle
@@ -30,18 +31,12 @@ def profile_bundle(
         "input_ids": np.full((1, 1), 7), "new_lengths": np.ones(1, np.int64),
         "cache_lengths": np.full(1, context - 1),
     }  # fmt: skip
-    rng = np.random.default_rng(0)
     in_place = {}
-    for value in bundle.inputs("decode"):
-        if value.name not in feeds:
-            shape = (1, 1, context, int(value.shape[-1]))
-            if value.dtype in ("int8", "uint8"):
-                feeds[value.name] = rng.integers(0, 256, shape, np.uint8).view(value.dtype)
-            else:
-                kind = {"fp16": np.float16}.get(value.dtype, np.float32)
-                feeds[value.name] = rng.standard_normal(shape, np.float32).astype(kind)
-            stem, _, layer = value.name.rpartition(".")
-            in_place[f"{stem}_out.{layer}"] = value.name
+    values = [value for value in bundle.inputs("decode") if value.name not in feeds]
+    for value, rows_TW in zip(values, cache_rows(bundle.manifest, context), strict=True):
+        feeds[value.name] = rows_TW.reshape(1, 1, context, -1)
+        stem, _, layer = value.name.rpartition(".")
+        in_place[f"{stem}_out.{layer}"] = value.name
     title = f"{name} decode step at {context}, by operator"
     packed = "quantized" in bundle.manifest["weights"]
     return profile_rows(

@@ -19,6 +19,12 @@ FORMS: Mapping[str, tuple[str, ...]] = {
     "int8-cache": ("--cache-dtype", "int8"),
     "int4-int8-cache": ("--weights", "int4", "--cache-dtype", "int8"),
 }
+# Those that `loss.py --calibrate TEXT` fits to a text.
+CALIBRATED: Mapping[str, tuple[str, ...]] = {
+    "int8-calibrated": ("--weights", "int8"),
+    "int8-block32-calibrated": ("--weights", "int8:block=32"),
+    "int4-asymmetric-calibrated": ("--weights", "int4:asymmetric"),
+}
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ policies:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
 import stat
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO, Literal
 
 from mla_deploy.errors import BusyError, EnvironmentFailure, InputError, quoted
@@ -62,20 +63,34 @@ def create_file(path: str | os.PathLike[str]) -> BinaryIO:
         raise _refusal(error, shown, "file") from None
 
 
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """What is written here stands at `path` at the end, in the place of what stood there; where
+    anything fails on the way, nothing has happened.
+
+    Raises: as `create_file`.
+    """
+    target = Path(path)
+    partial = target.with_name(f".{target.name[:40]}.partial-{secrets.token_hex(4)}")
+    stream = create_file(partial)
+    try:
+        with stream:
+            yield stream
+        os.replace(partial, target)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _refusal(error, quoted(os.fspath(path)), "file") from None
+        raise
+
+
 def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
     """A file with `data`, whole or not at all, in the place of what stands at `path`.
 
     Raises: as `create_file`.
     """
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
-    try:
-        with create_file(partial) as stream:
-            stream.write(data)
-        os.replace(partial, target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise _refusal(error, quoted(os.fspath(path)), "file") from None
+    with replacing(path) as stream:
+        stream.write(data)
 
 
 class Folder:
@@ -150,12 +165,7 @@ class Folder:
     def __enter__(self) -> Folder:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _open_linked(self, name: str, max_bytes: int | None) -> int:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import stat
 from pathlib import Path
 from typing import Literal
 
-from mla_deploy.door import create_file, open_folder
+from mla_deploy.door import open_folder, replace_file
 from mla_deploy.errors import InputError, IntegrityError, MlaDeployError, quoted
 
 Why = Literal["built", "trusted", "loaded"]
@@ -65,14 +64,7 @@ def remember(digest: str, why: Why) -> bool:
         lines = [f"{name} {word}" for name, words in known.items() for word in sorted(words)]
         place = trust_folder()
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        partial = place / f".{_NAME}.partial-{secrets.token_hex(4)}"
-        try:
-            with create_file(partial) as file:
-                file.write(("\n".join(lines) + "\n").encode("ascii"))
-            os.replace(partial, place / _NAME)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        replace_file(place / _NAME, ("\n".join(lines) + "\n").encode("ascii"))
     except (OSError, MlaDeployError):
         return False
     return True

@@ -87,8 +87,8 @@ def _named(stem: str, options: tuple[tuple[str, Any], ...]) -> str:
 
 
 def _made(name: str, write: Callable[..., Path], options: dict[str, Any]) -> Exported:
-    place = _folder() / name
-    with _locked(_folder() / f"{name}.lock", fcntl.LOCK_EX):
+    place = shared_folder() / name
+    with locked(shared_folder() / f"{name}.lock"):
         checkpoint = place / "checkpoint"
         if not (place / "bundle").exists():
             write(checkpoint)
@@ -97,7 +97,8 @@ def _made(name: str, write: Callable[..., Path], options: dict[str, Any]) -> Exp
 
 
 @functools.lru_cache(maxsize=1)
-def _folder() -> Path:
+def shared_folder() -> Path:
+    """The folder of this run, of all its workers."""
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", f"alone-{os.getpid()}")
     folder = Path(tempfile.gettempdir()) / f"mla-deploy-tests-{run}"
     while True:
@@ -118,7 +119,7 @@ def leave() -> None:
     _exported.cache_clear()
     _exported_family.cache_clear()
     _exported_checkpoint.cache_clear()
-    _folder.cache_clear()
+    shared_folder.cache_clear()
     while _held:
         folder, users = _held.pop()
         with contextlib.suppress(BlockingIOError):
@@ -128,7 +129,8 @@ def leave() -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, kind: int) -> Iterator[None]:
+def locked(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Held by one worker at a time."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(descriptor, kind)

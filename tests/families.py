@@ -11,12 +11,12 @@ from __future__ import annotations
 import functools
 import json
 import math
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tests.family_presets import PRESETS, Preset
+from tests.tiny import persistent, saved_files
 
 
 def _available() -> dict[str, Preset]:
@@ -80,7 +80,7 @@ def family_model(name: str, *, dtype: str = "float32", seed: int = 0, **override
     model = family_class(name)._from_config(config, attn_implementation="eager")
     _fill(model, seed)
     kept = _kept_in_fp32(model)
-    for weight_name, weight in {**dict(model.named_parameters()), **_persistent(model)}.items():
+    for weight_name, weight in {**dict(model.named_parameters()), **persistent(model)}.items():
         if not any(part in weight_name for part in kept):
             weight.data = weight.data.to(getattr(torch, dtype))
     return model.eval()
@@ -115,7 +115,7 @@ def _fill(model: Any, seed: int) -> None:
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    weights = sorted({**dict(model.named_parameters()), **_persistent(model)}.items())
+    weights = sorted({**dict(model.named_parameters()), **persistent(model)}.items())
     lower_bounds = {
         f"{name}.A_log": getattr(module, "safe_gate_lower_bound", None)
         for name, module in model.named_modules()
@@ -166,22 +166,12 @@ def _uniform(noise: Any) -> Any:
     return 0.5 * (1 + (noise / math.sqrt(2)).erf())
 
 
-def _persistent(model: Any) -> dict[str, Any]:
-    names = set(model.state_dict())
-    return {name: buffer for name, buffer in model.named_buffers() if name in names}
-
-
 @functools.lru_cache(maxsize=128)
 def _built(
     name: str, dtype: str, seed: int, max_shard_size: str, overrides: str
 ) -> dict[str, bytes]:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     model = family_model(name, dtype=dtype, seed=seed, **json.loads(overrides))
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+    return saved_files(model, max_shard_size)
 
 
 def _add_mtp(folder: Path, prefix: str) -> None:

@@ -10,31 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-VOCAB_SIZE = 96
+from tests.tiny import EXPERTS, LONGROPE, SIZES, YARN_ALL_DIM
 
-_SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 16,
-    "q_lora_rank": 24,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-}
-_EXPERTS: dict[str, Any] = {
-    "moe_intermediate_size": 20,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 3,
-    "n_shared_experts": 1,
-}
+_SIZES: dict[str, Any] = {**SIZES, "num_hidden_layers": 4, "num_key_value_heads": 4}
 _GROUPS: dict[str, Any] = {"n_group": 4, "topk_group": 2}
 _INDEXER: dict[str, Any] = {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 16}
 _FULL_SHARED = ["full", "shared", "full", "shared"]
@@ -48,27 +26,9 @@ _KIMI_EXPERTS: dict[str, Any] = {
     "topk_group": 2,
 }
 
-YARN: dict[str, Any] = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 32,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "mscale": 0.707,
-    "mscale_all_dim": 0.9,
-}
-_LONGROPE: dict[str, Any] = {
-    "rope_type": "longrope",
-    "rope_theta": 10000.0,
-    "short_factor": [1.0, 1.1, 1.3, 1.6],
-    "long_factor": [1.2, 2.0, 3.0, 4.5],
-    "factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 # Position 20 already scales the query: floor(20 / 16) is not 0.
 _MISTRAL4_ROPE: dict[str, Any] = {
-    **YARN,
+    **YARN_ALL_DIM,
     "original_max_position_embeddings": 16,
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
@@ -86,15 +46,15 @@ _LARGE4_ROPE: dict[str, Any] = {
 }
 
 _MISTRAL4: dict[str, Any] = {
-    **_SIZES, **_EXPERTS, **_GROUPS,
+    **_SIZES, **EXPERTS, **_GROUPS,
     "first_k_dense_replace": 1, "rope_parameters": _MISTRAL4_ROPE,
 }  # fmt: skip
 _DEEPSEEK_V3: dict[str, Any] = {
-    **_SIZES, **_EXPERTS, **_GROUPS, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1,
+    **_SIZES, **EXPERTS, **_GROUPS, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1,
 }  # fmt: skip
 # Sliding layers have other sizes than indexed ones, each a number of its own.
 _DOTS3: dict[str, Any] = {
-    **_SIZES, **_EXPERTS, **_INDEXER,
+    **_SIZES, **EXPERTS, **_INDEXER,
     "head_dim": 16,
     "layer_types": ["indexed_attention", "sliding_attention"] * 2,
     "first_k_dense_replace": 1,
@@ -112,7 +72,7 @@ _DOTS3: dict[str, Any] = {
     "swa_v_head_dim": 6,
 }  # fmt: skip
 _LARGE4: dict[str, Any] = {
-    **{k: v for k, v in _SIZES.items() if k != "q_lora_rank"}, **_EXPERTS, **_GROUPS, **_INDEXER,
+    **{k: v for k, v in _SIZES.items() if k != "q_lora_rank"}, **EXPERTS, **_GROUPS, **_INDEXER,
     "first_k_dense_replace": 1,
     "no_rope_layers": [1, 1, 0, 0],
     "kv_source_layers": [0, 0, 2, 2],
@@ -121,7 +81,7 @@ _LARGE4: dict[str, Any] = {
     "rope_parameters": _LARGE4_ROPE,
 }  # fmt: skip
 _GLM5: dict[str, Any] = {
-    **_SIZES, **_EXPERTS, **_INDEXER,
+    **_SIZES, **EXPERTS, **_INDEXER,
     "qk_rope_head_dim": 0,
     "qk_nope_head_dim": 12,
     "layer_types": [
@@ -138,7 +98,7 @@ _GLM5: dict[str, Any] = {
     "hc_sinkhorn_iters": 3,
 }  # fmt: skip
 _HY_V4: dict[str, Any] = {
-    **_SIZES, **_EXPERTS, **_INDEXER,
+    **_SIZES, **EXPERTS, **_INDEXER,
     "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
     "indexer_types": _FULL_SHARED,
     "swiglu_limit": 0.5,
@@ -199,22 +159,22 @@ class Preset:
 
 _BASE: dict[str, Preset] = {
     "deepseek_v2": Preset(
-        "deepseek_v2", {**_SIZES, **_EXPERTS, "n_shared_experts": 2, "first_k_dense_replace": 1}
+        "deepseek_v2", {**_SIZES, **EXPERTS, "n_shared_experts": 2, "first_k_dense_replace": 1}
     ),
     "deepseek_v3": Preset("deepseek_v3", _DEEPSEEK_V3, mtp="model.layers.4."),
     "deepseek_v32": Preset(
         "deepseek_v32",
-        {**_SIZES, **_EXPERTS, **_GROUPS, **_INDEXER, "first_k_dense_replace": 1,
+        {**_SIZES, **EXPERTS, **_GROUPS, **_INDEXER, "first_k_dense_replace": 1,
          "num_nextn_predict_layers": 1},
         mtp="model.layers.4.",
     ),
     "glm4_moe_lite": Preset(
-        "glm4_moe_lite", {**_SIZES, **_EXPERTS, "num_nextn_predict_layers": 1},
+        "glm4_moe_lite", {**_SIZES, **EXPERTS, "num_nextn_predict_layers": 1},
         mtp="model.layers.4.",
     ),
     "glm_moe_dsa": Preset(
         "glm_moe_dsa",
-        {**_SIZES, **_EXPERTS, **_INDEXER, "first_k_dense_replace": 1,
+        {**_SIZES, **EXPERTS, **_INDEXER, "first_k_dense_replace": 1,
          "indexer_types": _FULL_SHARED, "num_nextn_predict_layers": 1},
         mtp="model.layers.4.",
     ),
@@ -228,16 +188,16 @@ _BASE: dict[str, Preset] = {
     "minicpm3": Preset("minicpm3", {**_SIZES, "dim_model_base": 24}),
     "sarvam_mla": Preset(
         "sarvam_mla",
-        {**_SIZES, **_EXPERTS, "q_lora_rank": None, "first_k_dense_replace": 1,
-         "rope_parameters": YARN},
+        {**_SIZES, **EXPERTS, "q_lora_rank": None, "first_k_dense_replace": 1,
+         "rope_parameters": YARN_ALL_DIM},
     ),
     "youtu": Preset("youtu", _SIZES),
     "mistral4": Preset("mistral4", _MISTRAL4),
     "axk1": Preset(
-        "axk1", {**_SIZES, **_EXPERTS, **_GROUPS, "first_k_dense_replace": 1}
+        "axk1", {**_SIZES, **EXPERTS, **_GROUPS, "first_k_dense_replace": 1}
     ),
     "axk2": Preset(
-        "axk2", {**_SIZES, **_EXPERTS, **_INDEXER, "first_k_dense_replace": 1, "gated_norm_rank": 4}
+        "axk2", {**_SIZES, **EXPERTS, **_INDEXER, "first_k_dense_replace": 1, "gated_norm_rank": 4}
     ),
     "kimi_linear": Preset(
         "kimi_linear",
@@ -292,24 +252,24 @@ def _heads(count: int) -> dict[str, int]:
 
 # name -> (base preset, overrides of the text model's fields)
 _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "deepseek_v2-lite": ("deepseek_v2", {**_NO_QUERY_RANK, "rope_parameters": YARN}),
+    "deepseek_v2-lite": ("deepseek_v2", {**_NO_QUERY_RANK, "rope_parameters": YARN_ALL_DIM}),
     "deepseek_v2-groups": (
         "deepseek_v2",
         {**_GROUPS, **_BIAS, "topk_method": "group_limited_greedy", "routed_scaling_factor": 2.0},
     ),
     "deepseek_v3-half": ("deepseek_v3", {**_HALF, **_heads(3)}),
-    "deepseek_v3-yarn": ("deepseek_v3", {**_WIDE, "rope_parameters": YARN}),
+    "deepseek_v3-yarn": ("deepseek_v3", {**_WIDE, "rope_parameters": YARN_ALL_DIM}),
     "deepseek_v3-no-query-rank": ("deepseek_v3", {**_NO_QUERY_RANK, **_BIAS}),
     "deepseek_v3-tied": ("deepseek_v3", {**_TIED, "rms_norm_eps": 1e-2}),
-    "deepseek_v32-yarn": ("deepseek_v32", {**_WIDE, **_BIAS, "rope_parameters": YARN}),
+    "deepseek_v32-yarn": ("deepseek_v32", {**_WIDE, **_BIAS, "rope_parameters": YARN_ALL_DIM}),
     "glm4_moe_lite-half": ("glm4_moe_lite", {**_HALF, **_WIDE, **_heads(5), **_NO_QUERY_RANK}),
     "glm_moe_dsa-all-full": (
         "glm_moe_dsa",
-        {**_WIDE, **_heads(3), "indexer_types": ["full"] * 4, "rope_parameters": YARN},
+        {**_WIDE, **_heads(3), "indexer_types": ["full"] * 4, "rope_parameters": YARN_ALL_DIM},
     ),
-    "longcat_flash-yarn": ("longcat_flash", {**_WIDE, **_BIAS, "rope_parameters": YARN}),
+    "longcat_flash-yarn": ("longcat_flash", {**_WIDE, **_BIAS, "rope_parameters": YARN_ALL_DIM}),
     "longcat_flash-no-zero-experts": ("longcat_flash", {**_heads(3), "zero_expert_num": 0}),
-    "minicpm3-longrope": ("minicpm3", {"rope_parameters": _LONGROPE}),
+    "minicpm3-longrope": ("minicpm3", {"rope_parameters": LONGROPE}),
     "minicpm3-untied": (
         "minicpm3", {**_NO_QUERY_RANK, **_BIAS, **_heads(3), "tie_word_embeddings": False}
     ),
@@ -321,9 +281,9 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {**_HALF, **_BIAS, "rope_parameters": {**_MISTRAL4_ROPE, "mscale_all_dim": 0.5}},
     ),
     "mistral4-no-query-rank": ("mistral4", {**_NO_QUERY_RANK, **_heads(3), **_TIED}),
-    "axk1-half": ("axk1", {**_HALF, **_WIDE, **_BIAS, "rope_parameters": YARN}),
+    "axk1-half": ("axk1", {**_HALF, **_WIDE, **_BIAS, "rope_parameters": YARN_ALL_DIM}),
     "axk1-every-second": ("axk1", {**_heads(3), "moe_layer_freq": 2}),
-    "axk2-groups": ("axk2", {**_GROUPS, **_WIDE, **_BIAS, "rope_parameters": YARN}),
+    "axk2-groups": ("axk2", {**_GROUPS, **_WIDE, **_BIAS, "rope_parameters": YARN_ALL_DIM}),
     "axk2-odd-heads": ("axk2", {**_heads(5), **_TIED}),
     "kimi_linear-query-rank": (
         "kimi_linear",

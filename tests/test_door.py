@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mla_deploy.door import create_file, open_folder
+from mla_deploy.door import create_file, open_folder, replace_file, replacing
 from mla_deploy.errors import BusyError, EnvironmentFailure, InputError
 
 POLICIES = ("bundle", "checkpoint")
@@ -224,3 +224,29 @@ def test_a_device_that_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(EnvironmentFailure) as caught:
             opened.read_bytes("plain", max_bytes=100)
     assert (caught.value.code, caught.value.exit_status) == ("FILE-IO", 7)
+
+
+@pytest.mark.parametrize("name", ["note", "x" * 255, "\u00e9" * 127])
+def test_a_file_is_replaced_whole(folder: Path, name: str) -> None:
+    for text in (b"first", b"second"):
+        replace_file(folder / name, text)
+        assert (folder / name).read_bytes() == text
+    assert sorted(path.name for path in folder.iterdir()) == sorted([name, "plain"])
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_a_file_that_cannot_be_written_whole_stays(folder: Path, fault: BaseException) -> None:
+    wanted = EnvironmentFailure if isinstance(fault, OSError) else KeyboardInterrupt
+    with pytest.raises(wanted), replacing(folder / "plain") as stream:
+        stream.write(b"half")
+        raise fault
+    assert [path.name for path in folder.iterdir()] == ["plain"]
+    assert (folder / "plain").read_bytes() == b"content"
+
+
+def test_nothing_is_replaced_where_no_file_can_stand(folder: Path) -> None:
+    for path, code in ((folder / "plain" / "x", "FILE-TYPE"), (folder, "FILE-IO")):
+        with pytest.raises((InputError, EnvironmentFailure)) as refusal:
+            replace_file(path, b"")
+        assert refusal.value.code == code
+    assert (folder / "plain").read_bytes() == b"content"

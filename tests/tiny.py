@@ -17,7 +17,7 @@ from typing import Any
 
 VOCAB_SIZE = 96
 
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "hidden_size": 48,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
@@ -33,18 +33,18 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": None,
 }
-_EXPERTS: dict[str, Any] = {
+EXPERTS: dict[str, Any] = {
     "moe_intermediate_size": 20,
     "n_routed_experts": 8,
     "num_experts_per_tok": 3,
     "n_shared_experts": 1,
 }
 _FAMILIES: dict[str, dict[str, Any]] = {
-    "deepseek_v2": {**_EXPERTS, "n_shared_experts": 2, "first_k_dense_replace": 1},
-    "deepseek_v3": {**_EXPERTS, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1},
+    "deepseek_v2": {**EXPERTS, "n_shared_experts": 2, "first_k_dense_replace": 1},
+    "deepseek_v3": {**EXPERTS, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1},
     "youtu": {},
     "minicpm3": {"dim_model_base": 24},
-    "glm4_moe_lite": {**_EXPERTS},
+    "glm4_moe_lite": {**EXPERTS},
 }
 
 YARN: dict[str, Any] = {
@@ -160,7 +160,7 @@ def tiny_config(family: str, **overrides: Any) -> Any:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    fields = {**_SIZES, **_FAMILIES[family], **json.loads(json.dumps(overrides))}
+    fields = {**SIZES, **_FAMILIES[family], **json.loads(json.dumps(overrides))}
     fields["num_key_value_heads"] = fields["num_attention_heads"]
     if fields["hidden_size"] % fields["num_attention_heads"] and "hidden_size" not in overrides:
         fields["hidden_size"] = 8 * fields["num_attention_heads"]
@@ -186,7 +186,7 @@ def _fill(model: Any, seed: int) -> None:
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    weights = sorted({**dict(model.named_parameters()), **_persistent(model)}.items())
+    weights = sorted({**dict(model.named_parameters()), **persistent(model)}.items())
     with torch.no_grad():
         for name, weight in weights:
             noise = torch.randn(weight.shape, generator=generator)
@@ -202,7 +202,8 @@ def _fill(model: Any, seed: int) -> None:
             weight.copy_(values)
 
 
-def _persistent(model: Any) -> dict[str, Any]:
+def persistent(model: Any) -> dict[str, Any]:
+    """The buffers that a checkpoint holds."""
     names = set(model.state_dict())
     return {name: buffer for name, buffer in model.named_buffers() if name in names}
 
@@ -211,10 +212,15 @@ def _persistent(model: Any) -> dict[str, Any]:
 def _built(
     family: str, dtype: str, seed: int, max_shard_size: str, overrides: str
 ) -> dict[str, bytes]:
+    model = tiny_model(family, dtype=dtype, seed=seed, **json.loads(overrides))
+    return saved_files(model, max_shard_size)
+
+
+def saved_files(model: Any, max_shard_size: str) -> dict[str, bytes]:
+    """What `save_pretrained` writes, by name."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = tiny_model(family, dtype=dtype, seed=seed, **json.loads(overrides))
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}

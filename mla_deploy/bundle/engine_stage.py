@@ -20,17 +20,16 @@ from mla_deploy.bundle.engine_record import (
     is_engine_folder,
     read_engine,
 )
-from mla_deploy.bundle.failures import as_failures, disk_failures
+from mla_deploy.bundle.failures import as_failures
 from mla_deploy.bundle.filesystem import FileSystem
 from mla_deploy.bundle.lock import output_lock
 from mla_deploy.bundle.output import (
     check_space,
-    discard,
     output_path,
     stage_name,
     sweep_strays,
 )
-from mla_deploy.bundle.publish import Stage, require_exchange
+from mla_deploy.bundle.publish import Stage
 from mla_deploy.bundle.verify import Bundle, open_bundle
 from mla_deploy.door import open_folder
 from mla_deploy.errors import BusyError, EnvironmentFailure, InputError, quoted
@@ -68,18 +67,8 @@ def stage_engine(
         path = home.parent / stage_name(home, secrets.token_hex(4))
         stage = EngineStage(path, target, replace=replace, fs=fs)
         stage.bundle = bundle
-        try:
-            with as_failures(target):
-                fs.make_folder(path)
-                if exists:
-                    require_exchange(path, home, fs)
-            with disk_failures(target):
-                yield stage
-        finally:
-            try:
-                stage.abandon()
-            finally:  # also past a second Ctrl-C
-                discard(path, fs)
+        with stage.opened(home if exists else None):
+            yield stage
 
 
 def check_engine_output(home: Path, *, replace: bool) -> bool:

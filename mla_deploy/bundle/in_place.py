@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mla_deploy.bundle.failures import as_failures, disk_failures, finish
+from mla_deploy.bundle.failures import as_failures, finish
 from mla_deploy.bundle.filesystem import FileSystem
 from mla_deploy.bundle.lock import output_lock
 from mla_deploy.bundle.manifest import (
@@ -29,8 +29,8 @@ from mla_deploy.bundle.manifest import (
     file_records,
     parse_manifest,
 )
-from mla_deploy.bundle.output import check_space, discard, stage_name, sweep_strays
-from mla_deploy.bundle.publish import Stage, require_exchange
+from mla_deploy.bundle.output import check_space, stage_name, sweep_strays
+from mla_deploy.bundle.publish import Stage
 from mla_deploy.bundle.verify import Bundle, open_bundle, read_bundle
 from mla_deploy.door import OWN_PREFIX, open_folder
 from mla_deploy.errors import BusyError, EnvironmentFailure, MlaDeployError, quoted
@@ -65,18 +65,8 @@ def stage_in_place(
             check_space(folder, 0, fs)
         path = folder / stage_name(target, secrets.token_hex(4))
         stage = InPlaceStage(path, folder, before, fs)
-        try:
-            with as_failures(folder):
-                fs.make_folder(path)
-                if before is not None:
-                    require_exchange(path, folder, fs)
-            with disk_failures(folder):
-                yield stage
-        finally:
-            try:
-                stage.abandon()
-            finally:  # also past a second Ctrl-C
-                discard(path, fs)
+        with stage.opened(None if before is None else folder):
+            yield stage
 
 
 class InPlaceStage(Stage):

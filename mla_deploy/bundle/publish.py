@@ -62,18 +62,8 @@ def stage_bundle(
             check_space(target.parent, needed_bytes, fs)
         path = target.parent / stage_name(target, secrets.token_hex(4))
         stage = Stage(path, target, replace=replace, fs=fs)
-        try:
-            with as_failures(target):
-                fs.make_folder(path)
-                if exists:
-                    require_exchange(path, target.parent, fs)
-            with disk_failures(target):
-                yield stage
-        finally:
-            try:
-                stage.abandon()
-            finally:  # also past a second Ctrl-C
-                discard(path, fs)
+        with stage.opened(target.parent if exists else None):
+            yield stage
 
 
 class Stage:
@@ -88,6 +78,26 @@ class Stage:
         self._fs = fs
         self._records: dict[str, FileRecord] = {}
         self._open: dict[str, StagedFile] = {}
+
+    @contextmanager
+    def opened(self, exchanged_in: Path | None) -> Iterator[None]:
+        """Its folder is there, until it is published or given up.
+
+        `exchanged_in`: where it takes the place of what stands there; None: it takes a free one.
+        Raises: as `stage_bundle`.
+        """
+        try:
+            with as_failures(self._target):
+                self._fs.make_folder(self.path)
+                if exchanged_in is not None:
+                    require_exchange(self.path, exchanged_in, self._fs)
+            with disk_failures(self._target):
+                yield
+        finally:
+            try:
+                self.abandon()
+            finally:  # also past a second Ctrl-C
+                discard(self.path, self._fs)
 
     def named(self, part: str) -> str:
         """The file name of a part: "prefill.onnx", "decode.onnx", or "weights"."""

@@ -44,6 +44,8 @@ def check_sections(manifest: Mapping[str, Any], files: set[str]) -> None:
         _check_rules(manifest, _QUANTIZED_RULES)
         if "calibration" in manifest["weights"]["quantized"]:
             _check_rules(manifest, _CALIBRATION_RULES)
+            if "scaled" in manifest["weights"]["quantized"]["calibration"]:
+                _check_rules(manifest, _SCALED_RULES)
     if "joined" in manifest:
         _check_rules(manifest, _JOINED_RULES)
         _check_file("joined.file", manifest["joined"]["file"], files)
@@ -259,7 +261,7 @@ _QUANTIZED_RULES: dict[str, _Rule] = {
 _CALIBRATION_RULES: dict[str, _Rule] = {
     f"weights.quantized.calibration.{path}": rule
     for path, rule in {
-        "kept": _one_of("calibrated", "nearest"),
+        "kept": _one_of("calibrated", "scaled", "nearest"),
         "tokens": _COUNT,
         "held_out_tokens": _COUNT,
         "weights": _NATURAL,
@@ -270,6 +272,15 @@ _CALIBRATION_RULES: dict[str, _Rule] = {
         "calibrated.mean_kl": _NUMBER,
         "calibrated.perplexity": _NUMBER,
     }.items()
+}
+
+# Only where channel scales were found. `scaled_by`: a weight whose columns have them folded in ->
+# the weight that is divided by them; empty where none is kept.
+_SCALED_RULES: dict[str, _Rule] = {
+    "weights.quantized.calibration.scaled.mean_kl": _NUMBER,
+    "weights.quantized.calibration.scaled.perplexity": _NUMBER,
+    "weights.quantized.calibration.scales.groups": _NATURAL,
+    "weights.quantized.calibration.scaled_by": _TEXTS,
 }
 
 

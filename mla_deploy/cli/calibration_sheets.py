@@ -1,4 +1,4 @@
-"""What fitting the rounding to a text brought, as a table and in a few words."""
+"""What calibrating on a text brought, as a table and in a few words."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ def calibration_words(bundle: Any) -> str:
     found = _calibration(bundle)
     if found is None:
         return ""
-    before, after = (found[name]["mean_kl"] for name in ("nearest", "calibrated"))
-    told = f"held-out mean KL {after:.2g}, {before:.2g} to nearest"
-    if found["kept"] == "calibrated":
-        return f"; calibrated on {found['tokens']:,} tokens: {told}"
-    return f"; rounded to nearest, for calibrating served the held-out text no better: {told}"
+    kept = found["kept"]
+    nearest = found["nearest"]["mean_kl"]
+    if kept == "nearest":
+        least = min(found[name]["mean_kl"] for name in ("scaled", "calibrated") if name in found)
+        told = f"held-out mean KL {least:.2g}, {nearest:.2g} to nearest"
+        return f"; rounded to nearest, for calibrating served the held-out text no better: {told}"
+    told = f"held-out mean KL {found[kept]['mean_kl']:.2g}, {nearest:.2g} to nearest"
+    scaled = f", channels of {found['scales']['groups']} inputs scaled" if _scaled_by(found) else ""
+    if kept == "scaled":
+        scaled = f"{scaled}, rounded to nearest"
+    return f"; calibrated on {found['tokens']:,} tokens{scaled}: {told}"
 
 
 def calibration_sheets(bundle: Any) -> tuple[Sheet, ...]:
@@ -24,22 +30,33 @@ def calibration_sheets(bundle: Any) -> tuple[Sheet, ...]:
     found = _calibration(bundle)
     if found is None:
         return ()
+    scales = "channels scaled, " if _scaled_by(found) else ""
+    told = {
+        "nearest": "rounded to nearest",
+        "scaled": "channels scaled, rounded to nearest",
+        "calibrated": f"{scales}rounding fitted",
+    }
     rows = [
         ("source", "-", f"{found['source_perplexity']:.4f}", ""),
         *(
             (
-                told,
+                told[name],
                 f"{found[name]['mean_kl']:.4g}",
                 f"{found[name]['perplexity']:.4f}",
                 "kept" if found["kept"] == name else "",
             )
-            for name, told in (("nearest", "rounded to nearest"), ("calibrated", "calibrated"))
+            for name in told
+            if name in found
         ),
     ]
     title = (
-        f"Rounding fitted to {found['tokens']:,} tokens, judged on {found['held_out_tokens']:,} "
+        f"Calibrated on {found['tokens']:,} tokens, judged on {found['held_out_tokens']:,} "
         f"others: {found['weights']:,} weights fitted"
     )
+    if "scaled" in found:
+        title += f", channels of {found['scales']['groups']} inputs scaled"
+    elif "scales" in found:
+        title += ", channel scales left, for the source's logits moved with them"
     if found["unseen"]:
         title += f", {found['unseen']:,} that met too few tokens rounded to nearest"
     return (Sheet(title, ("weights", "#mean KL", "#perplexity", ""), rows),)
@@ -52,3 +69,9 @@ def _calibration(bundle: Any) -> dict[str, Any] | None:
         bundle.manifest["weights"].get("quantized", {}).get("calibration")
     )
     return found
+
+
+def _scaled_by(found: dict[str, Any]) -> dict[str, str]:
+    """Empty where no channel scale is kept."""
+    scaled: dict[str, str] = found.get("scaled_by", {})
+    return scaled

@@ -30,7 +30,12 @@ from mla_deploy.cli.verb import choice, verb
     "--calibrate",
     metavar="TEXT",
     type=click.Path(path_type=Path),
-    help="Fit the rounding of weights to this text; its end is held out to judge by.",
+    help="Fit channel scales and rounding to this text; its end is held out to judge by.",
+)
+@click.option(
+    "--rotate-latent",
+    is_flag=True,
+    help="So that no channel of a latent stands out and takes the codes of the others.",
 )
 @click.option(
     "--text", type=click.Path(path_type=Path), help="Measure the loss on this.  [a sample]"
@@ -41,9 +46,10 @@ def quantize(screen: Screen, bundle: Path, out: Path, **options: Any) -> Outcome
     """Write BUNDLE to OUT, its weights rounded to --weights, its cache stored as --cache-dtype.
 
     BUNDLE stays as it is, and so do target and capacity. The loss against BUNDLE is measured on
-    text where it has a tokenizer, on random ids where it has none. With --calibrate, rounding makes
-    up for its own errors on the inputs that weights meet in a text (GPTQ); that is kept where it
-    serves the text's end better than rounding to nearest.
+    text where it has a tokenizer, on random ids where it has none. With --calibrate, channel scales
+    are folded into the weights around them (SmoothQuant, AWQ), and rounding makes up for its own
+    errors on the inputs that weights meet in a text (GPTQ); each is kept where it serves the text's
+    end better.
     """
     from mla_deploy.cli.bundle_sheets import bundle_result, bundle_sheets
     from mla_deploy.cli.loss_sheets import loss_sheets, loss_words, quantized
@@ -53,11 +59,10 @@ def quantize(screen: Screen, bundle: Path, out: Path, **options: Any) -> Outcome
         found, loss = quantized(bundle, out, progress=progress, **options)
     seconds = perf_counter() - started
     result = {**bundle_result(found), "quantize_seconds": round(seconds, 3), "loss": loss}
-    forms = ", ".join(
-        f"{told} {options[name]}"
-        for name, told in (("weights", "weights"), ("cache_dtype", "cache"))
-        if options.get(name)
-    )
+    words = {
+        "weights": "weights {}", "cache_dtype": "cache {}", "rotate_latent": "latents rotated"
+    }  # fmt: skip
+    forms = ", ".join(told.format(options[n]) for n, told in words.items() if options.get(n))
     summary = (
         f"quantised {bundle} to {out} in {seconds:.1f} s: {forms}, "
         f"{byte_text(result['total_bytes'])}{loss_words(loss, found)}"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mla_deploy.compress.choice_page import choice_facts
-from mla_deploy.compress.page_chart import Chart, mean_curve
+from mla_deploy.compress.page_chart import Chart, energy_axes, mean_curve
 from mla_deploy.compress.page_layers import layer_facts, share_text
 from mla_deploy.compress.page_rooms import room_facts
 from mla_deploy.validate.outputs.html_page import page_environment
@@ -122,15 +122,13 @@ def _loss(report: Facts) -> Iterator[tuple[str, str]]:
 
 def _energy_chart(views: Sequence[Facts], rank: int, *, is_exact: bool) -> Chart:
     widest = max(view["energy"][-1][0] for view in views)
-    lines: list[tuple[str, Any]] = [("faint", [(0, 0.0), *view["energy"]]) for view in views]
+    chart = energy_axes("Share of variance kept, by width", widest, axis="width of the latent")
+    for place in sorted({0, widest, *([] if is_exact or rank > 0.92 * widest else [rank])}):
+        chart.below(place, f"{place}")
+    for view in views:
+        chart.line("faint", [(0, 0.0), *view["energy"]])
     for kind, name in (("dashed", "weight_energy"), ("line", "energy")):
-        lines.append((kind, mean_curve([view[name] for view in views], widest)))
-    places = {0, widest, *([] if is_exact or rank > 0.92 * widest else [rank])}
-    return Chart(
-        title="Share of variance kept, by width",
-        across="width of the latent",
-        x_ticks=[(float(place), f"{place}") for place in sorted(places)],
-        y_ticks=[(share, f"{100 * share:.0f} %") for share in (0.0, 0.25, 0.5, 0.75, 1.0)],
-        lines=lines,
-        mark=None if is_exact else float(rank),
-    )
+        chart.line(kind, mean_curve([view[name] for view in views], widest))
+    if not is_exact:
+        chart.upright("chosen", rank)
+    return chart

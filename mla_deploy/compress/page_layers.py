@@ -86,14 +86,14 @@ def _error_chart(outputs: Sequence[Facts]) -> Chart:
     built_up = [(float(i), each["stream_error"]) for i, each in enumerate(outputs)]
     highest = _rounded_up(max(_LEAST_AXIS, *(error for _, error in (*own, *built_up))))
     last = len(outputs) - 1
-    places = sorted({round(last * part / 4) for part in range(5)})
-    return Chart(
-        title="Relative error of each layer",
-        across="layer",
-        x_ticks=[(float(place), f"{place}") for place in places],
-        y_ticks=[(highest * part / 4, f"{100 * highest * part / 4:.3g} %") for part in range(5)],
-        lines=[("dashed", built_up), ("line", own)],
-    )
+    chart = Chart("Relative error of each layer", (0, last), (0, highest), axis="layer")
+    for level in (highest * part / 4 for part in range(5)):
+        chart.level(level, f"{100 * level:.3g} %")
+    for place in sorted({round(last * part / 4) for part in range(5)}):
+        chart.below(place, f"{place}")
+    chart.line("dashed", built_up)
+    chart.line("line", own)
+    return chart
 
 
 def _rounded_up(value: float) -> float:

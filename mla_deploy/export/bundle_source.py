@@ -32,7 +32,7 @@ class BundleSource:
     def __init__(self, bundle: Bundle) -> None:
         """Raises: InputError QNT-AGAIN, QNT-SOURCE; as `read_config`."""
         manifest = bundle.manifest
-        _require_float(bundle)
+        require_float(bundle)
         made_of = manifest["source"]
         self.config: MlaConfig = bundle.config
         self.folder = bundle.path
@@ -103,7 +103,8 @@ def _halves(whole: str) -> tuple[str, str]:
     return f"{stem}.{HALVES[0]}", f"{stem}.{HALVES[1]}"
 
 
-def _require_float(bundle: Bundle) -> None:
+def require_float(bundle: Bundle) -> None:
+    """Raises: InputError QNT-AGAIN, QNT-SOURCE for a bundle without float weights of its own."""
     weights = bundle.manifest["weights"]
     if "quantized" in weights:
         raise InputError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import mmap
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Protocol
 
 CHUNK_BYTES = 32 << 20
@@ -93,11 +92,6 @@ class Gather:
     def __enter__(self) -> Gather:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         # Nobody may close the stream meanwhile; after an error the chunks that wait are dropped.
         self._thread.shutdown(cancel_futures=True)

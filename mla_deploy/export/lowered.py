@@ -102,7 +102,7 @@ def lowered(
         layers_prefix=trace.layers_prefix,
         builder=lowering.builder,
         plan=options.plan,
-        scales=layout.scales,
+        scales=layout.latent_scales,
     )
     graphs = {name: assemble(trace, form, rules, layout) for name, rules in lowering.graphs.items()}
     if release is not None:

@@ -64,7 +64,7 @@ def manifest_of(
     named: Callable[[str], str],
 ) -> dict[str, Any]:
     """Everything but `files`, which publishing adds; `named` gives a part's file name."""
-    config, scales = source.config, layout.scales
+    config, scales = source.config, layout.latent_scales
     crossover = config.crossover_tokens
     tensors = [_cache_tensor(buffer, options.rows_dtype, scales) for buffer in trace.all_buffers]
     return {

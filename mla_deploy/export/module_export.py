@@ -8,31 +8,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import onnx_ir as ir
 import torch
 
 from mla_deploy.bundle import Bundle, Stage, refuse_overlap, stage_bundle
 from mla_deploy.config import MlaConfig
 from mla_deploy.errors import InputError, quoted
-from mla_deploy.export.assemble import Assembled, GraphForm
-from mla_deploy.export.assemble_module import assemble_module
-from mla_deploy.export.bind import bind_weights
-from mla_deploy.export.lowered import any_capacity, finish_tensorrt, trunk_lowering
+from mla_deploy.export.lowered import finish_tensorrt, trunk_lowering
 from mla_deploy.export.manifest import manifest_of
 from mla_deploy.export.options import ExportOptions
-from mla_deploy.export.pipeline import (
-    TOKENIZER_TEXTS,
-    Progress,
-    copy_texts,
-    widest_row,
-    write_weights,
-)
-from mla_deploy.export.trace import Trace
+from mla_deploy.export.pipeline import TOKENIZER_TEXTS, Progress, copy_texts
 from mla_deploy.export.trace_layer import CacheForm
 from mla_deploy.export.trace_module import EXPANSION, trace_raised
-from mla_deploy.export.weights import DTYPES, WeightLayout
-from mla_deploy.rewrite import order
-from mla_deploy.rewrite.ensures import require_latent_only
+from mla_deploy.export.trunk_bundle import TrunkBundle
+from mla_deploy.export.weights import DTYPES
 from mla_deploy.source.user.module_source import ModuleSource, open_module_source
 from mla_deploy.source.user.raised import RaisedModule
 from mla_deploy.targets import find_target
@@ -122,49 +110,19 @@ def _build(source: ModuleSource, stage: Stage, options: ExportOptions, report: P
     cache = CacheForm(options.cache_layout == "fused", options.cache == "growing")
     trace = trace_raised(source.raised, cache, options.all_logits)
     report("trace", 2, 2)
-    lowering = trunk_lowering(trace, options)
-    form = GraphForm(
-        config=source.config,
-        cache=cache,
-        dtype=options.dtype,
-        cache_dtype=options.rows_dtype,
-        all_logits=options.all_logits,
-        layers_prefix="",
-        builder=lowering.builder,
-    )
-    layout = WeightLayout()
-    graphs = {
-        name: assemble_module(trace, form, rules, layout) for name, rules in lowering.graphs.items()
-    }
+    made = TrunkBundle(trace, source.config, options, len(source.raised.latents))
+    graphs = made.assembled(trunk_lowering(trace, options))
     release = find_target(options.target).release
     if release is not None:
         finish_tensorrt(graphs, release)
-    _require_fired(graphs, trace, len(source.raised.latents))
+    made.require_fired(graphs)
     report("rewrite", 1, 1)
     weights = ModuleWeights(source.raised, {})
-    write_weights(weights, layout, stage, report)
-    for name, graph in graphs.items():
-        bind_weights(graph.model, layout, stage.path, stage.named("weights"))
-        proto = ir.to_proto(graph.model)
-        if name == "decode":
-            checked = any_capacity(proto, options.capacity)
-            require_latent_only(checked, source.config.num_heads, widest_row(trace))
-        stage.write_bytes(stage.named(f"{name}.onnx"), proto.SerializeToString(deterministic=True))
+    made.write(graphs, weights, stage, report)
     report("publish", 0, 1)
     manifest = manifest_of(
-        source, options, trace, graphs, layout=layout, weights=weights, named=stage.named
+        source, options, trace, graphs, layout=made.layout, weights=weights, named=stage.named
     )
     bundle = stage.publish(manifest)
     report("publish", 1, 1)
     return bundle
-
-
-def _require_fired(graphs: dict[str, Assembled], trace: Trace, attentions: int) -> None:
-    caches = {"lower_cache_update": len(trace.trunk_buffers)}
-    order.require_counts(
-        graphs["prefill"].counts, {"lower_expanded_attention": attentions, **caches}
-    )
-    order.require_counts(
-        graphs["decode"].counts,
-        {"absorb_projections": attentions, "lower_latent_attention": attentions, **caches},
-    )

@@ -32,6 +32,7 @@ from mla_deploy.export.lowered import any_capacity, lowered
 from mla_deploy.export.manifest import Source, manifest_of
 from mla_deploy.export.options import ExportOptions, options_for
 from mla_deploy.export.rotated import rotated_weights
+from mla_deploy.export.scaled import scaled_source
 from mla_deploy.export.static_scales import latent_scales, require_static
 from mla_deploy.export.trace import Trace, trace_model
 from mla_deploy.export.trace_layer import CacheForm
@@ -82,12 +83,11 @@ def export(
     `dtype` (fp32 by default) is the storage of weights and cache; arithmetic on a CPU is fp32.
     `cache_dtype`: of the cache alone (None: `latent_cache_dtype` of config.json, else `dtype`);
     int8 and its kin are codes with scales (`latent_store.py`), of int8-static found on `calibrate`
-    or a sample; `rotate_latent` evens out channels.
+    or a sample; `rotate_latent` evens out channels; `capacity`: tokens a row reserves by default.
     `weights` "keep": they are stored as in the checkpoint instead, FP8 and int8 with their scales,
     and the cache in the dtype of most of them; what must be made (halves of kv_b_proj) in float.
     "int4", "int8", "fp8" or a refined one (`weight_forms/form.py`): quantised, rounded to nearest,
     or fitted to what weights meet in the text file `calibrate`, if that serves its end better.
-    `capacity` is the tokens a runner reserves per row unless told otherwise.
     Nothing is left under `out` unless everything succeeded; `replace` swaps whole bundles.
     `module`, `package.file:factory`, in place of a checkpoint: the user's own torch.nn.Module, with
     `weights`, one `.safetensors` file (None: as the factory set them). This runs the user's code.
@@ -224,7 +224,7 @@ def build_bundle(
             kept = copy_kept(layout, kept, checkpoint.checkpoint, stage.named("weights"))
         stage.require_space(layout.total_bytes)
     _calibrate(config, weights, options, layout, text=text, report=report)
-    write_weights(weights, layout, stage, report)
+    write_weights(scaled_source(weights, layout), layout, stage, report)
     for graph in graphs.values():
         bind_weights(graph.model, layout, stage.path, stage.named("weights"))
         point_in_place(graph.model, kept, place)
@@ -284,7 +284,7 @@ def _find_scales(
     """Give the layout the scales of latents in static codes, where they are that."""
     if options.store is STATIC and text is not None:
         stored = DTYPES[options.dtype]
-        layout.scales = latent_scales(config, weights.read_parameter, text, stored, report)
+        layout.latent_scales = latent_scales(config, weights.read_parameter, text, stored, report)
 
 
 def _calibrate(
@@ -303,6 +303,8 @@ def _calibrate(
     rounding = PlanRounding.of(config, options.plan, options.dtype, for_device=is_for_device)
     found = calibrate(config, weights.read_parameter, layout, rounding, text=text, report=report)
     layout.calibration = found.to_dict()
+    if found.scaled is not None:
+        layout.calibration["scaled_by"] = dict(layout.scales.readers)
 
 
 def _require_fired(graphs: dict[str, Assembled], trace: Trace) -> None:

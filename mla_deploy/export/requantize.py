@@ -12,6 +12,7 @@ from mla_deploy.errors import InputError, quoted
 from mla_deploy.export.bundle_source import BundleSource
 from mla_deploy.export.options import ExportOptions, check_options
 from mla_deploy.export.pipeline import Progress, build_bundle
+from mla_deploy.export.rotated import RotatedBundle
 from mla_deploy.export.weights import DTYPES
 from mla_deploy.latent_store import STORES
 from mla_deploy.weight_forms.form import is_plan
@@ -24,16 +25,18 @@ def quantize(
     weights: str | None = None,
     cache_dtype: str | None = None,
     calibrate: str | os.PathLike[str] | None = None,
+    rotate_latent: bool = False,
     replace: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
     """Publish `out`, which is `bundle` but for its weights or the form of its cache.
 
     `weights`: a plan such as "int4" (`weight_forms/form.py`); `cache_dtype`: as `export` takes it.
-    `calibrate`: a file of text to whose inputs the rounding of weights is fitted.
     None leaves them as they are, and one of the two is needed. Target and capacity stay.
+    `calibrate`: a file of text to whose inputs the rounding of weights is fitted.
+    `rotate_latent` evens out the latent's channels first, as `export` does.
     Raises: InputError QNT-AGAIN, QNT-SOURCE, QNT-OPTION, QNT-TEXT, EXP-WEIGHT-FORM, EXP-CACHE,
-    TARGET-*; BUN-*; as `export`.
+    EXP-ROTATE, TARGET-*; BUN-*; as `export`.
     """
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     if weights is None and cache_dtype is None:
@@ -50,11 +53,13 @@ def quantize(
             weights=weights,
         )
     refuse_overlap(out, opened.path)
-    with closing(BundleSource(opened)) as source:
+    with closing((RotatedBundle if rotate_latent else BundleSource)(opened)) as source:
+        options = options_of(opened)
         options = changed(
-            options_of(opened),
+            options,
             weights=weights,
             calibrate=None if calibrate is None else os.fspath(calibrate),
+            rotate_latent=rotate_latent or options.rotate_latent,
         )
         if cache_dtype is not None:
             layout = "split" if cache_dtype in STORES else options.cache_layout

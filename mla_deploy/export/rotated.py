@@ -1,4 +1,4 @@
-"""A checkpoint's weights with its latents rotated: made as they are read, a layer at a time."""
+"""Weights with their latents rotated, a checkpoint's or a bundle's: made as they are read."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mla_deploy.bundle import Bundle
 from mla_deploy.checkpoint import WeightMap
 from mla_deploy.checkpoint.slices import Made, Place, read_place
 from mla_deploy.config import MlaConfig
+from mla_deploy.errors import InputError
+from mla_deploy.export.bundle_source import BundleSource, require_float
 from mla_deploy.source.latent_rotation import (
     NORM,
     UP,
@@ -61,10 +64,46 @@ def rotated_weights(config: MlaConfig, weights: WeightMap) -> WeightMap:
     Raises: InputError EXP-ROTATE; as `empty_model`.
     """
     made: dict[str, Place] = {}
-    for path in latent_paths(empty_model(config, FakeTensorMode())):
+    for path in _paths(config):
         norm = weights.slices.get(f"{path.prefix}{NORM}.weight")
         for name in path.names:
             base = weights.slices.get(name)
             if base is not None:
                 made[name] = RotatedWeight(path, name, base, norm)
     return replace(weights, slices={**weights.slices, **made})
+
+
+class RotatedBundle(BundleSource):
+    """A float bundle as the source of one whose cached latents are rotated.
+
+    The halves of kv_b_proj are joined and turned, and cut again as they are written.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Raises: InputError EXP-ROTATE; as `BundleSource`."""
+        require_float(bundle)
+        if "rotation" in bundle.manifest["cache"]:
+            raise InputError(
+                "EXP-ROTATE",
+                "the bundle's latents are rotated already; wanted a bundle whose latents are not",
+                hint="leave --rotate-latent out: they stay rotated",
+            )
+        self._turned = {name: path for path in _paths(bundle.config) for name in path.names}
+        super().__init__(bundle)
+
+    def read(self, name: str) -> torch.Tensor:
+        found, path = super().read(name), self._turned.get(name)
+        if path is None:
+            return found
+        norm = f"{path.prefix}{NORM}.weight"
+        norm_L = super().read(norm) if norm in self.slices else None
+        return rotated_weight(path, name, found, gain(path, norm_L))
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        if name in self._turned:
+            return self.read(name)[start:stop]
+        return super().read_rows(name, start, stop)
+
+
+def _paths(config: MlaConfig) -> tuple[LatentPath, ...]:
+    return latent_paths(empty_model(config, FakeTensorMode()))

@@ -22,6 +22,7 @@ from mla_deploy.errors import InputError, MlaDeployError
 from mla_deploy.export.copied import CopiedTensor
 from mla_deploy.export.gather import CHUNK_BYTES, Gather, Writable
 from mla_deploy.rewrite.weights import WeightUse
+from mla_deploy.weight_forms.channel_scales import ChannelScales
 from mla_deploy.weight_forms.one_thread import one_thread
 from mla_deploy.weight_forms.parts import Part, part_bytes
 
@@ -98,14 +99,16 @@ class WeightLayout:
     """Every stored tensor and where its bytes will lie; `copied` are taken over bit by bit.
 
     `rounded`: parts of weights that are quantised already, by the weight's name; `calibration`:
-    what the manifest tells of how. `scales`: of latents in static codes, which lie in the graphs.
+    what the manifest tells of how. `scales`: of channels, folded into what `source` gives.
+    `latent_scales`: of latents in static codes, which lie in the graphs.
     """
 
     weights: dict[str, StoredWeight] = field(default_factory=dict)
     copied: dict[str, CopiedTensor] = field(default_factory=dict)
     rounded: dict[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None
-    scales: LatentScales | None = None
+    scales: ChannelScales = field(default_factory=ChannelScales)
+    latent_scales: LatentScales | None = None
 
     def add(self, weight: StoredWeight) -> None:
         """Both graphs name the weights they read; one that both read is stored once."""

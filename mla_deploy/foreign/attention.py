@@ -13,13 +13,12 @@ import onnx_ir as ir
 from mla_deploy.foreign.axes import Operand, named, permutation, product_letters
 from mla_deploy.foreign.graph import NEW, ForeignGraph
 from mla_deploy.foreign.stop import Stop
+from mla_deploy.source.product_letters import HIDDEN, names_of_scores, names_of_values
 
 # The same values in the same axes.
 SAME = {"Identity", "Cast", "CastLike", "Dropout"}
 VIEWS = {"Reshape", "Squeeze", "Unsqueeze", "Flatten"}
 PRODUCTS = {"MatMul", "FusedMatMul", "Einsum"}
-# A score at or below this is hidden: its weight is zero in fp32.
-HIDDEN = -1e4
 
 
 @dataclass(frozen=True)
@@ -247,16 +246,9 @@ def _weighted(graph: ForeignGraph, softmax: ir.Node, cached: int) -> tuple[Opera
     left, right, out = product_letters(graph, user)
     first, second = user.inputs[:2]
     letters, other = ((left, right), second) if first is value else ((right, left), first)
-    token = letters[0][axis]
-    if other is None or token in out or token not in letters[1]:
+    names = names_of_values(*letters, out, graph.axes(value) or (), axis)
+    if other is None or names is None:
         raise Stop("values", user, "does not sum over the tokens")
-    new = [
-        letter
-        for letter, size in zip(letters[0], graph.axes(value) or (), strict=True)
-        if size == "S" and letter != token
-    ]
-    names = {token: "T", **dict.fromkeys(new, "S")}
-    names |= {letter: "V" for letter in letters[1] if letter not in letters[0]}
     return (
         Operand(other, named(graph, other, letters[1], names)),
         Operand(user.outputs[0], named(graph, user.outputs[0], out, names)),
@@ -279,21 +271,14 @@ def _only_user(graph: ForeignGraph, value: ir.Value) -> ir.Node:
 
 def _product(graph: ForeignGraph, node: ir.Node, cached: int) -> tuple[Operand, Operand]:
     """Query and key of a product whose axis `cached` is that of all tokens."""
-    left, right, out = product_letters(graph, node)
-    token = out[cached]
-    operands = list(zip(node.inputs[:2], (left, right), strict=True))
-    if token in left:
-        operands.reverse()
-    (query, query_letters), (key, key_letters) = operands
-    summed = [letter for letter in query_letters if letter in key_letters and letter not in out]
-    if query is None or key is None or token in query_letters or len(summed) != 1:
+    letters = product_letters(graph, node)
+    found = names_of_scores(letters, graph.axes(node.outputs[0]) or (), cached)
+    first, second = node.inputs[:2]
+    if first is None or second is None or found is None:
         raise Stop("scores", node, "is no product of one axis of queries and keys")
-    new = [
-        letter
-        for letter, size in zip(out, graph.axes(node.outputs[0]) or (), strict=True)
-        if size == "S" and letter != token
-    ]
-    names = {token: "T", summed[0]: "E", **({new[0]: "S"} if len(new) == 1 else {})}
+    is_key_first, names = found
+    operands = [(first, letters[0]), (second, letters[1])]
+    (query, query_letters), (key, key_letters) = operands[::-1] if is_key_first else operands
     return (
         Operand(query, named(graph, query, query_letters, names)),
         Operand(key, named(graph, key, key_letters, names)),

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from mla_deploy.foreign.graph import ROWS, ForeignGraph
 from mla_deploy.foreign.stop import Stop
+from mla_deploy.source.product_letters import Letters, einsum_letters, matmul_letters
 
 
 @dataclass(frozen=True)
@@ -62,26 +63,23 @@ def as_heads(array: np.ndarray, operand: Operand, wanted: str, rows: int) -> np.
     return array.transpose([axes.index(letter) for letter in wanted])
 
 
-def product_letters(graph: ForeignGraph, node: ir.Node) -> tuple[str, str, str]:
+def product_letters(graph: ForeignGraph, node: ir.Node) -> Letters:
     """Letters of the operands' axes and of the result's, as an einsum spells them. Raises: Stop."""
     operands = [value for value in node.inputs if value is not None]
     if node.op_type == "Einsum":
-        equation = node.attributes.get_string("equation", "").replace(" ", "")
-        inputs, _, out = equation.partition("->")
-        parts = inputs.split(",")
-        if len(parts) != 2 or not out or "." in equation:
+        equation = node.attributes.get_string("equation", "")
+        found = einsum_letters(equation)
+        if found is None:
             raise Stop("scores", node, f"{equation!r} is not two operands and '->'")
-        return parts[0], parts[1], out
+        return found
     ranks = [len(graph.axes(operand) or ()) for operand in operands[:2]]
     if len(ranks) != 2 or min(ranks) < 2:
         raise Stop("scores", node, "is a product of a vector, or of shapes that cannot be told")
-    batch = "abcdefgh"[: max(ranks) - 2]
-    left, right = (batch[len(batch) - (rank - 2) :] for rank in ranks)
     ends = ["mk", "kn"]
     for place, name in enumerate(("transA", "transB")):
         if node.attributes.get_int(name, 0):
             ends[place] = ends[place][::-1]
-    return f"{left}{ends[0]}", f"{right}{ends[1]}", f"{batch}mn"
+    return matmul_letters(ranks, ends)
 
 
 def named(graph: ForeignGraph, value: ir.Value, letters: str, names: dict[str, str]) -> str:

@@ -7,11 +7,12 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from mla_deploy.foreign.attention import HIDDEN, Mask, Site
+from mla_deploy.foreign.attention import Mask, Site
 from mla_deploy.foreign.graph import Sizes
 from mla_deploy.foreign.region import Region
 from mla_deploy.foreign.stop import Stop
 from mla_deploy.foreign.turning import turning_points
+from mla_deploy.source.product_letters import HIDDEN
 
 # Two lengths at once: a mask that is causal for one by chance is not for the other.
 _SHORT = (Sizes(1, 5, 0), Sizes(1, 12, 0))

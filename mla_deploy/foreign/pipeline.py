@@ -17,21 +17,12 @@ from mla_deploy.bundle import Bundle, Stage, stage_bundle
 from mla_deploy.bundle.output import check_output, output_path
 from mla_deploy.config import MlaConfig
 from mla_deploy.errors import InputError, quoted
-from mla_deploy.export.assemble import Assembled, GraphForm
-from mla_deploy.export.assemble_module import assemble_module
-from mla_deploy.export.bind import bind_weights
-from mla_deploy.export.lowered import any_capacity
 from mla_deploy.export.manifest import manifest_of
 from mla_deploy.export.options import DEFAULT_CAPACITY, ExportOptions, check_options
-from mla_deploy.export.pipeline import (
-    TOKENIZER_TEXTS,
-    Progress,
-    copy_texts,
-    widest_row,
-    write_weights,
-)
+from mla_deploy.export.pipeline import TOKENIZER_TEXTS, Progress, copy_texts
 from mla_deploy.export.trace_layer import CacheForm
-from mla_deploy.export.weights import DTYPES, WeightLayout
+from mla_deploy.export.trunk_bundle import TrunkBundle
+from mla_deploy.export.weights import DTYPES
 from mla_deploy.foreign.by_place import switches
 from mla_deploy.foreign.facts import foreign_facts
 from mla_deploy.foreign.graph import ForeignGraph
@@ -52,8 +43,6 @@ from mla_deploy.foreign.region import Region
 from mla_deploy.foreign.require import require_mla
 from mla_deploy.foreign.trunk import RaisedForeign, raise_foreign
 from mla_deploy.foreign.weights import ForeignWeights
-from mla_deploy.rewrite import order
-from mla_deploy.rewrite.ensures import require_latent_only
 from mla_deploy.targets import DEFAULT_TARGET, buildable_target, find_target
 
 _IR_DTYPES = {
@@ -183,40 +172,24 @@ def _build(
     config, notes = foreign_facts(recognition), switches(Region(recognition.graph))
     raised = raise_foreign(recognition, cache, options.all_logits, dtype)
     source = foreign_source(file, config, notes)
-    lowering = foreign_lowering(raised.trace, options, opset)
-    form = GraphForm(
-        config=source.config,
-        cache=cache,
-        dtype=options.dtype,
-        cache_dtype=options.rows_dtype,
-        all_logits=options.all_logits,
-        layers_prefix="",
-        builder=lowering.builder,
-    )
-    layout = WeightLayout()
-    graphs = {
-        name: assemble_module(raised.trace, form, rules, layout)
-        for name, rules in lowering.graphs.items()
-    }
+    made = TrunkBundle(raised.trace, config, options, len(raised.latents))
+    graphs = made.assembled(foreign_lowering(raised.trace, options, opset))
     finish_foreign(graphs, options)
-    require_fired(graphs, raised)
+    made.require_fired(graphs)
     report("rewrite", 1, 1)
     weights = ForeignWeights(raised.weights)
-    write_weights(weights, layout, stage, report)
-    protos = {}
-    for name, graph in graphs.items():
-        bind_weights(graph.model, layout, stage.path, stage.named("weights"))
-        protos[name] = ir.to_proto(graph.model)
-        if name == "decode":
-            checked = any_capacity(protos[name], options.capacity)
-            require_latent_only(checked, source.config.num_heads, widest_row(raised.trace))
-        written = protos[name].SerializeToString(deterministic=True)
-        stage.write_bytes(stage.named(f"{name}.onnx"), written)
+    protos = made.write(graphs, weights, stage, report)
     report("proof", 0, 1)
     proof = _proven(comparison, protos, stage, (raised, options))
     report("proof", 1, 1)
     manifest = manifest_of(
-        source, options, raised.trace, graphs, layout=layout, weights=weights, named=stage.named
+        source,
+        options,
+        raised.trace,
+        graphs,
+        layout=made.layout,
+        weights=weights,
+        named=stage.named,
     )
     manifest["rewritten"] = {
         "proof": proof.to_dict(),
@@ -311,17 +284,6 @@ def foreign_source(
         files=file.files,
         total_bytes=file.total_bytes,
         notes=(f"rewritten from an ONNX graph of {quoted(producer or 'unknown')}", *notes),
-    )
-
-
-def require_fired(graphs: Mapping[str, Assembled], raised: RaisedForeign) -> None:
-    """Raises: REW-COUNT."""
-    count = len(raised.latents)
-    caches = {"lower_cache_update": len(raised.trace.trunk_buffers)}
-    order.require_counts(graphs["prefill"].counts, {"lower_expanded_attention": count, **caches})
-    order.require_counts(
-        graphs["decode"].counts,
-        {"absorb_projections": count, "lower_latent_attention": count, **caches},
     )
 
 

@@ -15,7 +15,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import onnx
@@ -111,12 +110,7 @@ class ForeignFile:
     def __enter__(self) -> ForeignFile:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _check_tensor(self, tensor: onnx.TensorProto, top: bool) -> None:

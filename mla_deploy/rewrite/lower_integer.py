@@ -68,6 +68,8 @@ _LEAST_TOKENS = 1536
 _BLOCKS = BLOCKS
 _LONGEST = 1 << 16
 _COARSE, _FINE, _PARTS = 63.0, 126.0, 255.0
+Mask = Callable[[Any, ir.Value], ir.Value]  # scores as what is built sees them
+
 _FLOAT, _INT8, _UINT8 = ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.UINT8
 
 
@@ -114,7 +116,8 @@ class LowerIntegerAttention(LowerLatentAttention):
             sinks,
         )
         if choice is None:
-            return step.dense(op, visible)
+            # Only the plan's own mask is all true when all is visible to the plan.
+            return step.dense(op, visible, latents.plain if visible.producer() is None else None)
         seen, chosen = (required(value) for value in choice.inputs)
         if not step.multiplies:
             return step.dense(op, selected(op, seen, chosen))
@@ -128,12 +131,16 @@ class LowerIntegerAttention(LowerLatentAttention):
 
 @dataclass(frozen=True)
 class StoredBytes:
-    """Rows of `width` values as they are stored; scales are fp32, of a stale slot zero."""
+    """Rows of `width` values as they are stored; scales are fp32, of a stale slot zero.
+
+    `plain` tells when each new token sees every slot.
+    """
 
     codes_B1TC: ir.Value
     scales_B1TG: ir.Value
     store: LatentStore
     width: int
+    plain: ir.Value
 
     @classmethod
     def of(cls, op: Any, rows: ir.Value) -> StoredBytes:
@@ -141,15 +148,15 @@ class StoredBytes:
         store = find_store(str(attribute(source, "store")))
         is_read = source.op_type == "QuantizedRead"
         codes, scales = (source.inputs if is_read else source.outputs)[:2]
-        filled = required(source.inputs[2 if is_read else 3])
+        filled, plain = (required(value) for value in source.inputs[2 if is_read else 3 :][:2])
         held = as_fp32(op, required(scales), required(source.inputs[1]))
         kept = (filled, held, number(op, 0))
         if store.tiles(width) > 1:
-            return cls(required(codes), op.Where(*kept), store, width)
+            return cls(required(codes), op.Where(*kept), store, width, plain)
         # With the tokens last: along an axis of one, Where goes number by number.
         flat = [op.Reshape(value, ints(op, [0, 1, 1, -1])) for value in kept[:2]]
         cleared = op.Reshape(op.Where(*flat, kept[2]), ints(op, [0, 1, -1, 1]))
-        return cls(required(codes), cleared, store, width)
+        return cls(required(codes), cleared, store, width, plain)
 
     def widened(self, op: Any) -> ir.Value:
         """[B, 1, T, W] in fp32."""
@@ -181,16 +188,17 @@ class AttendBytes:
         """Whether bytes are ever multiplied: codes are numbers, and one new token is few rows."""
         return self.folding.heads <= _MOST_ROWS and not self.latents.store.is_float
 
-    def dense(self, op: Any, visible: ir.Value) -> ir.Value:
-        """Over every row. [B, H, S, L]."""
+    def dense(self, op: Any, visible: ir.Value, plain: ir.Value | None = None) -> ir.Value:
+        """Over every row; `plain` tells when nothing has to be masked. [B, H, S, L]."""
         if not self.multiplies:
             return self._widened(op, visible)
         most = _MOST_ROWS // self.folding.heads
         one, several, wide = Body("one"), Body("several"), Body("wide")
-        one_out = self.multiplied(one, lambda scores: self._masked(one, scores, visible))
+        one_out = self.multiplied(one, _masked_by(visible), plain)
         some_out = self.multiplied(
             several,
-            lambda scores: self.folding.masked(several, scores, visible),
+            lambda body, scores: self.folding.masked(body, scores, visible),
+            plain,
             _square(several, self.queries[0]),
         )
         narrow = Body("bytes")
@@ -211,10 +219,6 @@ class AttendBytes:
         )
         return out
 
-    def _masked(self, op: Any, scores_B1XT: ir.Value, visible: ir.Value) -> ir.Value:
-        """Of one new token the folded rows are the heads, and the mask is the same for all."""
-        return required(op.Where(visible, scores_B1XT, op.Constant(value_float=MASKED)))
-
     def chosen(self, op: Any, choice: Choice) -> ir.Value:
         """Over the rows that one new token has chosen. [B, H, 1, L]."""
         keys = [
@@ -224,10 +228,10 @@ class AttendBytes:
             for key in self.rope_keys
         ]
         step = replace(self, latents=self.latents.chosen(op, choice), rope_keys=keys)
-        return step.multiplied(op, lambda scores: self._masked(op, scores, choice.seen_B11K))
+        return step.multiplied(op, _masked_by(choice.seen_B11K))
 
     def multiplied(
-        self, op: Any, mask: Callable[[ir.Value], ir.Value], eye_XX: ir.Value | None = None
+        self, op: Any, mask: Mask, plain: ir.Value | None = None, eye_XX: ir.Value | None = None
     ) -> ir.Value:
         """Products of bytes. [B, H, S, L]. `eye_XX` None: of one new token, X is H."""
         found = self.latents.planes(op)
@@ -237,12 +241,22 @@ class AttendBytes:
         for query, key in zip(self.queries[1:], self._keys(op), strict=True):
             terms.append(op.MatMul(query, swapped(op, key.rows_B1TW)))
         scores_B1XT = functools.reduce(op.Add, terms)
-        weights_B1XT = self._attend().softmax(op, mask(scores_B1XT))
+        weights_B1XT = self._weights(op, scores_B1XT, mask, plain)
         outs = [self._read(op, weights_B1XT, plane, eye_XX) for plane in found]
         out_B1XL = outs[0] if len(outs) == 1 else op.Concat(*outs, axis=3)
         return required(
             op.Reshape(out_B1XL, ints(op, [0, self.folding.heads, -1, self.latents.width]))
         )
+
+    def _weights(self, op: Any, scores_B1XT: ir.Value, mask: Mask, plain: ir.Value | None) -> Any:
+        """Probabilities. Masking copies the scores, so it is left out where nothing is masked."""
+        softmax = self._attend().softmax
+        if plain is None:
+            return softmax(op, mask(op, scores_B1XT))
+        bare, some = Body("bare"), Body("masked")
+        bare_out = softmax(bare, scores_B1XT)
+        some_out = softmax(some, mask(some, scores_B1XT))
+        return op.If(plain, then_branch=bare.graph(bare_out), else_branch=some.graph(some_out))
 
     def _scores(self, op: Any, plane: Plane, eye_XX: ir.Value) -> ir.Value:
         """scale_T (query codes^T): [B, 1, X, T]."""
@@ -309,6 +323,15 @@ class AttendBytes:
 
     def _zero(self, op: Any) -> ir.Value:
         return required(op.Constant(value=ir.tensor(self.latents.store.zero, _UINT8)))
+
+
+def _masked_by(visible: ir.Value) -> Mask:
+    """Of one new token the folded rows are the heads, and the mask is the same for all."""
+
+    def masked(op: Any, scores_B1XT: ir.Value) -> ir.Value:
+        return required(op.Where(visible, scores_B1XT, op.Constant(value_float=MASKED)))
+
+    return masked
 
 
 def _square(op: Any, query_B1XI: ir.Value) -> ir.Value:

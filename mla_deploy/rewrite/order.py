@@ -96,10 +96,11 @@ def apply_rules(model: ir.Model, rules: Sequence[Any]) -> dict[str, int]:
     """Apply each rule in turn to `model`, in place; how often each fired, by name."""
     counts: dict[str, int] = {}
     common_passes.RemoveUnusedNodesPass()(model)
+    held = _operators(model)
     for rule in rules:
         # Each application walks a whole graph several times, and most rules are for other models.
         fired = 0
-        if _may_fire(rule, model):
+        if _may_fire(rule, held):
             fired = pattern.RewriteRuleSet([rule]).apply_to_model(model)
         counts[rule.name] = counts.get(rule.name, 0) + fired
         if fired:
@@ -108,18 +109,20 @@ def apply_rules(model: ir.Model, rules: Sequence[Any]) -> dict[str, int]:
                 model.graph.opset_imports.setdefault(MICROSOFT, 1)
             # A later pattern must not see nodes that an earlier rewrite left unread.
             common_passes.RemoveUnusedNodesPass()(model)
+            held = _operators(model)
     _name_apart(model.graph)
     return counts
 
 
-def _may_fire(rule: Any, model: ir.Model) -> bool:
-    """Whether the model has the operators that the rule's pattern ends at."""
+def _may_fire(rule: Any, held: set[ir.OperatorIdentifier]) -> bool:
+    """Whether there are the operators that the rule's pattern ends at."""
     ends = {node.op_identifier() for node in rule._target_pattern.output_nodes}
-    if None in ends:
-        return True
+    return None in ends or ends <= held
+
+
+def _operators(model: ir.Model) -> set[ir.OperatorIdentifier]:
     graphs = (model.graph, *(function.graph for function in model.functions.values()))
-    found = {node.op_identifier() for graph in graphs for node in graph.all_nodes()}
-    return ends <= found
+    return {node.op_identifier() for graph in graphs for node in graph.all_nodes()}
 
 
 def _name_apart(graph: ir.Graph) -> None:

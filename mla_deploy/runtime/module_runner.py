@@ -9,61 +9,34 @@ import torch
 from numpy.typing import NDArray
 
 from mla_deploy.export.weights import DTYPES, stored_dtype
-from mla_deploy.runtime.guards import (
-    Rows,
-    Tokens,
-    checked_places,
-    checked_rows,
-    checked_sizes,
-    checked_step,
-)
+from mla_deploy.runtime.guarded import GuardedRunner
+from mla_deploy.runtime.guards import Rows, checked_places, checked_sizes
 from mla_deploy.source.storage import Rounded, round_weights
 from mla_deploy.source.user.module_source import ModuleSource
 from mla_deploy.source.user.raised import Attend, whole_logits
 
 
-class ModuleRunner:
+class ModuleRunner(GuardedRunner):
     """`Runner` over the module itself in fp32: each call runs it on all tokens of a row."""
 
     def __init__(self, source: ModuleSource, batch: int = 1) -> None:
         """Raises: InputError RUN-BATCH."""
+        capacity = source.config.max_position_embeddings
+        checked_sizes(batch, capacity, 1)
+        super().__init__(batch, capacity, source.config.vocab_size)
         self._source = source
-        self._capacity = source.config.max_position_embeddings
-        checked_sizes(batch, self._capacity, 1)
-        self._batch = batch
         self._cache_dtype, self._is_source = "fp32", True
         self._rows: list[list[int]] = [[] for _ in range(batch)]
-
-    @property
-    def batch(self) -> int:
-        return self._batch
-
-    @property
-    def capacity(self) -> int:
-        return self._capacity
-
-    @property
-    def vocab_size(self) -> int:
-        return self._source.config.vocab_size
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        return np.array([len(row) for row in self._rows], np.int64)
 
     @property
     def cache_bytes(self) -> int:
         """None: the module keeps nothing."""
         return 0
 
-    def prefill(self, rows: Sequence[Tokens]) -> NDArray[np.float32]:
-        return self._append(checked_rows(rows, self.lengths, self._capacity, self.vocab_size))
-
-    def decode(self, tokens: Sequence[int | None]) -> NDArray[np.float32]:
-        return self._append(checked_step(tokens, self.lengths, self._capacity, self.vocab_size))
-
     def reset(self, rows: Sequence[int] | None = None) -> None:
         for row in checked_places(rows, self._batch):
             self._rows[row] = []
+            self._lengths_B[row] = 0
 
     def store_as(
         self,
@@ -104,12 +77,13 @@ class ModuleRunner:
         return cached[layer][0].float().numpy()
 
     @torch.inference_mode()
-    def _append(self, rows: Rows) -> NDArray[np.float32]:
+    def _appended(self, rows: Rows) -> NDArray[np.float32]:
         last_BV = np.zeros((self._batch, self.vocab_size), np.float32)
         for index, tokens in enumerate(rows):
             if not len(tokens):
                 continue
             self._rows[index].extend(int(token) for token in tokens)
+            self._lengths_B[index] += len(tokens)
             if self._is_source:
                 ids_1T = torch.tensor([self._rows[index]])
                 logits = whole_logits(self._source.raised.source, ids_1T)

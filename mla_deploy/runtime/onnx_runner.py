@@ -21,15 +21,14 @@ from mla_deploy.runtime.binding import bind, run_bound
 from mla_deploy.runtime.cache import InPlaceCache, Window, open_cache
 from mla_deploy.runtime.cache_spec import spec_from_manifest
 from mla_deploy.runtime.chunks import padded_chunks
+from mla_deploy.runtime.guarded import GuardedRunner
 from mla_deploy.runtime.guards import (
     Rows,
     Tokens,
     checked_padding,
     checked_places,
     checked_rollback,
-    checked_rows,
     checked_sizes,
-    checked_step,
 )
 from mla_deploy.runtime.memory_fit import require_memory
 from mla_deploy.runtime.rows_by_cost import rows_by_cost
@@ -80,7 +79,7 @@ class RunnerMemory:
     session_private_bytes: int
 
 
-class OnnxRunner:
+class OnnxRunner(GuardedRunner):
     """`Runner` over a bundle. See `protocol.Runner`; here is what it does beyond that."""
 
     def __init__(
@@ -97,9 +96,8 @@ class OnnxRunner:
         manifest = sessions.bundle.manifest
         wanted = manifest["cache"]["capacity"] if capacity is None else capacity
         checked_sizes(batch, wanted, chunk)
-        self._sessions = sessions
-        self._batch, self._capacity, self._chunk = int(batch), int(wanted), int(chunk)
-        self._vocab_size = int(manifest["model"]["vocab_size"])
+        super().__init__(int(batch), int(wanted), int(manifest["model"]["vocab_size"]))
+        self._sessions, self._chunk = sessions, int(chunk)
         self._all_logits = bool(manifest["all_logits"])
         self._graph: Graph | None = graph
         self._absorbed_until = _absorbed_until(manifest["crossover_tokens"])
@@ -111,25 +109,8 @@ class OnnxRunner:
         self._cache = open_cache(
             self._spec, self._batch, self._capacity, whole=sessions.binds_whole
         )
-        self._lengths_B = np.zeros(self._batch, np.int64)
         self._bindings: dict[str, Any] = {}
         self._verified: Verified | None = None  # the last call, when it was verify()
-
-    @property
-    def batch(self) -> int:
-        return self._batch
-
-    @property
-    def capacity(self) -> int:
-        return self._capacity
-
-    @property
-    def vocab_size(self) -> int:
-        return self._vocab_size
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        return self._lengths_B.copy()
 
     @property
     def cache_bytes(self) -> int:
@@ -143,14 +124,6 @@ class OnnxRunner:
             session_private_bytes=self._sessions.private_bytes,
         )
 
-    def prefill(self, rows: Sequence[Tokens]) -> NDArray[np.float32]:
-        checked = checked_rows(rows, self._lengths_B, self._capacity, self._vocab_size)
-        return self._append(checked)[0]
-
-    def decode(self, tokens: Sequence[int | None]) -> NDArray[np.float32]:
-        checked = checked_step(tokens, self._lengths_B, self._capacity, self._vocab_size)
-        return self._append(checked)[0]
-
     def prefill_all(self, rows: Sequence[Tokens]) -> list[NDArray[np.float32]]:
         """As `prefill`, with the logits of every new token: one fp32 [len(rows[b]), vocab] per row.
 
@@ -162,8 +135,7 @@ class OnnxRunner:
                 "this bundle gives the last token's logits only, wanted those of every token",
                 hint="export it again with --all-logits",
             )
-        checked = checked_rows(rows, self._lengths_B, self._capacity, self._vocab_size)
-        return self._append(checked)[1]
+        return self._append(self._checked(rows))[1]
 
     @property
     def most_verified(self) -> int:
@@ -175,7 +147,7 @@ class OnnxRunner:
         Raises: InputError RUN-VERIFY (over 8 tokens in a row, or a bundle of an older release).
         """
         require_verifying(self._sessions.bundle)
-        checked = checked_rows(rows, self._lengths_B, self._capacity, self._vocab_size)
+        checked = self._checked(rows)
         checked_width(checked)
         [(ids_BS, new_B, _)] = padded_chunks(checked, max(map(len, checked)))
         before_B, output = self._lengths_B, "logits" if self._all_logits else VERIFY_LOGITS
@@ -290,6 +262,9 @@ class OnnxRunner:
         if row is None or not isinstance(self._cache, InPlaceCache):
             return self._cache.window(self._lengths_B, new_B, new_tokens)
         return self._cache.row_window(row, self._lengths_B, new_tokens)
+
+    def _appended(self, rows: Rows) -> NDArray[np.float32]:
+        return self._append(rows)[0]
 
     def _append(self, rows: Rows) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
         """Append checked rows in chunks: last logits, and all of them where the graph gives them.

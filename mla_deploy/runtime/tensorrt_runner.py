@@ -22,14 +22,12 @@ from mla_deploy.door import open_folder
 from mla_deploy.errors import EnvironmentFailure, GateError, InputError, IntegrityError
 from mla_deploy.runtime.chunks import padded_chunks
 from mla_deploy.runtime.engine_guard import Admitted, admit, coded
+from mla_deploy.runtime.guarded import GuardedRunner
 from mla_deploy.runtime.guards import (
     Rows,
-    Tokens,
     checked_padding,
     checked_places,
-    checked_rows,
     checked_sizes,
-    checked_step,
 )
 from mla_deploy.runtime.trial_load import trial_load
 from mla_deploy.trust import remember
@@ -113,31 +111,15 @@ def _widest(admitted: Admitted, batch: int, chunk: int) -> int:
     return max(fits)
 
 
-class TensorRtRunner:
+class TensorRtRunner(GuardedRunner):
     """`Runner` over two engines. See `protocol.Runner`; a decode step is one CUDA graph."""
 
     def __init__(self, model: DeviceModel, *, chunk: int, check_finite: bool = False) -> None:
         self._model, self._chunk, self._check_finite = model, chunk, check_finite
         self._contract = model.contract
-        self._lengths_B = np.zeros(model.batch, np.int64)
+        super().__init__(model.batch, self._contract.capacity, self._contract.vocab_size)
         self._is_torn = self._has_stepped = False
         model.reset()
-
-    @property
-    def batch(self) -> int:
-        return self._model.batch
-
-    @property
-    def capacity(self) -> int:
-        return self._contract.capacity
-
-    @property
-    def vocab_size(self) -> int:
-        return self._contract.vocab_size
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        return self._lengths_B.copy()
 
     @property
     def cache_bytes(self) -> int:
@@ -147,12 +129,6 @@ class TensorRtRunner:
     def is_recorded(self) -> bool:
         """Whether decode steps run as one CUDA graph by now."""
         return self._model.is_recorded
-
-    def prefill(self, rows: Sequence[Tokens]) -> NDArray[np.float32]:
-        return self._append(checked_rows(rows, self._lengths_B, self.capacity, self.vocab_size))
-
-    def decode(self, tokens: Sequence[int | None]) -> NDArray[np.float32]:
-        return self._append(checked_step(tokens, self._lengths_B, self.capacity, self.vocab_size))
 
     def reset(self, rows: Sequence[int] | None = None) -> None:
         self._lengths_B[checked_places(rows, self.batch)] = 0
@@ -177,7 +153,7 @@ class TensorRtRunner:
                 parts.append(self._contract.numbers(name, kept))
         return np.concatenate(parts, axis=-1)
 
-    def _append(self, rows: Rows) -> NDArray[np.float32]:
+    def _appended(self, rows: Rows) -> NDArray[np.float32]:
         """Last logits of each row. When a chunk fails, `lengths` is what it was before; rings may
         hold later tokens by then, so that nothing goes on before a reset."""
         if self._is_torn:

@@ -15,14 +15,8 @@ from numpy.typing import NDArray
 
 from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.export.weights import stored_dtype
-from mla_deploy.runtime.guards import (
-    Rows,
-    Tokens,
-    checked_places,
-    checked_rows,
-    checked_sizes,
-    checked_step,
-)
+from mla_deploy.runtime.guarded import GuardedRunner
+from mla_deploy.runtime.guards import Rows, checked_places, checked_sizes
 from mla_deploy.source import module_from_checkpoint
 from mla_deploy.source.cache import CacheRounding, cache_keyword, cached_parts, source_cache
 from mla_deploy.source.latent_rotation import rotate_module
@@ -32,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class TorchRunner:
+class TorchRunner(GuardedRunner):
     """`Runner` over transformers' class in fp32."""
 
     def __init__(
@@ -42,33 +36,15 @@ class TorchRunner:
 
         Raises: CKPT-*, SRC-*, CFG-HF (as `module_from_checkpoint`), InputError RUN-BATCH.
         """
-        self._capacity = checkpoint.config.max_position_embeddings
-        checked_sizes(batch, self._capacity, 1)
+        config = checkpoint.config
+        checked_sizes(batch, config.max_position_embeddings, 1)
+        super().__init__(batch, config.max_position_embeddings, config.vocab_size)
         self._module = module_from_checkpoint(checkpoint) if module is None else module
         self._cache_keyword = cache_keyword(self._module)
-        self._vocab_size = checkpoint.config.vocab_size
-        self._router_rows = checkpoint.config.router_rows
-        self._batch = batch
+        self._router_rows = config.router_rows
         self._rounding = CacheRounding()
-        self._lengths_B = np.zeros(batch, np.int64)
         self._caches: list[Any] = [None] * batch
         self.reset()
-
-    @property
-    def batch(self) -> int:
-        return self._batch
-
-    @property
-    def capacity(self) -> int:
-        return self._capacity
-
-    @property
-    def vocab_size(self) -> int:
-        return self._vocab_size
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        return self._lengths_B.copy()
 
     @property
     def cache_bytes(self) -> int:
@@ -78,12 +54,6 @@ class TorchRunner:
             for layer in cache.layers
             for tensor in cached_parts(layer)
         )
-
-    def prefill(self, rows: Sequence[Tokens]) -> NDArray[np.float32]:
-        return self._append(checked_rows(rows, self.lengths, self._capacity, self._vocab_size))
-
-    def decode(self, tokens: Sequence[int | None]) -> NDArray[np.float32]:
-        return self._append(checked_step(tokens, self.lengths, self._capacity, self._vocab_size))
 
     def reset(self, rows: Sequence[int] | None = None) -> None:
         for row in checked_places(rows, self._batch):
@@ -139,7 +109,7 @@ class TorchRunner:
         return np.asarray(found.float().numpy())
 
     @torch.inference_mode()
-    def _append(self, rows: Rows) -> NDArray[np.float32]:
+    def _appended(self, rows: Rows) -> NDArray[np.float32]:
         last_BV = np.zeros((self._batch, self._vocab_size), np.float32)
         for index, tokens in enumerate(rows):
             if not len(tokens):

@@ -10,7 +10,6 @@ times fixed signs: plain sums of the channels would meet in the first one if the
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 from dataclasses import dataclass
@@ -20,11 +19,10 @@ import torch
 from torch import nn
 
 from mla_deploy.errors import InputError, quoted
+from mla_deploy.source.norms import NEUTRAL, is_near, normed
 
 KIND = "signed-hadamard"
 DOWN, NORM, UP = "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj"
-_NEUTRAL = (1.0, 0.0)  # a norm multiplies by w, or by 1 + w
-_EXACT = 1e-5
 
 
 @dataclass(frozen=True)
@@ -153,38 +151,18 @@ def _neutral(name: str, norm: nn.Module, rank: int) -> float | None:
         generator = torch.Generator().manual_seed(0)
         x_XL = torch.randn(3, rank, generator=generator)
         weight_L = torch.rand(rank, generator=generator) + 0.5
-        for neutral in _NEUTRAL if given else (None,):
-            plain = _normed(norm, x_XL, neutral)
-            turned = _normed(norm, rotated(x_XL), neutral)
-            if plain is None or turned is None or not _is_near(turned, rotated(plain)):
+        for neutral in NEUTRAL if given else (None,):
+            plain = normed(norm, x_XL, neutral)
+            turned = normed(norm, rotated(x_XL), neutral)
+            if plain is None or turned is None or not is_near(turned, rotated(plain)):
                 continue
             if neutral is None:
                 return None
-            weighted = _normed(norm, x_XL, weight_L)
+            weighted = normed(norm, x_XL, weight_L)
             wanted = plain * (weight_L + 1.0 - neutral)
-            if weighted is not None and _is_near(weighted, wanted):
+            if weighted is not None and is_near(weighted, wanted):
                 return neutral
     raise _unfit(name, f"has a norm, {type(norm).__name__}, that is more than x / rms(x) * w")
-
-
-def _normed(
-    norm: nn.Module, x_XL: torch.Tensor, weight: torch.Tensor | float | None
-) -> torch.Tensor | None:
-    """What `norm` makes of `x_XL` with another weight; None where it wants more than `x_XL`."""
-    probe = copy.copy(norm)
-    if weight is not None:
-        filled = torch.full(x_XL.shape[-1:], weight) if isinstance(weight, float) else weight
-        given = nn.Parameter(filled, requires_grad=False)
-        probe.__dict__["_parameters"] = {**norm._parameters, "weight": given}
-    try:
-        found: torch.Tensor = probe(x_XL)
-    except (TypeError, RuntimeError, ValueError, AttributeError):
-        return None
-    return found if isinstance(found, torch.Tensor) and found.shape == x_XL.shape else None
-
-
-def _is_near(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    return bool((found - wanted).norm() <= _EXACT * wanted.norm()) and bool(wanted.norm() > 0)
 
 
 def _unfit(name: str, reason: str) -> InputError:
@@ -192,6 +170,6 @@ def _unfit(name: str, reason: str) -> InputError:
         "EXP-ROTATE",
         f"the latent cannot be rotated: {quoted(name)} {reason}; wanted {DOWN}, an RMS norm and "
         f"{UP} in every latent attention",
-        hint="export without --rotate-latent",
+        hint="leave --rotate-latent out",
         reason=reason,
     )

@@ -55,8 +55,6 @@ class LayerwiseModel:
         for name, buffer in model.named_buffers():
             if name in persistent:
                 buffer.copy_(read(name, tuple(buffer.shape)))
-        head = model.get_output_embeddings()
-        self._head = None if head is None else head.weight
         self._places: dict[int, tuple[str, nn.Parameter]] = {}  # by the memory of a parameter
         self._empty(dict(model.named_parameters()))
 
@@ -79,7 +77,7 @@ class LayerwiseModel:
     ) -> None:
         """Show `seen` the inputs of every product with a matrix of the model, in order, before it
         is multiplied; the head's is the last, and is not multiplied."""
-        with _Loading(self, prepared, progress), _Products(self._places, seen, self._head):
+        with _Loading(self, prepared, progress), _Products(self, seen):
             try:
                 self._model(input_ids=ids_BS, use_cache=False)
             except _HeadReached:
@@ -93,6 +91,23 @@ class LayerwiseModel:
         keyword = {cache_keyword(self._model): cache}
         with _Loading(self, _as_they_are, progress):
             self._model(input_ids=ids_BS, use_cache=True, logits_to_keep=1, **keyword)
+
+    def place_of(self, weight: torch.Tensor) -> tuple[str, int | None] | None:
+        """The parameter that a loaded matrix is, and its index in a stack of experts; None for any
+        other tensor, and for a part of a matrix."""
+        found = self._places.get(weight.untyped_storage().data_ptr())
+        if found is None or weight.dim() != 2 or not weight.is_contiguous():
+            return None
+        name, parameter = found
+        if tuple(weight.shape) != tuple(parameter.shape[-2:]):
+            return None
+        is_whole = parameter.dim() == 2
+        return name, None if is_whole else weight.storage_offset() // weight.numel()
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of every parameter, by its name."""
+        return self._shapes
 
     @property
     def module(self) -> PreTrainedModel:
@@ -194,13 +209,10 @@ class _Products(TorchFunctionMode):
     """Sees `functional.linear`, with which every class multiplies by a matrix [R, K], experts of a
     stack one by one."""
 
-    def __init__(
-        self, places: dict[int, tuple[str, nn.Parameter]], seen: Seen, head: nn.Parameter | None
-    ) -> None:
+    def __init__(self, model: LayerwiseModel, seen: Seen) -> None:
         super().__init__()
-        self._places = places
+        self._model = model
         self._seen = seen
-        self._head = head
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -213,13 +225,10 @@ class _Products(TorchFunctionMode):
         return function(*args, **given)
 
     def _product(self, x: torch.Tensor, weight: torch.Tensor) -> None:
-        found = self._places.get(weight.untyped_storage().data_ptr())
-        if found is None or weight.dim() != 2 or not weight.is_contiguous():
+        place = self._model.place_of(weight)
+        if place is None:
             return
-        name, parameter = found
-        if tuple(weight.shape) != tuple(parameter.shape[-2:]):
-            return
-        index = None if parameter.dim() == 2 else weight.storage_offset() // weight.numel()
-        self._seen(x.detach().reshape(-1, x.shape[-1]), name, index, weight.data)
-        if parameter is self._head:
+        self._seen(x.detach().reshape(-1, x.shape[-1]), *place, weight.data)
+        head = self._model.module.get_output_embeddings()
+        if head is not None and weight.data_ptr() == head.weight.data_ptr():
             raise _HeadReached

@@ -107,8 +107,10 @@ class _Search:
     def _replays(self, points: Sequence[Point]) -> tuple[list[Replay], list[ProbedSessions]]:
         self.runs += 1
         probed = [
-            ProbedSessions(self._sides[0], self.graph, points),
-            ProbedSessions(self._sides[1], self.graph, [self.places[p] for p in points]),
+            ProbedSessions(self._sides[0], self.graph, points, self.found),
+            ProbedSessions(
+                self._sides[1], self.graph, [self.places[p] for p in points], self.right
+            ),
         ]
         poisoned = not self.overflows
         return [Replay(self.case, side, poisoned=poisoned) for side in probed], probed

@@ -53,24 +53,36 @@ class ProbedSessions(GraphSessions):
 
     joins = False
 
-    def __init__(self, base: GraphSessions, graph: Graph, points: Sequence[Point]) -> None:
+    def __init__(
+        self, base: GraphSessions, graph: Graph, points: Sequence[Point], written: WrittenOut
+    ) -> None:
+        """`written`: the graph of `base` that has the points; it is left as it was."""
         super().__init__(base.bundle, base.threads)
         self.binds_whole, self.writes_padding = base.binds_whole, base.writes_padding
         self._base, self._graph, self._points = base, graph, tuple(points)
+        self._written = written
         self._probed: _Session | None = None
 
     def model(self, graph: Graph) -> str | bytes:
         if graph != self._graph:
             return self._base.model(graph)
-        written = written_out(self._base, graph)
-        for index, point in enumerate(self._points):
-            value = written.node(point).outputs[point.key[2]]
-            cast = ir.node("Cast", [value], attributes={"to": _FLOAT})
-            cast.outputs[0].name = _probe(index)
-            cast.outputs[0].type = ir.TensorType(_FLOAT)
-            written.model.graph.append(cast)
-            written.model.graph.outputs.append(cast.outputs[0])
-        return bytes(ir.to_proto(written.model).SerializeToString())
+        whole = self._written.model.graph
+        own = len(whole.outputs)
+        casts = [self._cast(index) for index in self._indices]
+        whole.extend(casts)
+        whole.outputs.extend(cast.outputs[0] for cast in casts)
+        data = bytes(ir.to_proto(self._written.model).SerializeToString())
+        del whole.outputs[own:]
+        whole.remove(casts, safe=True)
+        return data
+
+    def _cast(self, index: int) -> ir.Node:
+        point = self._points[index]
+        value = self._written.node(point).outputs[point.key[2]]
+        cast = ir.node("Cast", [value], attributes={"to": _FLOAT})
+        cast.outputs[0].name = _probe(index)
+        cast.outputs[0].type = ir.TensorType(_FLOAT)
+        return cast
 
     def session(self, graph: Graph) -> Any:
         """As the base's; of the probed graph one that keeps what its probes held."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mla_deploy.bundle.manifest import render
-from mla_deploy.door import create_file
+from mla_deploy.door import replacing
 from mla_deploy.validate.cases import Call, Case
 
 FORMAT = 1
@@ -91,12 +90,6 @@ def write_recorded(
     body = {**about, "format_version": FORMAT, "kind": kind, "arrays": listed, "same": same}
     text = render({**body, "check": hashlib.sha256(render(body)).hexdigest()})
     stored[ABOUT] = np.frombuffer(text, np.uint8)
-    partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
-    try:
-        with create_file(partial) as stream:
-            np.savez_compressed(stream, **stored)
-        os.replace(partial, target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with replacing(target) as stream:
+        np.savez_compressed(stream, **stored)
     return target

@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
@@ -88,12 +87,7 @@ class Recorded:
     def __enter__(self) -> Recorded:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _case(self, entry: Mapping[str, Any]) -> Case:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,12 @@ import pytest
 
 from mla_deploy.bench import line_up
 from mla_deploy.bench.compare import compare
+from mla_deploy.bench.comparison import Comparison
 from mla_deploy.bench.peer import ContenderSpec
 from mla_deploy.cli import main
 from mla_deploy.errors import EnvironmentFailure
-from mla_deploy.export import export
 from tests.cli.conftest import Command, command
-from tests.exported import GROWING, HALF_SPLIT, Exported, exported
-from tests.families import write_family
+from tests.exported import GROWING, HALF_SPLIT, Exported, exported, exported_family
 
 __all__ = ["command"]
 CONTEXTS = (16, 64)
@@ -73,28 +73,31 @@ def test_every_peer_that_is_installed(command: Command, pair: Exported, tmp_path
     assert all(b["bytes_per_second"] > 1e8 and b["ratio"] > 0 for b in found["bounds"])
 
 
-@pytest.mark.parametrize(
-    ("options", "row_bytes"),
-    [
-        (HALF_SPLIT, (16 + 8) * 2),
-        (GROWING, (16 + 8) * 2),
-        ({"cache_dtype": "int8"}, 16 + 4 + 8 * 2),
-        ({"cache_dtype": "int8-all"}, 16 + 2 + 8 + 2),
-    ],
-    ids=["half-split", "growing", "int8", "int8-all"],
-)
-def test_bundles_against_one_another(
-    pair: Exported, options: dict[str, Any], row_bytes: int
-) -> None:
-    other = exported("v3", **options)
-    found = compare(
-        pair.bundle, against=[str(other.bundle.path)], context=(16,), rounds=1, threads=1
-    )
-    name = other.bundle.path.name
-    label = next(label for label in found.contenders if label.startswith(name))
-    figure = next(f for f in found.at("step", 16) if f.contender == label)
-    assert figure.cache_bytes == 2 * row_bytes * 16 and found.ratio(figure) is not None
-    parity = next(row for row in found.parity if row.contender == label)
+# What a token takes in a layer.
+FORMS: dict[str, tuple[dict[str, Any], int]] = {
+    "half-split": (HALF_SPLIT, (16 + 8) * 2),
+    "growing": (GROWING, (16 + 8) * 2),
+    "int8": ({"cache_dtype": "int8"}, 16 + 4 + 8 * 2),
+    "int8-all": ({"cache_dtype": "int8-all"}, 16 + 2 + 8 + 2),
+}
+
+
+@pytest.fixture(scope="module")
+def among_bundles(pair: Exported, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    """One comparison with a bundle of each form, in a folder of that name."""
+    folder = tmp_path_factory.mktemp("forms")
+    for form, (options, _) in FORMS.items():
+        shutil.copytree(exported("v3", **options).bundle.path, folder / form)
+    others = [str(folder / form) for form in FORMS]
+    return compare(pair.bundle, against=others, context=(16,), rounds=1, threads=1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bundles_against_one_another(among_bundles: Comparison, form: str) -> None:
+    _, row_bytes = FORMS[form]
+    figure = next(f for f in among_bundles.at("step", 16) if f.contender == form)
+    assert figure.cache_bytes == 2 * row_bytes * 16 and among_bundles.ratio(figure) is not None
+    parity = next(row for row in among_bundles.parity if row.contender == form)
     assert parity.max_difference is not None and 0 < parity.max_difference < 0.2
 
 
@@ -120,14 +123,14 @@ def test_progress_is_told_and_one_dead_contender_is_left_out(
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["kimi_linear", "dots3_note_text"])
 def test_states_rings_and_index_keys_come_of_real_tokens(
-    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+    family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(line_up, "_ATTENTIONS", ("eager",))
-    checkpoint = write_family(tmp_path / "c", family)
-    bundle = export(checkpoint, tmp_path / "b")
+    made = exported_family(family)
     found = compare(
-        bundle, against=["transformers"], source=checkpoint, context=(16,), rounds=1, threads=1
-    )
+        made.bundle, against=["transformers"], source=made.checkpoint, context=(16,), rounds=1,
+        threads=1,
+    )  # fmt: skip
     assert [f.reason for f in found.figures] == [""] * 2
     assert all(found.ratio(figure) for figure in found.figures)
     assert {f.cache_bytes > 0 for f in found.figures} == {True}

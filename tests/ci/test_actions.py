@@ -19,6 +19,7 @@ import yaml
 from yamllint import linter
 from yamllint.config import YamlLintConfig
 
+from tests.e2e.pages import Reader, commands_of
 from tests.exported import Exported, exported
 
 ROOT = Path(__file__).parents[2]
@@ -239,10 +240,8 @@ def test_gitlab_job(runner: Runner) -> None:
 
 
 @pytest.mark.slow
-def test_page_commands_run(runner: Runner) -> None:
-    page = (ROOT / "docs" / "ci.md").read_text("utf-8")
-    (block,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
-    for line in block.splitlines():
-        done = runner.run(line)
-        assert done.returncode == 0, done.stderr
+def test_page_commands_run(runner: Runner, capfd: pytest.CaptureFixture[str]) -> None:
+    reader = Reader()
+    for command in commands_of("ci.md"):
+        assert reader.told_by(command, runner.folder, capfd)
     assert (runner.folder / "report.html").exists() and (runner.folder / "report.xml").exists()

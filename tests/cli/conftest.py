@@ -53,13 +53,13 @@ def command(capfd: pytest.CaptureFixture[str]) -> Command:
     return call
 
 
-def run_child(code: str, *arguments: object, **options: Any) -> Ran:
+def run_child(code: str, *arguments: object, timeout: float = 120, **options: Any) -> Ran:
     """Python `code` in a child process (with `-X importtime` and the like left to the caller)."""
     child = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout,
         check=False,
         **options,
     )

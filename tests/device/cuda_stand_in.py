@@ -20,9 +20,9 @@ from mla_deploy.engine.pipeline import plan_build
 from mla_deploy.engine.profiles import GRAPHS
 from tests.engine.engine_bundle import manifest, write_engine_bundle
 from tests.exported import exported
+from tests.tensorrt_names import python_path
 
 STAND_IN = Path(__file__).with_name("stand_in")
-ROOT = Path(__file__).parents[2]
 
 
 @functools.lru_cache(maxsize=1)
@@ -45,7 +45,7 @@ def environment(record: Path | None = None, **more: str) -> dict[str, str]:
     library = cudart()
     made = {
         **os.environ, "LD_LIBRARY_PATH": str(library.parent), "STAND_IN_CUDART": str(library),
-        "PYTHONPATH": os.pathsep.join((str(STAND_IN), str(ROOT))), **more,
+        "PYTHONPATH": python_path(STAND_IN), **more,
     }  # fmt: skip
     if record is not None:
         made["STAND_IN_RECORD"] = str(record)

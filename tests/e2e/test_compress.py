@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.compress.llamas import TINY, write_llama
-from tests.e2e.pages import commands_of, told_by
+from tests.e2e.conftest import Tell
+from tests.e2e.pages import commands_of
 
 
 @pytest.mark.slow
-def test_the_page_runs(tmp_path: Path) -> None:
+def test_the_page_runs(tmp_path: Path, told_by: Tell) -> None:
     write_llama(tmp_path / "llama")
     shutil.copytree(TINY, tmp_path / "mla")
     commands = commands_of("compress.md")

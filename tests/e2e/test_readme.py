@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.e2e.conftest import Tell
+from tests.e2e.pages import printed_by
 
 ROOT = Path(__file__).parents[2]
 MODEL = "models/tiny-deepseek-v3"
@@ -36,29 +37,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(BLOCKS)))
-def test_block_runs(folder: Path, index: int) -> None:
+def test_block_runs(folder: Path, index: int, told_by: Tell) -> None:
     kind, text, reason = BLOCKS[index]
     if reason is not None:
         pytest.skip(f"{' and '.join(re.findall(r'^make [a-z]+', text, re.M))}: {reason}")
     if kind == "python":
         shutil.rmtree(folder / "bundle", ignore_errors=True)
-        _run([sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", text], folder)
+        printed_by([sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", text], folder)
         return
     for line in text.splitlines():
         command = shlex.split(line, comments=True)
         assert command[0] == "mla-deploy", f"README runs {command[0]}, which no test can check"
-        out = _run([str(Path(sys.executable).with_name(command[0])), *command[1:]], folder)
-        assert out.strip(), f"{line} printed nothing"
-
-
-def _run(command: list[str], folder: Path) -> str:
-    environment = {**os.environ, "COLUMNS": "80"}
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, f"{command} ended with {done.returncode}\n{done.stderr}"
-    return done.stdout
+        assert told_by(command, folder).strip(), f"{line} printed nothing"
 
 
 def test_readme_opens_with_the_two_commands() -> None:

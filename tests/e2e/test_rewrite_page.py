@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.pages import ROOT, commands_of, told_by
+from tests.e2e.conftest import Tell
+from tests.e2e.pages import ROOT, commands_of
 
 GRAPH = ROOT / "tests" / "foreign" / "stored" / "transformers-decode.onnx"
 
 
 @pytest.mark.slow
-def test_the_page_runs(tmp_path: Path) -> None:
+def test_the_page_runs(tmp_path: Path, told_by: Tell) -> None:
     shutil.copy(GRAPH, tmp_path / "model.onnx")
     commands = commands_of("rewrite.md")
     assert [command[1] for command in commands] == ["inspect", "rewrite", "validate"]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+
+from tests.e2e.conftest import Tell
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "your-model.md").read_text("utf-8")
@@ -21,7 +21,7 @@ COMMANDS = re.findall(r"```bash\n(.+?)```", PAGE, re.DOTALL)[0].splitlines()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("example", ["plain_mla", "seam_mla"])
-def test_commands_run(example: str, tmp_path: Path) -> None:
+def test_commands_run(example: str, tmp_path: Path, told_by: Tell) -> None:
     shutil.copytree(ROOT / "docs" / "examples", tmp_path / "docs" / "examples")
     sys.path.insert(0, str(ROOT))
     try:
@@ -33,14 +33,8 @@ def test_commands_run(example: str, tmp_path: Path) -> None:
     save_file(state, tmp_path / "mine.safetensors")
     assert len(COMMANDS) == 2
     for line in COMMANDS:
-        command = shlex.split(line.replace("plain_mla", example))
-        program = str(Path(sys.executable).with_name(command[0]))
-        done = subprocess.run(
-            [program, *command[1:]], cwd=tmp_path, env={**os.environ, "COLUMNS": "80"},
-            capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-    assert "equal to its source" in done.stdout
+        told = told_by(shlex.split(line.replace("plain_mla", example)), tmp_path)
+    assert "equal to its source" in told
 
 
 def test_page_links_the_examples() -> None:

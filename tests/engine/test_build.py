@@ -24,6 +24,7 @@ from tests.engine.engine_bundle import manifest, write_engine_bundle
 from tests.engine.small_graphs import CAPACITY, ROW, chain, decode_layer, node, weight
 from tests.exported import TINY, exported_checkpoint
 from tests.small_bundle import names_in, write_bundle
+from tests.tensorrt_names import python_path
 
 STAND_IN = Path(__file__).with_name("stand_in")
 real = pytest.mark.skipif(
@@ -161,7 +162,7 @@ def test_tensorrt_builds_through_the_stand_in(
 ) -> None:
     """The whole way with `tensorrt`, whose stand-in records the calls and builds nothing."""
     plugin_bundle(tmp_path / "b", "jetson-orin-jp7")
-    monkeypatch.setenv("PYTHONPATH", str(STAND_IN))
+    monkeypatch.setenv("PYTHONPATH", python_path(STAND_IN))
     monkeypatch.setattr(pipeline.importlib.util, "find_spec", lambda name: object())
     library = tmp_path / "libmla.so"
     library.write_bytes(b"a plugin")
@@ -229,7 +230,7 @@ def test_a_plugin_before_the_override_gets_a_graph_without_the_function(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, version: str, bare: bool
 ) -> None:
     bundle = plugin_bundle(tmp_path / "b", target)
-    for name, value in (("PYTHONPATH", STAND_IN), ("STAND_IN_VERSION", version),
+    for name, value in (("PYTHONPATH", python_path(STAND_IN)), ("STAND_IN_VERSION", version),
                         ("STAND_IN_KEEP", tmp_path / "kept"),
                         ("STAND_IN_RECORD", tmp_path / "record")):  # fmt: skip
         monkeypatch.setenv(name, str(value))
@@ -267,7 +268,7 @@ def test_a_graph_that_calls_no_plugin(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_node_that_is_the_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the override a graph names the plugin and has no function: with its library it builds,
     without it the linter says no."""
-    monkeypatch.setenv("PYTHONPATH", str(STAND_IN))
+    monkeypatch.setenv("PYTHONPATH", python_path(STAND_IN))
     monkeypatch.setenv("STAND_IN_VERSION", "10.3.0.26")
     monkeypatch.setattr(pipeline.importlib.util, "find_spec", lambda name: object())
     made = chain(("MlaDecode", {"domain": "mla_deploy", "name": "attend"}), opset=20)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 from mla_deploy.bundle import open_bundle
 from tests.engine.engine_bundle import write_engine_bundle
 from tests.small_bundle import names_in
+from tests.tensorrt_names import python_path
 
 STAND_IN = Path(__file__).with_name("stand_in")
 _PROGRAM = "import sys; from mla_deploy.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -22,8 +22,7 @@ _PROGRAM = "import sys; from mla_deploy.cli import main; sys.exit(main(sys.argv[
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A bundle whose `tensorrt` is the stand-in."""
-    root = Path(__file__).parents[2]
-    monkeypatch.setenv("PYTHONPATH", f"{STAND_IN}{os.pathsep}{root}")
+    monkeypatch.setenv("PYTHONPATH", python_path(STAND_IN))
     monkeypatch.setenv("STAND_IN_RECORD", str(tmp_path / "record"))
     (tmp_path / "place").mkdir()
     write_engine_bundle(tmp_path / "place" / "b", target="jetson-orin-jp7", release="10.16")

@@ -20,6 +20,7 @@ from mla_deploy.engine.request import BuildRequest
 from mla_deploy.engine.supervise import run_worker
 from mla_deploy.errors import EnvironmentFailure, IncompatibleError, InputError, MlaDeployError
 from tests.engine.small_graphs import chain, decode_layer, saved
+from tests.tensorrt_names import python_path
 
 STAND_IN = Path(__file__).with_name("stand_in")
 ONE = {"x": ((1, 16), (2, 16), (4, 16))}
@@ -28,7 +29,7 @@ ONE = {"x": ((1, 16), (2, 16), (4, 16))}
 @pytest.fixture
 def request_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BuildRequest:
     """A request to the stand-in of `tensorrt`, which records what it is told."""
-    monkeypatch.setenv("PYTHONPATH", str(STAND_IN))
+    monkeypatch.setenv("PYTHONPATH", python_path(STAND_IN))
     monkeypatch.setenv("STAND_IN_RECORD", str(tmp_path / "record"))
     path = saved(chain(("Relu", {})), tmp_path)
     return BuildRequest("tensorrt", "10.16", str(path), str(tmp_path / "decode.plan"), ("8.7",),

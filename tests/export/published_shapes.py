@@ -1,7 +1,7 @@
 """Checkpoints in the shape of published models, of one layer or more: what engines are measured on.
 
 Attention and the dense MLP have their published sizes (V3's MLP is cut); the vocabulary is small.
-Weights are noise: a builder looks at shapes and dtypes only.
+Weights are noise, a block of it over and over: a builder looks at shapes and dtypes only.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "intermediate_size": 6144}),
 }  # fmt: skip
 
+_BLOCK = 1_000_003  # a prime: no row or column of a weight is another's
+
 
 def write_shape(folder: Path, name: str, layers: int = 1) -> Path:
     """Write the checkpoint `name` of SHAPES in fp16 into `folder`, which is created; returns it."""
@@ -54,8 +56,9 @@ def write_shape(folder: Path, name: str, layers: int = 1) -> Path:
         model = AutoModelForCausalLM.from_config(config)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     generator = torch.Generator().manual_seed(0)
+    noise = (0.02 * torch.randn(_BLOCK, generator=generator)).half()
     tensors = {
-        key: (0.02 * torch.randn(value.shape, generator=generator)).half()
+        key: noise.repeat(-(-value.numel() // _BLOCK))[: value.numel()].view(value.shape)
         for key, value in model.state_dict().items()
         if key not in tied
     }

@@ -21,7 +21,7 @@ from mla_deploy.export import export
 from mla_deploy.runtime import generate
 from mla_deploy.validate import validate
 from tests.families import FAMILIES, write_family
-from tests.family_presets import YARN
+from tests.tiny import YARN_ALL_DIM
 
 SPARSE = ("deepseek_v32", "glm_moe_dsa", "axk2", "hy_v4", "mistral_large4", "dots3_note_text")
 HYBRID = ("kimi_linear", "bailing_hybrid", "glm5_next")
@@ -40,7 +40,7 @@ def made(
 # Widths, heads, groups, bias and a scaled rope that no family has together.
 MIXTURE: dict[str, object] = {
     "num_attention_heads": 3, "num_key_value_heads": 3, "qk_nope_head_dim": 12, "v_head_dim": 20,
-    "n_group": 4, "topk_group": 2, "attention_bias": True, "rope_parameters": YARN,
+    "n_group": 4, "topk_group": 2, "attention_bias": True, "rope_parameters": YARN_ALL_DIM,
 }  # fmt: skip
 
 

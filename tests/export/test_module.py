@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,9 @@ from mla_deploy.bundle import Bundle
 from mla_deploy.engine.lint import lint_graph
 from mla_deploy.errors import InputError, MlaDeployError
 from mla_deploy.rewrite.releases import find_release
+from mla_deploy.source.user import raised
+from mla_deploy.source.user.factory import UserModule
+from mla_deploy.source.user.graph import UserGraph, trace_user_module
 
 MODELS = Path(__file__).parents[1] / "source" / "user"
 DOCS = ("docs.examples.plain_mla:model", "docs.examples.seam_mla:model")
@@ -29,6 +33,28 @@ def on_the_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(Path(__file__).parents[2])
     yield
     sys.modules.pop("models", None)
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[tuple[str, str], UserGraph]:
+    """What the tests of this file traced so far, by factory and digest of the state."""
+    return {}
+
+
+@pytest.fixture
+def traced_once(known: dict[tuple[str, str], UserGraph], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier test traced is not traced again, which takes seconds.
+
+    `test_equal_to_the_module` does without: the export and the reference each trace it.
+    """
+
+    def once(source: UserModule) -> UserGraph:
+        key = (source.name, source.digest)
+        if key not in known:
+            known[key] = trace_user_module(source)
+        return replace(known[key], module=source.module)  # its own weights: some are rounded
+
+    monkeypatch.setattr(raised, "trace_user_module", once)
 
 
 def weights_of(name: str, folder: Path) -> Path:
@@ -59,6 +85,7 @@ def test_equal_to_the_module(name: str, tmp_path: Path) -> None:
     assert report.memory.cache_bytes == report.memory.predicted_cache_bytes
 
 
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize(
     "options",
     [
@@ -74,6 +101,7 @@ def test_every_form_of_bundle(options: dict[str, object], tmp_path: Path) -> Non
     assert validate(bundle, module="models:tied", weights=weights).passed
 
 
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("target", ["rtx-40", "jetson-orin-jp6"])
 def test_for_tensorrt(target: str, tmp_path: Path) -> None:
     """One graph without layers, of fixed capacity, typed: equal, and clean in half precision."""
@@ -89,6 +117,7 @@ def test_for_tensorrt(target: str, tmp_path: Path) -> None:
         assert (cache.dtype, cache.shape[2]) == ("fp16", 320)
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_runs_without_the_module(tmp_path: Path) -> None:
     """Three rows of unequal length against the module on each row alone."""
     bundle, _ = made("models:lm", tmp_path)
@@ -102,6 +131,7 @@ def test_runs_without_the_module(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, np.stack(wanted), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_another_weight_file_is_another_source(tmp_path: Path) -> None:
     bundle, weights = made("models:lm", tmp_path)
     with pytest.raises(MlaDeployError, match="made from source") as refusal:
@@ -161,6 +191,7 @@ def test_bad_factories(name: str, told: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_options_that_exclude_each_other(tmp_path: Path) -> None:
     for given in (
         {"checkpoint": tmp_path, "module": "models:lm", "out": tmp_path / "out"},
@@ -196,6 +227,7 @@ def test_meta_weights_are_refused() -> None:
     assert refusal.value.code == "SRC-MODULE"
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_a_latent_that_nothing_names_is_not_rotated(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"EXP-ROTATE.*module"):
         made("models:lm", tmp_path, rotate_latent=True)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from mla_deploy import validate
 from mla_deploy.bundle import Bundle
 from mla_deploy.checkpoint import open_checkpoint
-from mla_deploy.errors import GateError, IncompatibleError
+from mla_deploy.errors import GateError, IncompatibleError, InputError
 from mla_deploy.export import export
 from mla_deploy.export.requantize import quantize
 from mla_deploy.source import latent_rotation
@@ -23,8 +23,9 @@ from mla_deploy.validate.held import rotation_of, stored_facts
 from mla_deploy.validate.loss_check import measure_loss
 from mla_deploy.validate.reference import Reference
 from tests.checkpoint.edits import edit_weights
+from tests.cli.conftest import Command
 from tests.export.test_in_place import fp8
-from tests.exported import Exported, exported
+from tests.exported import Exported, exported, exported_family
 from tests.families import FAMILIES, write_family
 from tests.faults.conftest import Refuses, command, refuses, untraced
 from tests.tiny import write_preset
@@ -118,6 +119,80 @@ def test_a_rotated_bundle_is_quantised_and_stays_rotated(turned: Exported, tmp_p
     # Of random weights int8 loses more than any gate on text allows; the graphs are right.
     report = validate(made, source=turned.checkpoint, cases=few(made), threads=1)
     assert all(case.passed for case in report.cases), report.to_dict()
+
+
+PARTS = ("weights.safetensors", "prefill.onnx", "decode.onnx")
+
+
+@pytest.mark.parametrize(
+    ("family", "before", "asked"),
+    [
+        (None, {}, {"cache_dtype": "int4"}),
+        (None, {"dtype": "bf16"}, {"weights": "int8", "cache_dtype": "int8-all"}),
+        (None, {"target": "jetson-thor-jp7", "dtype": "bf16"}, {"weights": "int4"}),
+        ("longcat_flash", {}, {"weights": "int4"}),
+        ("kimi_linear", {}, {"cache_dtype": "int4"}),
+    ],
+)
+def test_a_bundle_is_rotated_as_its_checkpoint_is(
+    family: str | None, before: dict[str, Any], asked: dict[str, Any], tmp_path: Path
+) -> None:
+    if family not in (None, *FAMILIES):
+        pytest.skip(f"this transformers has no {family}")
+    if family is None:
+        checkpoint = write_preset(tmp_path / "c", PRESET, dtype="bfloat16")
+    else:
+        checkpoint = exported_family(family).checkpoint
+    plain = export(checkpoint, tmp_path / "plain", **before)
+    wanted = export(checkpoint, tmp_path / "wanted", **before, **asked, rotate_latent=True)
+    found = quantize(plain, tmp_path / "found", **asked, rotate_latent=True)
+    assert [found.files[n].sha256 for n in PARTS] == [wanted.files[n].sha256 for n in PARTS]
+    same = ("cache", "weights", "rewrite", "io")
+    assert [found.manifest[n] for n in same] == [wanted.manifest[n] for n in same]
+    bare = quantize(plain, tmp_path / "bare", **asked)
+    assert bare.files[PARTS[0]].sha256 != found.files[PARTS[0]].sha256
+
+
+def test_a_bundle_loses_less_rotated_where_a_channel_stands_out(tmp_path: Path) -> None:
+    checkpoint = edit_weights(write_preset(tmp_path / "c", PRESET), stand_out)
+    plain = export(checkpoint, tmp_path / "plain")
+    losses = []
+    for turn in (False, True):
+        made = quantize(plain, tmp_path / f"{turn}", cache_dtype="int4", rotate_latent=turn)
+        losses.append(measure_loss(made, plain, threads=1)["mean_kl"])
+    assert losses[1] < losses[0] / 3, losses
+    report = validate(made, source=checkpoint, cases=few(made), threads=1)
+    assert all(case.passed for case in report.cases), report.to_dict()
+
+
+def test_a_bundle_is_rotated_once(turned: Exported, command: Command, tmp_path: Path) -> None:
+    asked = ("quantize", turned.bundle.path, "--out", tmp_path / "q", "--rotate-latent")
+    told = command(*asked, "--cache-dtype", "int8")
+    assert told.status == 4
+    assert "error[EXP-ROTATE]: the bundle's latents are rotated already" in told.err
+    told = command(*asked)
+    assert told.status == 4
+    assert "error[QNT-OPTION]" in told.err
+    assert not (tmp_path / "q").exists()
+
+
+def test_a_bundle_whose_weights_are_not_its_own_floats_is_not_rotated(tmp_path: Path) -> None:
+    for weights, code in (("int8", "QNT-AGAIN"), ("keep", "QNT-SOURCE")):
+        bundle = exported(PRESET, weights=weights).bundle
+        with pytest.raises(InputError, match=code):
+            quantize(bundle, tmp_path / "q", cache_dtype="int8", rotate_latent=True)
+
+
+def test_a_bundle_whose_layers_share_a_latent_is_not_rotated(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    if "mistral_large4" not in FAMILIES:
+        pytest.skip("this transformers has no mistral_large4")
+    bundle = exported_family("mistral_large4").bundle
+    request.getfixturevalue("untraced")  # from here on
+    with pytest.raises(InputError, match=r"EXP-ROTATE.*another layer"):
+        quantize(bundle, tmp_path / "q", cache_dtype="int8", rotate_latent=True)
+    assert not (tmp_path / "q").exists()
 
 
 def test_against_a_bundle_without(turned: Exported) -> None:

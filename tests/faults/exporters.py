@@ -25,8 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import rich.progress  # noqa: F401 - what every forked command would import by itself
+
 import mla_deploy
-from mla_deploy.cli import entry
+from mla_deploy.cli import bundle_sheets, entry  # noqa: F401
 from mla_deploy.errors import MlaDeployError
 from mla_deploy.export import trace
 from tests.tiny import write_tiny

@@ -23,7 +23,7 @@ from mla_deploy.runtime import open_runner
 from mla_deploy.targets import find_target
 from mla_deploy.weight_forms.form import parse_plan
 from tests.export.published_shapes import write_shape
-from tests.exported import exported, exported_family
+from tests.exported import exported, exported_checkpoint, exported_family
 
 ROOT = Path(__file__).parents[2]
 TRAINED = ROOT / "models" / "tiny-deepseek-v3"
@@ -47,8 +47,8 @@ def predicted(bundle: Bundle, batch: int, context: int) -> Memory:
     "options",
     [{}, {"dtype": "fp16"}, *({"cache_dtype": name} for name in ("int8", "int4", "int8-all"))],
 )
-def test_cache_bytes_of_the_trained_model(options: dict[str, Any], tmp_path: Path) -> None:
-    bundle = export(TRAINED, tmp_path / "bundle", **options)
+def test_cache_bytes_of_the_trained_model(options: dict[str, Any]) -> None:
+    bundle = exported_checkpoint(TRAINED, **options).bundle
     runner = open_runner(bundle, batch=3, capacity=100)
     assert runner.cache_bytes == predicted(bundle, 3, 100).cache_bytes
 

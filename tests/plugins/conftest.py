@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from plugins.mla_decode.device_calls import Built, built_for
+from tests.exported import locked, shared_folder
+
 SOURCES = Path(__file__).parents[2] / "plugins" / "mla_decode"
 
 
@@ -70,6 +73,19 @@ def built_plugin(folder: Path, headers: Path, *, sms: str | None = None) -> Path
 
 
 @pytest.fixture(scope="session")
-def plugin_library(tmp_path_factory: pytest.TempPathFactory, tensorrt_headers: Path) -> Path:
-    """The plugin for one SM: what is in a plan of it does not depend on how many."""
-    return built_plugin(tmp_path_factory.mktemp("plugin"), tensorrt_headers, sms="86-real")
+def built(tensorrt_headers: Path) -> Built:
+    """The plugin and its door for one SM: what is in a plan of it does not depend on how many.
+
+    As a user builds it, then once more with the door; nvcc takes seconds, so the workers of a run
+    share it.
+    """
+    folder = shared_folder() / "plugin"
+    with locked(shared_folder() / "plugin.lock"):
+        folder.mkdir(exist_ok=True)
+        library = built_plugin(folder, tensorrt_headers, sms="86-real")
+        return built_for(86, library.parent, tensorrt_headers)
+
+
+@pytest.fixture(scope="session")
+def plugin_library(built: Built) -> Path:
+    return built.plugin

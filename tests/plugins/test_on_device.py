@@ -37,12 +37,6 @@ class NoGpu:
         assert array.nbytes <= max(self.held[address], 1)
 
 
-@pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory, tensorrt_headers: Path) -> Built:
-    toolkit()
-    return built_for(90, tmp_path_factory.mktemp("door"), tensorrt_headers)
-
-
 def put(built: Built, call: Any, blocks: int = 132) -> PluginCall:
     with on_device.Memory(NoGpu()) as memory:  # type: ignore[arg-type]
         return PluginCall(built, memory, call, "fp16", blocks)

@@ -109,6 +109,7 @@ TILED = "a rope key of two tiles"
 # Both products round to a part in 8000 of the largest value, and add up a few of them.
 _PRODUCTS = 1e-3
 LONG = ([13, 16, 9], [1, 0, 1], 1, 16)
+FULL = ([15, 15, 15], [1, 1, 1], 1, 16)  # each new token sees every slot
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, LONG], ids=["chunk", "one new token"])
@@ -138,6 +139,20 @@ def test_bytes_multiply_as_numbers_do(
     wanted = attention_reference(plain, shape.get("count", 0))
     assert np.abs(found - wanted).max() < _PRODUCTS
     assert ("MatMulIntegerToFloat" in op_types(after)) == (name != "fp8")
+
+
+def test_nothing_is_masked_where_every_slot_is_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask that contradicts it is not looked at: replacing scores would copy them."""
+    monkeypatch.setattr(lower_integer, "_LEAST_TOKENS", 1)
+    rules = (*absorb.RULES, *lower_integer.RULES, *lower_quantized.RULES)
+    after, _ = fired(parsed(quantized_text(STORES["int8"])), *rules)
+    feeds, plain = quantized_feeds(STORES["int8"], lengths=FULL, seed=3)
+    assert feeds["all_visible"]
+    feeds["visible"] = np.zeros_like(feeds["visible"])
+    found = run(after, feeds)["out"]
+    assert np.abs(found - attention_reference(plain)).max() < _PRODUCTS
+    feeds["all_visible"] = np.array(False)
+    assert np.abs(run(after, feeds)["out"] - found).max() > 10 * _PRODUCTS
 
 
 def test_products_of_bytes_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from mla_deploy.validate.parity import CaseResult, run_case
 from mla_deploy.validate.reference import Reference
 from tests.exported import Exported
 from tests.families import write_family
-from tests.family_presets import YARN
+from tests.tiny import YARN_ALL_DIM
 
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
 
@@ -84,8 +84,8 @@ def test_a_fault_without_a_place_is_refused(made: Exported, tmp_path: Path) -> N
 
 def test_frequencies_of_each_layer_type(tmp_path: Path) -> None:
     """A model with a rope for each type of layer loses the scaling of all that have one."""
-    yarn = {**YARN, "rope_theta": 500.0}
-    rope = {"indexed_attention": YARN, "sliding_attention": yarn}
+    yarn = {**YARN_ALL_DIM, "rope_theta": 500.0}
+    rope = {"indexed_attention": YARN_ALL_DIM, "sliding_attention": yarn}
     checkpoint = write_family(tmp_path / "c", "dots3_note_text", rope_parameters=rope)
     bundle = export(checkpoint, tmp_path / "bundle")
     with open_checkpoint(checkpoint) as source:

@@ -1,14 +1,14 @@
 """Fits the rounding of a layout's weights to a text, and keeps it where that serves a text unseen.
 
-The source runs once over the text, layer by layer. Each matrix is rounded when its inputs come by
-(`weight_forms/feedback.py`), and what follows sees what the rounded one gives, so later weights
-make up for earlier ones. Experts see the tokens that are routed to them. Then the source itself,
-the source rounded to nearest and the source rounded so run over the end of the text.
+The source runs once over the text, layer by layer, for channel scales (`scales.py`). Then it runs
+once more, and each matrix is rounded when its inputs come by (`weight_forms/feedback.py`); what
+follows sees what the rounded one gives, so later weights make up for earlier ones. Experts see the
+tokens that are routed to them. Then the source itself and each rounding of it run over the end of
+the text, inputs rounded as the graphs round them, and the best is kept.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,37 +16,34 @@ from typing import Any
 import torch
 
 from mla_deploy.config import MlaConfig
+from mla_deploy.export.calibration.judge import HeldOut, Judge
+from mla_deploy.export.calibration.scales import ScaleReport, found_scales
 from mla_deploy.export.calibration.targets import Target, Targets
 from mla_deploy.export.calibration.text import CalibrationText
 from mla_deploy.export.weights import WeightLayout
-from mla_deploy.source.layerwise import LayerwiseModel, Prepared
+from mla_deploy.source.layerwise import LayerwiseModel
+from mla_deploy.weight_forms.channel_scales import ChannelScales
 from mla_deploy.weight_forms.feedback import rounded_with_feedback, upper_factor
 from mla_deploy.weight_forms.one_thread import one_thread
 from mla_deploy.weight_forms.parts import packed
 from mla_deploy.weight_forms.rounded import PlanRounding
 
-CALIBRATED, NEAREST = "calibrated", "nearest"
+CALIBRATED, SCALED, NEAREST = "calibrated", "scaled", "nearest"
 _LEAST_INPUTS = 32  # of an expert that saw fewer tokens, too little is known
 _CHUNK = 4096  # inputs whose moments are summed in fp32
-_PASSES = 4
+_PASSES = 6
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """On the end of the text, of a rounding: against the source, and by itself."""
-
-    mean_kl: float
-    perplexity: float
-
-
-@dataclass(frozen=True)
 class Calibration:
-    """What was done: `kept` is "calibrated", or "nearest" where the held-out text says so.
+    """What was done. `kept`: "calibrated" (fitted), "scaled" (to nearest, with channel scales) or
+    "nearest", by what the held-out text says.
 
     `weights` counts those that were fitted; `unseen` those that are rounded to nearest because too
-    few tokens came by.
+    few tokens came by. `scaled`: None where no scale serves; what is fitted has them if `scaled`
+    is better than `nearest`.
     """
 
     kept: str
@@ -57,10 +54,12 @@ class Calibration:
     text_sha256: str
     source_perplexity: float
     nearest: HeldOut
+    scaled: HeldOut | None
+    scales: ScaleReport | None
     calibrated: HeldOut
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def calibrate(
@@ -77,59 +76,60 @@ def calibrate(
     `read` gives whole parameters of the source by name and shape.
     """
     model = LayerwiseModel(config, read)
-    walk = _Walk(Targets(layout), rounding)
     passes = iter(range(_PASSES))
 
     def progress() -> Callable[[int, int], None]:
         number = next(passes)
         return lambda done, total: report("calibrate", number * total + done, _PASSES * total)
 
+    judge = Judge(model, rounding, text.held_out, progress)
+    nearest = judge.of(rounding)
+    scales, told = found_scales(model, rounding, text.fitted, progress())
+    scaled = judge.of(lambda name, weight: rounding(name, scales(name, weight)))
+    is_scaled = bool(scales) and judge.is_better(scaled, nearest)
+    best = scaled if is_scaled else nearest
+    walk = _Walk(Targets(layout), rounding, scales if is_scaled else ChannelScales())
     model.walk(text.fitted, walk.before, walk.seen, progress())
-    judged = text.held_out
-
-    def log_probabilities(rounding: Prepared) -> torch.Tensor:
-        return model.logits(judged, rounding, progress()).log_softmax(-1)
-
-    source = _Judged.of(log_probabilities(lambda _, weight: weight), judged)
-    nearest = _Judged.of(log_probabilities(rounding), judged)
-    fitted = _Judged.of(log_probabilities(walk.fitted), judged)
-    losses = nearest.against(source), fitted.against(source)
-    # A model that guesses the text worse than by lot has no perplexity to lose.
-    is_known = source.perplexity < config.vocab_size
-    is_kept = losses[1].mean_kl <= losses[0].mean_kl and not (
-        is_known and fitted.is_worse_than(nearest)
-    )
-    if is_kept:
+    fitted = judge.of(walk.fitted)
+    kept = SCALED if is_scaled else NEAREST
+    if judge.is_better(fitted, best):
+        kept = CALIBRATED
         layout.rounded.update(walk.found)
+    if is_scaled:
+        layout.scales = scales
     return Calibration(
-        kept=CALIBRATED if is_kept else NEAREST,
+        kept=kept,
         tokens=text.fitted.numel(),
-        held_out_tokens=judged.numel(),
+        held_out_tokens=text.held_out.numel(),
         weights=len(walk.found),
         unseen=len(walk.targets) - len(walk.found),
         text_sha256=text.digest,
-        source_perplexity=source.perplexity,
-        nearest=losses[0],
-        calibrated=losses[1],
+        source_perplexity=judge.source.perplexity,
+        nearest=nearest.held_out,
+        scaled=scaled.held_out if scales else None,
+        scales=told,
+        calibrated=fitted.held_out,
     )
 
 
 class _Walk:
     """Rounds matrices as their inputs come by. `found`: their parts, by name in the file."""
 
-    def __init__(self, targets: Targets, rounding: PlanRounding) -> None:
+    def __init__(self, targets: Targets, rounding: PlanRounding, scales: ChannelScales) -> None:
         self.targets = targets
         self.found: dict[str, Mapping[str, torch.Tensor]] = {}
         self._rounding = rounding
+        self._scales = scales
         self._recent: list[tuple[torch.Tensor, int, torch.Tensor]] = []
 
     def before(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """What a weight is until a product shows its inputs: itself; what none will show is rounded
         to nearest at once. One that was shown comes again as it was rounded."""
         keys = {t.key for _, t in self._targets_of(name, weight)}
-        if not keys:
-            return self._rounding(name, weight)
-        return self.fitted(name, weight) if keys & set(self.found) else weight
+        if keys & set(self.found):
+            return self.fitted(name, weight)
+        folded = self._scales(name, weight)
+        return folded if keys else self._rounding(name, folded)
 
     def seen(
         self, x_XK: torch.Tensor, name: str, index: int | None, matrix_RK: torch.Tensor
@@ -157,7 +157,7 @@ class _Walk:
 
     def fitted(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """`weight` as a bundle that keeps the fitted rounding computes with it."""
-        rounded = self._rounding(name, weight).clone()
+        rounded = self._rounding(name, self._scales(name, weight)).clone()
         for matrix_RK, target in self._targets_of(name, rounded):
             if target.key in self.found:
                 own = target.of(matrix_RK)
@@ -190,30 +190,3 @@ class _Walk:
 
 def _place(x_XK: torch.Tensor) -> tuple[Any, ...]:
     return x_XK.data_ptr(), tuple(x_XK.shape), x_XK.stride()
-
-
-@dataclass(frozen=True)
-class _Judged:
-    """What one rounding says of the held-out rows: log probabilities, and of each next token."""
-
-    log_BSV: torch.Tensor
-    next_X: torch.Tensor
-
-    @classmethod
-    def of(cls, log_BSV: torch.Tensor, ids_BS: torch.Tensor) -> _Judged:
-        return cls(log_BSV, log_BSV[:, :-1].gather(-1, ids_BS[:, 1:, None]).double().flatten())
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(-float(self.next_X.mean()))
-
-    def against(self, source: _Judged) -> HeldOut:
-        kl_BS = (source.log_BSV.exp() * (source.log_BSV - self.log_BSV)).sum(-1)
-        return HeldOut(max(0.0, float(kl_BS.double().mean())), self.perplexity)
-
-    def is_worse_than(self, other: _Judged) -> bool:
-        """Whether perplexity is larger, by more than chance: two standard errors of the difference,
-        token by token. A text of some pages tells no less."""
-        loss_X = other.next_X - self.next_X
-        error = float(loss_X.std()) / math.sqrt(len(loss_X))
-        return not float(loss_X.mean()) <= 2.0 * error

@@ -20,6 +20,14 @@ from torch import fx
 
 from mla_deploy.errors import InputError
 from mla_deploy.source.latent_attention import OPERATOR
+from mla_deploy.source.product_letters import (
+    HIDDEN,
+    Letters,
+    einsum_letters,
+    matmul_letters,
+    names_of_scores,
+    names_of_values,
+)
 from mla_deploy.source.user.graph import ATEN, UserGraph, Values, needed
 
 # The same values in the same axes.
@@ -30,8 +38,6 @@ SAME = {
 }  # fmt: skip
 _VIEWS = {ATEN.view.default, ATEN.reshape.default, ATEN._unsafe_view.default}
 _SOFTMAX = {ATEN.softmax.int, ATEN._softmax.default, ATEN._safe_softmax.default}
-# A score at or below this is hidden: its weight is zero in fp32.
-HIDDEN = -1e4
 _CHECK = ATEN._assert_tensor_metadata.default  # a cast leaves one behind
 _PRODUCTS = {ATEN.matmul.default, ATEN.bmm.default, ATEN.einsum.default}
 
@@ -248,17 +254,9 @@ def _weighted(
     operands = _operands(user)
     letters = (left, right) if operands[0] is node else (right, left)
     other = operands[1] if operands[0] is node else operands[0]
-    token = letters[0][axis]
-    new = next(
-        letter for letter, size in zip(letters[0], graph.axes(node), strict=True)
-        if size == "S" and letter != token
-    )  # fmt: skip
-    if token in out or token not in letters[1]:
+    names = names_of_values(*letters, out, graph.axes(node), axis)
+    if names is None:
         raise _unknown(index, user, "that does not sum over the cached tokens")
-    names = {token: "T", new: "S"}
-    for letter in letters[1]:
-        if letter not in letters[0]:
-            names[letter] = "V"
     return (
         Operand(other, _named(graph, other, letters[1], names)),
         user,
@@ -268,41 +266,30 @@ def _weighted(
 
 def _product(graph: UserGraph, node: fx.Node, cached: int, index: int) -> tuple[Operand, Operand]:
     """Query and key of a product whose axis `cached` is the cached tokens."""
-    left, right, out = _letters(graph, node, index)
-    token = out[cached]
-    operands = list(zip(_operands(node), (left, right), strict=True))
-    if token in left:
-        operands.reverse()
-    (query, query_letters), (key, key_letters) = operands
-    summed = [letter for letter in query_letters if letter in key_letters and letter not in out]
-    if token in query_letters or len(summed) != 1:
+    letters = _letters(graph, node, index)
+    found = names_of_scores(letters, graph.axes(node), cached)
+    if found is None:
         raise _unknown(index, node, "that is no product of one query and one key axis")
-    new = [
-        letter for letter, size in zip(out, graph.axes(node), strict=True)
-        if size == "S" and letter != token
-    ]  # fmt: skip
-    names = {token: "T", summed[0]: "E", **({new[0]: "S"} if len(new) == 1 else {})}
+    is_key_first, names = found
+    operands = list(zip(_operands(node), letters[:2], strict=True))
+    (query, query_letters), (key, key_letters) = operands[::-1] if is_key_first else operands
     return (
         Operand(query, _named(graph, query, query_letters, names)),
         Operand(key, _named(graph, key, key_letters, names)),
     )
 
 
-def _letters(graph: UserGraph, node: fx.Node, index: int) -> tuple[str, str, str]:
+def _letters(graph: UserGraph, node: fx.Node, index: int) -> Letters:
     """Letters of the operands' axes and of the result's, as an einsum spells them."""
     if node.target is ATEN.einsum.default:
-        equation = str(node.args[0]).replace(" ", "")
-        inputs, _, out = equation.partition("->")
-        parts = inputs.split(",")
-        if len(parts) != 2 or not out or "." in equation:
-            raise _unknown(index, node, f"{equation!r}, wanted two operands and '->'")
-        return parts[0], parts[1], out
+        found = einsum_letters(str(node.args[0]))
+        if found is None:
+            raise _unknown(index, node, f"{node.args[0]!r}, wanted two operands and '->'")
+        return found
     ranks = [len(graph.axes(operand)) for operand in _operands(node)]
     if min(ranks) < 2:
         raise _unknown(index, node, "of a vector")
-    batch = "abcdefgh"[: max(ranks) - 2]
-    left, right = (batch[len(batch) - (rank - 2) :] for rank in ranks)
-    return f"{left}mk", f"{right}kn", f"{batch}mn"
+    return matmul_letters(ranks)
 
 
 def _named(graph: UserGraph, node: fx.Node, letters: str, names: dict[str, str]) -> str:

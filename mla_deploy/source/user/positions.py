@@ -10,7 +10,8 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from mla_deploy.errors import InputError
-from mla_deploy.source.user.attention import HIDDEN, Mask, Site
+from mla_deploy.source.product_letters import HIDDEN
+from mla_deploy.source.user.attention import Mask, Site
 from mla_deploy.source.user.graph import ATEN, UserGraph, Values, needed
 
 # Two lengths: a mask that is causal for one of them by chance is not for the other.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import secrets
 import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from mla_deploy.door import check_name, create_file
+from mla_deploy.door import check_name
+from mla_deploy.door import replace_file as replace_whole
 from mla_deploy.errors import EnvironmentFailure, InputError, quoted
 
 Facts = Mapping[str, Any]
@@ -62,15 +62,7 @@ def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
 
     Raises: as `check_place`, EnvironmentFailure FILE-*.
     """
-    place = check_place(path)
-    partial = place.with_name(f".{place.name[:100]}.partial-{secrets.token_hex(4)}")
-    try:
-        with create_file(partial) as stream:
-            stream.write(data)
-        os.replace(partial, place)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    replace_whole(check_place(path), data)
 
 
 def _not_allowed(place: Path) -> EnvironmentFailure:

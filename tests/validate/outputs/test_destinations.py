@@ -65,7 +65,7 @@ def test_what_stood_there_stays_when_the_write_fails(
 
     (tmp_path / "report.json").write_text("before")
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(EnvironmentFailure, match=r"ENV-DISK.*No space"):
         write_report(facts, tmp_path / "report.json")
     assert (tmp_path / "report.json").read_text() == "before"
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]

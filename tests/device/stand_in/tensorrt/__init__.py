@@ -20,7 +20,10 @@ from typing import Any
 import numpy as np
 import onnx
 
-__version__ = os.environ.get("STAND_IN_VERSION", "10.16.2.1")
+from tests.tensorrt_names import *  # noqa: F403 -- the names that both stand-ins have
+from tests.tensorrt_names import VERSION, RecordedConfig, RecordedParser, Severity, record
+
+__version__ = VERSION
 _TYPES = {1: ("FLOAT", np.float32), 3: ("INT8", np.int8), 7: ("INT64", np.int64),
           10: ("HALF", np.float16)}  # fmt: skip
 _INT8 = 3
@@ -28,44 +31,6 @@ _INT8 = 3
 
 def _goes_wrong(how: str) -> bool:
     return how in os.environ.get("STAND_IN_MODE", "").split(", ")
-
-
-def _record(call: str, *arguments: Any) -> None:
-    path = os.environ.get("STAND_IN_RECORD")
-    if path:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps([call, *arguments], default=str) + "\n")
-
-
-class _Severity(enum.IntEnum):
-    INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
-
-
-class ILogger:
-    Severity = _Severity
-
-    def __init__(self) -> None:
-        pass
-
-
-class NetworkDefinitionCreationFlag(enum.IntEnum):
-    STRONGLY_TYPED = 1
-
-
-class OnnxParserFlag(enum.IntEnum):
-    ENABLE_PLUGIN_OVERRIDE = 5
-
-
-class ProfilingVerbosity(enum.Enum):
-    DETAILED = "detailed"
-
-
-class BuilderFlag(enum.Enum):
-    WEIGHT_STREAMING = "weight streaming"
-
-
-class PreviewFeature(enum.Enum):
-    ALIASED_PLUGIN_IO_10_03 = "aliased plugin io"
 
 
 class MemoryPoolType(enum.Enum):
@@ -90,17 +55,14 @@ class _Error:
         return "No importer registered for op: Nonsense"
 
 
-class OnnxParser:
+class OnnxParser(RecordedParser):
     num_errors = 1
 
     def __init__(self, network: _Network, logger: Any) -> None:
         self._network = network
 
-    def set_flag(self, flag: OnnxParserFlag) -> None:
-        _record("set_parser_flag", flag.name)
-
     def parse_from_file(self, path: str) -> bool:
-        _record("parse_from_file", os.path.basename(path))
+        record("parse_from_file", os.path.basename(path))
         self._network.onnx = _found(os.path.abspath(path))
         self._network.is_in_place = self._network.onnx != os.path.abspath(path)
         return bool(self._network.onnx) and not _goes_wrong("does not parse")
@@ -133,18 +95,12 @@ class _Profile:
         self.shapes[name] = [list(low), list(best), list(high)]
 
 
-class _Config:
+class _Config(RecordedConfig):
     def __init__(self) -> None:
         self.profiles: list[dict[str, Any]] = []
 
-    def set_flag(self, flag: BuilderFlag) -> None:
-        _record("set_flag", flag.name)
-
     def set_memory_pool_limit(self, pool: MemoryPoolType, size: int) -> None:
-        _record("set_memory_pool_limit", pool.name, size)
-
-    def set_preview_feature(self, feature: PreviewFeature, on: bool) -> None:
-        _record("set_preview_feature", feature.name, on)
+        record("set_memory_pool_limit", pool.name, size)
 
     def add_optimization_profile(self, profile: _Profile) -> int:
         self.profiles.append(profile.shapes)
@@ -156,7 +112,7 @@ class Builder:
         self._logger = logger
 
     def create_network(self, flags: int) -> _Network:
-        _record("create_network", flags)
+        record("create_network", flags)
         return _Network()
 
     def create_builder_config(self) -> _Config:
@@ -167,7 +123,7 @@ class Builder:
 
     def build_serialized_network(self, network: _Network, config: _Config) -> Any:
         if _goes_wrong("does not build"):
-            self._logger.log(_Severity.ERROR, "Error Code 9: nobody knows why")
+            self._logger.log(Severity.ERROR, "Error Code 9: nobody knows why")
             return None
         made = [network.onnx, config.profiles, network.is_in_place]
         return bytearray(json.dumps(made).encode())
@@ -178,7 +134,7 @@ class Runtime:
         pass
 
     def deserialize_cuda_engine(self, plan: Any) -> Any:
-        _record("deserialize_cuda_engine", len(memoryview(plan)))
+        record("deserialize_cuda_engine", len(memoryview(plan)))
         if _goes_wrong("aborts"):
             os.abort()
         try:
@@ -333,7 +289,7 @@ def _cuda() -> Any:
 
 class _Registry:
     def load_library(self, path: str) -> Any:
-        _record("load_library", os.path.basename(path))
+        record("load_library", os.path.basename(path))
         if "empty" in path:
             return None
         _plugins.append(path)

@@ -16,51 +16,16 @@ import sys
 import time
 from typing import Any
 
-__version__ = os.environ.get("STAND_IN_VERSION", "10.16.2.1")
+from tests.tensorrt_names import *  # noqa: F403 -- the names that both stand-ins have
+from tests.tensorrt_names import VERSION, ILogger, RecordedConfig, RecordedParser, Severity, record
+
+__version__ = VERSION
 _MODE = os.environ.get("STAND_IN_MODE", "builds")
-
-
-def _record(call: str, *arguments: Any) -> None:
-    path = os.environ.get("STAND_IN_RECORD")
-    if path:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps([call, *arguments], default=str) + "\n")
-
-
-class _Severity(enum.IntEnum):
-    INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
-
-
-class ILogger:
-    Severity = _Severity
-
-    def __init__(self) -> None:
-        pass
 
 
 class IProgressMonitor:
     def __init__(self) -> None:
         pass
-
-
-class NetworkDefinitionCreationFlag(enum.IntEnum):
-    STRONGLY_TYPED = 1
-
-
-class OnnxParserFlag(enum.IntEnum):
-    ENABLE_PLUGIN_OVERRIDE = 5
-
-
-class ProfilingVerbosity(enum.Enum):
-    DETAILED = "detailed"
-
-
-class BuilderFlag(enum.Enum):
-    WEIGHT_STREAMING = "weight streaming"
-
-
-class PreviewFeature(enum.Enum):
-    ALIASED_PLUGIN_IO_10_03 = "aliased plugin io"
 
 
 class LayerInformationFormat(enum.Enum):
@@ -82,21 +47,18 @@ class _Network:
         return _Layer()
 
 
-class OnnxParser:
+class OnnxParser(RecordedParser):
     num_errors = 0
 
     def __init__(self, network: _Network, logger: ILogger) -> None:
         pass
 
-    def set_flag(self, flag: OnnxParserFlag) -> None:
-        _record("set_parser_flag", flag.name)
-
     def parse_from_file(self, path: str) -> bool:
-        _record("parse_from_file", os.path.basename(path))
+        record("parse_from_file", os.path.basename(path))
         keep = os.environ.get("STAND_IN_KEEP")
         if keep:  # the graph that was parsed, and the names that lie beside it
             shutil.copy(path, keep)
-            _record("beside", *sorted(os.listdir(os.path.dirname(path))))
+            record("beside", *sorted(os.listdir(os.path.dirname(path))))
         return True
 
 
@@ -107,25 +69,19 @@ class _Profile:
     def set_shape(self, name: str, low: Any, best: Any, high: Any) -> None:
         if any(one > other for one, other in zip(low, high, strict=True)):
             raise ValueError("min above max")
-        _record("set_shape", name, low, best, high)
+        record("set_shape", name, low, best, high)
 
 
-class _Config:
+class _Config(RecordedConfig):
     num_compute_capabilities = 0
 
     def __setattr__(self, name: str, value: Any) -> None:
         shown = value if isinstance(value, int) else type(value).__name__
-        _record("config." + name, getattr(value, "name", shown))
+        record("config." + name, getattr(value, "name", shown))
         object.__setattr__(self, name, value)
 
-    def set_flag(self, flag: BuilderFlag) -> None:
-        _record("set_flag", flag.name)
-
-    def set_preview_feature(self, feature: PreviewFeature, on: bool) -> None:
-        _record("set_preview_feature", feature.name, on)
-
     def add_optimization_profile(self, profile: _Profile) -> int:
-        _record("add_optimization_profile")
+        record("add_optimization_profile")
         return 0
 
 
@@ -142,7 +98,7 @@ class Builder:
         self._logger = logger
 
     def create_network(self, flags: int) -> _Network:
-        _record("create_network", flags)
+        record("create_network", flags)
         return _Network()
 
     def create_builder_config(self) -> _Config:
@@ -169,10 +125,10 @@ class Builder:
             os.write(2, b'{"event": "result", "ok": true}\n' * 1000)
         if _MODE == "raises":
             raise RuntimeError("out of luck")
-        self._logger.log(_Severity.WARNING, "a warning")
-        self._logger.log(_Severity.INFO, "Total Weights Memory: 2048 bytes")
+        self._logger.log(Severity.WARNING, "a warning")
+        self._logger.log(Severity.INFO, "Total Weights Memory: 2048 bytes")
         if _MODE == "refuses":
-            self._logger.log(_Severity.ERROR, "Error Code 9: Internal Error (nobody knows why)")
+            self._logger.log(Severity.ERROR, "Error Code 9: Internal Error (nobody knows why)")
             return None
         return _Plan(4096)
 
@@ -198,13 +154,13 @@ class Runtime:
         pass
 
     def deserialize_cuda_engine(self, plan: Any) -> _Engine:
-        _record("deserialize_cuda_engine", len(memoryview(plan)))
+        record("deserialize_cuda_engine", len(memoryview(plan)))
         return _Engine()
 
 
 class _Registry:
     def load_library(self, path: str) -> Any:
-        _record("load_library", os.path.basename(path))
+        record("load_library", os.path.basename(path))
         return None if "empty" in path else object()
 
 
