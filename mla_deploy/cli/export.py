@@ -40,7 +40,7 @@ from mla_deploy.cli.verb import choice, verb
 @choice(
     "--cache-dtype",
     "fp32|fp16|bf16|int8|int8-tile|int8-all|int8-static|fp8|int4|int4-all",
-    "Of the cache alone; from int8 on codes with scales, of -all rope keys too; -static: TensorRT's, "
+    "Of the cache alone; from int8 on codes with scales, of -all rope keys too; -static: TensorRT, "
     "scales found on --calibrate or a sample.  [latent_cache_dtype of config.json, else --dtype]",
 )
 @click.option("--calibrate", metavar="TEXT", help="Fit --weights, static scales, to this text.")
