@@ -16,7 +16,7 @@ from mla_deploy.latent_store import LatentStore
 from mla_deploy.layer_facts import FULL, INDEXED, LINEAR, SLIDING, LayerFacts
 
 # Bytes of one element, by the dtype that manifests name.
-ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "uint8": 1}
+ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "uint8": 1, "int8": 1}
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ def _layer(
 
 def _stored(part: str, values: int, store: LatentStore) -> Iterator[Cached]:
     yield Cached(f"{part}_cache", store.columns(values), None, fixed=1)
-    yield Cached(f"{part}_scale", store.tiles(values), None, fixed=store.scale_bytes)
+    if not store.is_static:
+        yield Cached(f"{part}_scale", store.tiles(values), None, fixed=store.scale_bytes)
 
 
 def _window(fields: Mapping[str, Any]) -> int:

@@ -9,13 +9,17 @@
     fp8         the bits of an e4m3 number, x / scale rounded to it; one scale for each 128 values,
                 as DeepSeek-V3.2 caches its latent                   scale = largest |x| / 448
 
+    int8-static code = round(x / scale), signed, one scale for each channel of a layer, found from a
+                text and part of the graph         scale = largest |x| of the text / 127
+
     rope key    16 bits a value; of the -all stores codes as int8 has them, one scale for each 32
                 values (its energy lies in few pairs, so one scale a row would lose the others)
 
 Scales are fp32; those of the -all stores, latent and rope key alike, are fp16: rounded first, then
 divided by, and never below the smallest normal number, so that codes stay in their range.
 
-Codes are unsigned because that is the order of types ONNX Runtime multiplies exactly and fastest.
+Codes are unsigned, but for static ones, because that is the order of types ONNX Runtime multiplies
+exactly and fastest.
 A width that 128 does not divide is one tile. A rope key that 32 does not divide has tiles of its
 largest divisor from 16 to 32; where there is none (74 = 2 x 37), it is one tile. The arithmetic is
 in `source/latent_values.py` for numpy and in `rewrite/latent_codes.py` for graphs.
@@ -49,6 +53,7 @@ class LatentStore:
     tile_sizes: tuple[int, ...] = ()
     scale_dtype: str = "fp32"
     rope_key: LatentStore | None = None  # None: the rope key has 16 bits a value
+    is_static: bool = False  # scales are the graph's; none is cached
 
     @property
     def is_float(self) -> bool:
@@ -78,7 +83,9 @@ class LatentStore:
         return rank // 2
 
     def tiles(self, rank: int) -> int:
-        """Scales of one row."""
+        """Scales of one row that are cached with it."""
+        if self.is_static:
+            return 0
         if self.bits == 4:
             return 2
         return next((rank // size for size in self.tile_sizes if rank % size == 0), 1)
@@ -111,10 +118,18 @@ STORES = {
         LatentStore("fp8", steps=448, zero=0, bits=8, tile_sizes=_TILE),
     )
 }
+# For TensorRT, whose scales are constants of a build; its codes are signed.
+STATIC = LatentStore("int8-static", steps=127, zero=0, bits=8, is_static=True)
 
 
 # What a cache can be kept in: numbers, or latents as codes.
 CACHE_DTYPES = ("fp32", "fp16", "bf16", *STORES)
+EXPORTED_DTYPES = (*CACHE_DTYPES, STATIC.name)  # CACHE_DTYPES: what any config may ask for
+
+
+def store_of(cache_dtype: str) -> LatentStore | None:
+    """How latents of a cache of that dtype are stored; None: as numbers."""
+    return STATIC if cache_dtype == STATIC.name else STORES.get(cache_dtype)
 
 
 def find_store(name: str) -> LatentStore:
@@ -133,7 +148,7 @@ def rows_dtype(cache_dtype: str, dtype: str) -> str:
 
     `dtype` is that of the weights: it says which 16.
     """
-    if cache_dtype not in STORES:
+    if store_of(cache_dtype) is None:
         return cache_dtype
     return "bf16" if dtype == "bf16" else "fp16"
 

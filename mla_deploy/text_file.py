@@ -1,4 +1,4 @@
-"""A text that the user names, read through the door."""
+"""A text that the user names, read through the door; and a sample that comes along."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from mla_deploy.door import open_folder
 from mla_deploy.errors import InputError, quoted
 
 _MAX_BYTES = 16 << 20
+_SAMPLE = "sample.txt"
+_MAX_SAMPLE_BYTES = 1 << 20
 
 
 def read_text_file(path: str | os.PathLike[str]) -> str:
@@ -24,3 +26,10 @@ def read_text_file(path: str | os.PathLike[str]) -> str:
             f"{quoted(str(file))} is no UTF-8 text: byte {error.start} fits nothing",
             hint="give plain text",
         ) from None
+
+
+def sample_text() -> str:
+    """Six chapters of the World English Bible, which is in the public domain, as one paragraph."""
+    with open_folder(Path(__file__).parent / "validate") as folder:
+        text = folder.read_bytes(_SAMPLE, max_bytes=_MAX_SAMPLE_BYTES).decode("utf-8")
+    return " ".join(text.split())

@@ -39,11 +39,11 @@ from mla_deploy.cli.verb import choice, verb
 @choice("--cache-layout", "fused|split", "Latent and rope key in one tensor, or in two.  [fused]")
 @choice(
     "--cache-dtype",
-    "fp32|fp16|bf16|int8|int8-tile|int8-all|fp8|int4|int4-all",
-    "Of the cache alone; from int8 on latents are codes with scales, of -all rope keys too.  "
-    "[latent_cache_dtype of config.json, else --dtype]",
+    "fp32|fp16|bf16|int8|int8-tile|int8-all|int8-static|fp8|int4|int4-all",
+    "Of the cache alone; from int8 on codes with scales, of -all rope keys too; -static: TensorRT, "
+    "scales found on --calibrate or a sample.  [latent_cache_dtype of config.json, else --dtype]",
 )
-@click.option("--calibrate", metavar="TEXT", help="Fit --weights to this text: see quantize.")
+@click.option("--calibrate", metavar="TEXT", help="Fit --weights, static scales, to this text.")
 @click.option("--rotate-latent", is_flag=True, help="So that no channel of a latent stands out.")
 @click.option("--capacity", type=int, help="Tokens a row reserves by default.")
 @click.option("--all-logits", is_flag=True, default=None, help="Logits of every new token.")

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mla_deploy.errors import InputError
-from mla_deploy.text_file import read_text_file
-from mla_deploy.validate.loss import sample_text
+from mla_deploy.text_file import read_text_file, sample_text
 
 Tokens = tuple[int, ...]
 ROW = 256

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .failure import DeviceFailure
+from .numbers import as_float32
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 # Storage of each dtype: numpy's type (bf16 as its bits), and TensorRT's name for it.
 STORAGE: dict[str, tuple[Any, str]] = {
     "fp32": (np.float32, "FLOAT"), "fp16": (np.float16, "HALF"), "bf16": (np.uint16, "BF16"),
-    "int64": (np.int64, "INT64"),
+    "int64": (np.int64, "INT64"), "int8": (np.int8, "INT8"),
 }  # fmt: skip
 GRAPHS = ("prefill", "decode")
 
@@ -46,6 +47,12 @@ class Contract:
             (str(entry["input"]), str(entry["output"]), int(entry["layer"]))
             for entry in manifest["cache"]["tensors"]
         ]
+        # Static codes: what one of each channel is multiplied by.
+        self.scales = {
+            str(entry["input"]): np.array(entry["scales"], np.float32)
+            for entry in manifest["cache"]["tensors"]
+            if "scales" in entry
+        }
         rows = {str(entry["input"]): entry["rows"] for entry in manifest["cache"]["tensors"]}
         odd = [name for name, held in rows.items() if held != "tokens" and type(held) is not int]
         if odd:
@@ -63,6 +70,12 @@ class Contract:
             if value["name"] == name:
                 return str(value["dtype"]), tuple(int(size) for size in value["shape"][1:])
         raise DeviceFailure("integrity", f"the manifest lists no input {name}")
+
+    def numbers(self, name: str, stored: Any) -> Any:
+        """What a cache holds as fp32; codes times their scales."""
+        dtype, _ = self.cache_type(name)
+        values = as_float32(stored, dtype)
+        return values * self.scales[name] if name in self.scales else values
 
     def kept(self, name: str, rows_MW: Any, length: int) -> Any:
         """The rows of one cache that hold tokens, oldest first: of a ring those that the next
@@ -142,12 +155,15 @@ def is_in_place(contract: Contract, graph: str, engine: Any, taken: str, given: 
 def alias_differences(contract: Contract, graph: str, engine: Any) -> list[str] | None:
     """Cache outputs that an engine does not place in their input; None where none is in place.
 
-    In none is right: the engine copies, and the caches get two buffers each. Rings are copied.
+    In none is right: the engine copies, and the caches get two buffers each. Rings are copied, and
+    so are static codes, which are scattered.
     """
     ask = getattr(engine, "get_aliased_input_tensor", None)
     there = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
     whole = [
-        names for names in contract.caches if names[0] not in contract.rings and names[1] in there
+        names
+        for names in contract.caches
+        if names[1] in there and names[0] not in {*contract.rings, *contract.scales}
     ]
     found = {given: ask(given) if ask is not None else None for _, given, _ in whole}
     if not any(found.values()):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .numbers import as_float32, logit_numbers, relative_l2
+from .numbers import logit_numbers, relative_l2
 
 if TYPE_CHECKING:
     from .model import DeviceModel
@@ -56,8 +56,7 @@ class Golden:
         contract = model.contract
         parts: dict[int, list[tuple[str, Any]]] = {}
         for taken, _, layer in contract.caches:
-            dtype, _ = contract.cache_type(taken)
-            parts.setdefault(layer, []).append((taken, as_float32(model.cache(taken), dtype)))
+            parts.setdefault(layer, []).append((taken, contract.numbers(taken, model.cache(taken))))
         errors = {}
         for layer, arrays in parts.items():
             found = []

@@ -102,6 +102,8 @@ def _kernel_counts(
     """(rule, value, limit, what it is) of what the list of kernels shows."""
     model, cache = bundle.manifest["model"], bundle.manifest["cache"]
     layers, heads = int(model["num_layers"]), int(model["num_heads"])
+    # Of each tensor: a latent of static codes lies apart from its rope key.
+    held = {(int(cache["capacity"]), int(t["elements"])) for t in cache["tensors"]}
     rows, width, latent = (
         int(cache["capacity"]), int(cache["row_width"]), int(model["kv_lora_rank"])
     )  # fmt: skip
@@ -112,9 +114,12 @@ def _kernel_counts(
         f"of {operators} attention operators",
     )  # fmt: skip
     moving = [kernel for kernel in profile.kernels if _MOVEMENT.match(kernel.name)]
-    reading = [k for k in moving if any(dims[-2:] == (rows, width) for dims in k.inputs)]
+    reading = [k for k in moving if any(dims[-2:] in held for dims in k.inputs)]
+    least = min(rows * width for rows, width in held)
+    # Static codes are scattered into a second buffer.
+    most = layers if len(held) == 1 else layers * (1 + len(held))
     yield (
-        "cache_copies", sum(1 for k in reading if _largest(k.outputs) >= rows * width), layers,
+        "cache_copies", sum(1 for k in reading if _largest(k.outputs) >= least), most,
         "kernels that copy a whole cache",
     )  # fmt: skip
     nope, value = int(model["qk_nope_head_dim"]), int(model["v_head_dim"])

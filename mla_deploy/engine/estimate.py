@@ -57,7 +57,7 @@ def host_limit(weights_bytes: int, profiles: int) -> int:
 class Call:
     """The largest call of a profile: `batch` rows of `tokens` new tokens, `capacity` cached ones.
 
-    `row_width` values of `itemsize` bytes are cached for a token.
+    `row_width` values of `itemsize` bytes are cached for a token, `code_width` of them as codes.
     """
 
     graph: Graph
@@ -68,6 +68,7 @@ class Call:
     itemsize: int
     release: str
     all_logits: bool = False
+    code_width: int = 0
 
 
 def activation_bytes(bundle: Bundle, profile: BuildProfile) -> int:
@@ -82,6 +83,9 @@ def activation_bytes(bundle: Bundle, profile: BuildProfile) -> int:
         itemsize=int(cache["itemsize"]),
         release=str(bundle.manifest["engine"]["release"]),
         all_logits=bool(bundle.manifest["all_logits"]),
+        code_width=sum(
+            int(t["elements"]) for t in cache["tensors"][:1] if t.get("scales") is not None
+        ),
     )
     return call_bytes(bundle.config, call)
 
@@ -102,10 +106,11 @@ def call_bytes(config: MlaConfig, call: Call) -> int:
 
 
 def _absorbed_bytes(config: MlaConfig, call: Call) -> int:
-    """The cache once more, transposed, and the scores in both types."""
+    """The cache once more, transposed and not as codes, codes as they are beside it; the scores in
+    both types."""
     cached = call.batch * call.capacity
     scores = cached * config.num_heads * call.tokens * (_FP32 + call.itemsize)
-    return cached * call.row_width * call.itemsize + scores
+    return cached * (call.row_width * call.itemsize + call.code_width) + scores
 
 
 def _expanded_bytes(config: MlaConfig, call: Call) -> int:

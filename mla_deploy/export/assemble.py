@@ -21,6 +21,7 @@ from mla_deploy.errors import MlaDeployError
 from mla_deploy.export import bind
 from mla_deploy.export.logits import name_logits
 from mla_deploy.export.onnx_program import own_copy
+from mla_deploy.export.static_scales import LatentScales
 from mla_deploy.export.trace import Trace
 from mla_deploy.export.trace_layer import CacheForm, TracedLayer
 from mla_deploy.export.trace_trunk import INPUTS, frequency_names
@@ -58,6 +59,7 @@ class GraphForm:
     layers_prefix: str
     builder: type[Builder]
     plan: WeightPlan | None = None
+    scales: LatentScales | None = None  # of static codes
 
 
 @dataclass
@@ -150,7 +152,7 @@ class Builder:
         self._add_function(traced.kind.name, layer, formal)
         extra = given[len(traced.inputs) + len(traced.held) :]
         for index, stored in zip(traced.kind.indices, weights, strict=True):
-            self._call(traced, index, [*map(self.step_value, extra), *stored])
+            self._call(traced, index, [*(self.step_value(n, index) for n in extra), *stored])
         return counts
 
     def type_caches(
@@ -172,7 +174,7 @@ class Builder:
         """What a layer reads of the call beside the traced plan."""
         return ()
 
-    def step_value(self, name: str) -> ir.Value:
+    def step_value(self, name: str, layer: int) -> ir.Value:
         """The trunk's value for one of `step_inputs`."""
         raise MlaDeployError("EXP-SHAPE", f"a layer reads {name}, which the call does not give")
 

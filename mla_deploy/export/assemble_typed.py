@@ -19,7 +19,7 @@ from mla_deploy.export.trace import Trace
 from mla_deploy.export.trace_layer import TracedLayer
 from mla_deploy.export.weights import WeightLayout, full_use
 from mla_deploy.rewrite.rule import DOMAIN
-from mla_deploy.rewrite.step_inputs import lift_step_inputs
+from mla_deploy.rewrite.step_inputs import LATENT_SCALE, lift_step_inputs
 from mla_deploy.rewrite.strong_types import assign_types
 from mla_deploy.rewrite.weights import WeightUse
 from mla_deploy.source.cache_parts import CacheBuffer
@@ -61,8 +61,10 @@ class TypedBuilder(Builder):
     def step_inputs(self, graph: ir.Graph) -> tuple[str, ...]:
         return lift_step_inputs(graph)
 
-    def step_value(self, name: str) -> ir.Value:
+    def step_value(self, name: str, layer: int) -> ir.Value:
         """Made once, of the graph's length inputs. See `rewrite/step_inputs.py`."""
+        if name == LATENT_SCALE:
+            return self._latent_scale(layer)
         known = {str(v.name): v for v in self.model.graph}  # nodes by name
         if name in known:
             return known[name].outputs[0]
@@ -114,6 +116,8 @@ class TypedBuilder(Builder):
             by_name[name].type = ir.TensorType(self.cache_dtype(buffer))
         for formal, stored in arguments.items():
             formal.type = stored.type
+        if LATENT_SCALE in by_name:
+            by_name[LATENT_SCALE].type = ir.TensorType(self.dtype)
         own = self.trace.buffers(traced.kind.indices[0])
         made = len(graph.outputs) - len(own)
         wanted = {
@@ -132,10 +136,22 @@ class TypedBuilder(Builder):
     def finished(self) -> ir.Model:
         _prune_arguments(self.model)
         model = super().finished()
+        if self.form.scales is not None:
+            # Two calls of a function would give a network two nodes with scales of one name, which
+            # TensorRT refuses.
+            common_passes.InlinePass()(model)
         # What rules made is named last, and an initializer of the trace may have such a name.
         common_passes.NameFixPass()(model)
         _name_apart(model)
         return model
+
+    def _latent_scale(self, layer: int) -> ir.Value:
+        """The scales of the codes of a layer, a constant of the graph."""
+        if self.form.scales is None:
+            raise MlaDeployError("EXP-SHAPE", "a layer of static codes, and no scales are known")
+        index = next(b.index for b in self.trace.buffers(layer) if b.kind == "latent_cache")
+        stored = self.form.scales.of(index).astype(self.dtype.numpy())
+        return self._initializer(ir.Tensor(stored, dtype=self.dtype, name=f"latent_scale.{index}"))
 
     def _write_index(self) -> ir.Value:
         """min(cache_lengths, capacity - new_tokens): a write never passes the end."""

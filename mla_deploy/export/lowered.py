@@ -15,6 +15,7 @@ from mla_deploy.export.assemble import Assembled, Builder, GraphForm, assemble
 from mla_deploy.export.assemble_typed import typed_builder
 from mla_deploy.export.trace import Trace
 from mla_deploy.export.weights import WeightLayout
+from mla_deploy.latent_store import STATIC
 from mla_deploy.rewrite import mla_decode, mla_decode_body, order, quantize_cpu, quantize_heads
 from mla_deploy.rewrite.release import (
     Release,
@@ -41,14 +42,25 @@ class Lowering:
 def require_form(options: ExportOptions) -> None:
     """Raises: InputError TARGET-FORM for what no TensorRT target has."""
     target = find_target(options.target)
+    is_static = options.store is STATIC
     if target.release is None:
+        if is_static:
+            raise InputError(
+                "TARGET-FORM",
+                f"target {target.name} takes no --cache-dtype {STATIC.name}, whose scales are "
+                "constants of an engine; wanted one of its own",
+                hint="store the cache as int8, whose scales follow each token and lose less",
+                target=target.name,
+            )
         return
     refused = {
         "--in-place": options.in_place,
         "--cache growing": options.cache == "growing",
-        "--cache-layout split": options.cache_layout == "split",
+        "--cache-layout split": options.cache_layout == "split" and not is_static,
+        "--cache-layout fused": options.cache_layout == "fused" and is_static,
         "--weights keep": options.weights == "keep",
-        "--cache-dtype other than --dtype": options.cache_dtype != options.dtype,
+        f"--cache-dtype other than --dtype or {STATIC.name}": options.cache_dtype != options.dtype
+        and not is_static,
     }
     asked = [name for name, wanted in refused.items() if wanted]
     if asked:
@@ -90,6 +102,7 @@ def lowered(
         layers_prefix=trace.layers_prefix,
         builder=lowering.builder,
         plan=options.plan,
+        scales=layout.latent_scales,
     )
     graphs = {name: assemble(trace, form, rules, layout) for name, rules in lowering.graphs.items()}
     if release is not None:

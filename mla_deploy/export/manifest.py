@@ -13,6 +13,7 @@ import mla_deploy
 from mla_deploy.cache_plan import ITEM_BYTES
 from mla_deploy.config import CONFIG_NAME, MlaConfig
 from mla_deploy.export.assemble import Assembled
+from mla_deploy.export.static_scales import LatentScales
 from mla_deploy.export.trace import Trace
 from mla_deploy.export.weights import WeightLayout
 from mla_deploy.latent_store import manifest_entry
@@ -63,9 +64,9 @@ def manifest_of(
     named: Callable[[str], str],
 ) -> dict[str, Any]:
     """Everything but `files`, which publishing adds; `named` gives a part's file name."""
-    config = source.config
+    config, scales = source.config, layout.latent_scales
     crossover = config.crossover_tokens
-    tensors = [_cache_tensor(buffer, options.rows_dtype) for buffer in trace.all_buffers]
+    tensors = [_cache_tensor(buffer, options.rows_dtype, scales) for buffer in trace.all_buffers]
     return {
         **_engine(options),
         "format_version": 1,
@@ -93,7 +94,7 @@ def manifest_of(
                 t["elements"] * ITEM_BYTES[t["dtype"]] for t in tensors if t["rows"] == "tokens"
             ),
             "tensors": tensors,
-            **_store(options, config),
+            **_store(options, config, scales),
             **({"dtype_from": CONFIG_NAME} if options.cache_by_config else {}),
             **({"rotation": {"kind": KIND}} if options.rotate_latent else {}),
         },
@@ -181,15 +182,23 @@ def _model(config: MlaConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in fields}
 
 
-def _store(options: ExportOptions, config: MlaConfig) -> dict[str, Any]:
+def _store(
+    options: ExportOptions, config: MlaConfig, scales: LatentScales | None
+) -> dict[str, Any]:
     """How codes and scales are read as latents, where they are codes."""
     if options.store is None:
         return {}
-    return {"store": manifest_entry(options.store, config.kv_lora_rank, config.qk_rope_head_dim)}
+    store = manifest_entry(options.store, config.kv_lora_rank, config.qk_rope_head_dim)
+    return {"store": store if scales is None else {**store, "calibration": scales.to_dict()}}
 
 
-def _cache_tensor(buffer: CacheBuffer, rows_dtype: str) -> dict[str, Any]:
-    """One cache tensor: `elements` are those of one row, or of the whole state."""
+def _cache_tensor(
+    buffer: CacheBuffer, rows_dtype: str, scales: LatentScales | None
+) -> dict[str, Any]:
+    """One cache tensor: `elements` are those of one row, or of the whole state.
+
+    `scales`: of static codes, what a code of each channel is multiplied by.
+    """
     rows: str | int = "state" if buffer.is_state else buffer.window or "tokens"
     return {
         "input": buffer.name(),
@@ -200,6 +209,7 @@ def _cache_tensor(buffer: CacheBuffer, rows_dtype: str) -> dict[str, Any]:
         "elements": buffer.elements,
         "dtype": "fp32" if buffer.is_state else buffer.stored or rows_dtype,
         "parts": {part.kind: part.shape[0] for part in buffer.parts if not buffer.is_state},
+        **({"scales": scales.told(buffer.index)} if scales and buffer.stored == "int8" else {}),
     }
 
 
@@ -230,7 +240,7 @@ def _kind(name: str) -> str:
 def _graph_values(values: list[ir.Value], kind_of: Callable[[str], str]) -> list[dict[str, object]]:
     """The manifest's `io` entries of graph inputs or outputs."""
     names = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
-    names.update({ir.DataType.INT64: "int64", ir.DataType.UINT8: "uint8"})
+    names.update({ir.DataType.INT64: "int64", ir.DataType.UINT8: "uint8", ir.DataType.INT8: "int8"})
     return [
         {
             "name": str(v.name),

@@ -8,7 +8,7 @@ from mla_deploy.config import MlaConfig
 from mla_deploy.errors import InputError
 from mla_deploy.export.lowered import require_form
 from mla_deploy.export.weights import DTYPES
-from mla_deploy.latent_store import CACHE_DTYPES, STORES, LatentStore, rows_dtype
+from mla_deploy.latent_store import EXPORTED_DTYPES, STATIC, LatentStore, rows_dtype, store_of
 from mla_deploy.targets import DEFAULT_TARGET, buildable_target, check_dtype, find_target
 from mla_deploy.weight_forms.fit import check_forms, fitted
 from mla_deploy.weight_forms.form import WeightPlan, is_plan, parse_plan
@@ -45,7 +45,7 @@ class ExportOptions:
     @property
     def store(self) -> LatentStore | None:
         """How latents are stored, when not as numbers of `cache_dtype`."""
-        return STORES.get(self.cache_dtype)
+        return store_of(self.cache_dtype)
 
     @property
     def rows_dtype(self) -> str:
@@ -77,11 +77,12 @@ def options_for(
     stored = dtype or row.default_dtype
     own = config.latent_cache_dtype
     kept = cache_dtype or own or stored
+    is_coded = store_of(kept) is not None
     chosen = ExportOptions(
         target=row.name,
         dtype=stored,
         cache=cache or "in-place",
-        cache_layout=cache_layout or ("split" if kept in STORES else "fused"),
+        cache_layout=cache_layout or ("split" if is_coded else "fused"),
         cache_dtype=kept,
         capacity=default if capacity is None else capacity,
         all_logits=all_logits,
@@ -101,17 +102,17 @@ def check_options(chosen: ExportOptions) -> None:
     check_dtype(row, chosen.dtype)
     if chosen.weights is not None and is_plan(chosen.weights):
         check_forms(row, parse_plan(chosen.weights))
-    if chosen.calibrate is not None and chosen.plan is None:
+    if chosen.calibrate is not None and chosen.plan is None and chosen.store is not STATIC:
         raise InputError(
             "EXP-OPTION",
             "a text to calibrate with is given, and no weights to quantise; wanted both",
-            hint="add `--weights int4`",
+            hint=f"add `--weights int4`, or for TensorRT `--cache-dtype {STATIC.name}`",
         )
     for name, found, known in (
         ("dtype", chosen.dtype, tuple(DTYPES)),
         ("cache", chosen.cache, CACHE_KINDS),
         ("cache_layout", chosen.cache_layout, CACHE_LAYOUTS),
-        ("cache_dtype", chosen.cache_dtype, CACHE_DTYPES),
+        ("cache_dtype", chosen.cache_dtype, EXPORTED_DTYPES),
     ):
         if found not in known:
             raise InputError("EXP-OPTION", f"{name} is {found!r}; wanted one of {', '.join(known)}")

@@ -33,10 +33,12 @@ from mla_deploy.export.manifest import Source, manifest_of
 from mla_deploy.export.options import ExportOptions, options_for
 from mla_deploy.export.rotated import rotated_weights
 from mla_deploy.export.scaled import scaled_source
+from mla_deploy.export.static_scales import latent_scales, require_static
 from mla_deploy.export.trace import Trace, trace_model
 from mla_deploy.export.trace_layer import CacheForm
 from mla_deploy.export.weights import DTYPES, WeightLayout, WeightSource
 from mla_deploy.export.widen import point_in_place
+from mla_deploy.latent_store import STATIC
 from mla_deploy.rewrite import order
 from mla_deploy.rewrite.ensures import require_latent_only
 from mla_deploy.source.model import source_weights
@@ -80,15 +82,15 @@ def export(
 
     `dtype` (fp32 by default) is the storage of weights and cache; arithmetic on a CPU is fp32.
     `cache_dtype`: of the cache alone (None: `latent_cache_dtype` of config.json, else `dtype`);
-    int8 and its kin are codes with scales (`latent_store.py`); `rotate_latent` evens out channels.
+    int8 and its kin are codes with scales (`latent_store.py`), of int8-static found on `calibrate`
+    or a sample; `rotate_latent` evens out channels; `capacity`: tokens a row reserves by default.
     `weights` "keep": they are stored as in the checkpoint instead, FP8 and int8 with their scales,
     and the cache in the dtype of most of them; what must be made (halves of kv_b_proj) in float.
     "int4", "int8", "fp8" or a refined one (`weight_forms/form.py`): quantised, rounded to nearest,
     or fitted to what weights meet in the text file `calibrate`, if that serves its end better.
-    `capacity` is the tokens a runner reserves per row unless told otherwise.
     Nothing is left under `out` unless everything succeeded; `replace` swaps whole bundles.
     `module`, `package.file:factory`, in place of a checkpoint: the user's own torch.nn.Module, with
-    `weights`, one `.safetensors` file (None: those the factory set). This runs the user's code.
+    `weights`, one `.safetensors` file (None: as the factory set them). This runs the user's code.
     `in_place`, without `out`, writes the bundle beside the checkpoint, as files `mla-deploy.*` of
     its folder: weights stay in the checkpoint's files and dtype, and are not read.
 
@@ -197,12 +199,6 @@ def build_bundle(
     Raises: as `export`.
     """
     config = source.config
-    cache = CacheForm(
-        fused=options.cache_layout == "fused",
-        growing=options.cache == "growing",
-        least_rows=1 + int(config.raw.get("index_kpool") or 1),
-        store=options.store,
-    )
     # All that headers and small files can get refused comes before the trace, which takes seconds.
     checkpoint = weights if isinstance(weights, WeightMap) else None
     if checkpoint is not None:
@@ -213,9 +209,10 @@ def build_bundle(
         copy_texts(source.folder, stage, _TEXTS)
     text = _text(source, options)
     report("trace", 0, 1)
-    trace = trace_model(config, cache, options.all_logits)
+    trace = trace_model(config, _cache_form(config, options), options.all_logits)
     report("trace", 1, 1)
     layout = WeightLayout()
+    _find_scales(config, weights, options, layout, text=text, report=report)
     graphs = lowered(trace, config, options, layout)
     _require_fired(graphs, trace)
     report("rewrite", 1, 1)
@@ -247,6 +244,15 @@ def build_bundle(
     return bundle
 
 
+def _cache_form(config: MlaConfig, options: ExportOptions) -> CacheForm:
+    return CacheForm(
+        fused=options.cache_layout == "fused",
+        growing=options.cache == "growing",
+        least_rows=1 + int(config.raw.get("index_kpool") or 1),
+        store=options.store,
+    )
+
+
 def _write_graphs(
     stage: Stage, options: ExportOptions, graphs: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -258,10 +264,27 @@ def _write_graphs(
 
 
 def _text(source: Described, options: ExportOptions) -> CalibrationText | None:
-    """That of `options.calibrate`, refused before the work begins."""
-    if options.calibrate is None:
+    """That of `options.calibrate`, or what finds scales without; refused before the work begins."""
+    if options.calibrate is None and options.store is not STATIC:
         return None
+    if options.store is STATIC:
+        require_static(source.config)
     return calibration_text(options.calibrate, source.folder, source.config)
+
+
+def _find_scales(
+    config: MlaConfig,
+    weights: WeightMap | BundleSource,
+    options: ExportOptions,
+    layout: WeightLayout,
+    *,
+    text: CalibrationText | None,
+    report: Progress,
+) -> None:
+    """Give the layout the scales of latents in static codes, where they are that."""
+    if options.store is STATIC and text is not None:
+        stored = DTYPES[options.dtype]
+        layout.latent_scales = latent_scales(config, weights.read_parameter, text, stored, report)
 
 
 def _calibrate(
@@ -274,7 +297,7 @@ def _calibrate(
     report: Progress,
 ) -> None:
     """Fit the rounding of the layout's weights to `text`, where there is one."""
-    if options.plan is None or text is None:
+    if options.plan is None or options.calibrate is None or text is None:
         return
     is_for_device = find_target(options.target).release is not None
     rounding = PlanRounding.of(config, options.plan, options.dtype, for_device=is_for_device)
@@ -296,6 +319,7 @@ def _require_fired(graphs: dict[str, Assembled], trace: Trace) -> None:
     both = {
         "lower_cache_update": found["CacheUpdate"],
         "lower_quantized_update": found["QuantizedUpdate"],
+        "lower_static_update": found["StaticUpdate"],
         "lower_ring_update": found["RingUpdate"],
         "lower_experts": found["MoE"],
         "lower_delta_attention": found["DeltaAttention"],

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from math import prod
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -25,6 +25,9 @@ from mla_deploy.rewrite.weights import WeightUse
 from mla_deploy.weight_forms.channel_scales import ChannelScales
 from mla_deploy.weight_forms.one_thread import one_thread
 from mla_deploy.weight_forms.parts import Part, part_bytes
+
+if TYPE_CHECKING:
+    from mla_deploy.export.static_scales import LatentScales
 
 WEIGHT_FILE = "weights.safetensors"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -97,6 +100,7 @@ class WeightLayout:
 
     `rounded`: parts of weights that are quantised already, by the weight's name; `calibration`:
     what the manifest tells of how. `scales`: of channels, folded into what `source` gives.
+    `latent_scales`: of latents in static codes, which lie in the graphs.
     """
 
     weights: dict[str, StoredWeight] = field(default_factory=dict)
@@ -104,6 +108,7 @@ class WeightLayout:
     rounded: dict[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None
     scales: ChannelScales = field(default_factory=ChannelScales)
+    latent_scales: LatentScales | None = None
 
     def add(self, weight: StoredWeight) -> None:
         """Both graphs name the weights they read; one that both read is stored once."""

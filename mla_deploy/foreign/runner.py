@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -78,6 +78,7 @@ class ForeignReference:
         cache_dtype: str | None = None,
         weights: bool = True,
         quantized: Callable[..., object] | None = None,
+        scales: Mapping[int, NDArray[np.float32]] | None = None,
     ) -> None:
         """A graph is not rounded. Raises: InputError VAL-OPTION."""
         raise InputError(

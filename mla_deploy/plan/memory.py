@@ -1,8 +1,9 @@
 """What one device has to hold: weights, cache, activations, and what the runtime itself takes.
 
 TensorRT holds the weights once for each of its two engines, and the cache twice where its release
-cannot update it in place. ONNX Runtime maps float weights, once for both graphs; it keeps an fp32
-copy of weights in half precision for decoding, and one packed copy of quantised ones.
+cannot update it in place; of static codes none can. ONNX Runtime maps float weights, once for both
+graphs; it keeps an fp32 copy of weights in half precision for decoding, and one packed copy of
+quantised ones.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import prod
 
-from mla_deploy.cache_plan import planned_bytes
+from mla_deploy.cache_plan import cache_plan, planned_bytes
 from mla_deploy.engine.estimate import Call, call_bytes, host_limit
 from mla_deploy.plan.tensors import Tensor
 from mla_deploy.plan.work import Model
@@ -58,16 +59,31 @@ def needed(model: Model, target: Target, batch: int, context: int) -> Memory:
     decode = Call(
         "decode", batch=batch, tokens=1, capacity=context, row_width=model.config.row_width,
         itemsize=model.itemsize, release=release.name,
+        code_width=model.config.kv_lora_rank if _is_static(model) else 0,
     )  # fmt: skip
     prefill = replace(decode, graph="prefill", tokens=min(CHUNK, context))
     return Memory(
         weights_bytes=model.stored.total,
         weights_held_bytes=2 * model.stored.total,
-        cache_bytes=cache if release.has_tensor_scatter else 2 * cache,
+        cache_bytes=cache
+        + _second_bytes(model, batch * context, release.has_tensor_scatter, cache),
         prefill_activation_bytes=call_bytes(model.config, prefill),
         decode_activation_bytes=call_bytes(model.config, decode),
         runtime_bytes=0,
     )
+
+
+def _second_bytes(model: Model, tokens: int, is_in_place: bool, cache: int) -> int:
+    """The second buffer of what an engine scatters: the whole cache, or static codes alone."""
+    if not is_in_place:
+        return cache
+    if not _is_static(model):
+        return 0
+    return tokens * sum(c.elements for c in cache_plan(model.config, model.store) if c.fixed == 1)
+
+
+def _is_static(model: Model) -> bool:
+    return model.store is not None and model.store.is_static
 
 
 def build_bytes(model: Model, target: Target) -> int | None:

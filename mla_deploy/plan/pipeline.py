@@ -8,7 +8,7 @@ from collections.abc import Callable
 from mla_deploy.config import MlaConfig
 from mla_deploy.devices import DEVICES, Device, find_device, this_machine
 from mla_deploy.errors import InputError, quoted
-from mla_deploy.latent_store import CACHE_DTYPES
+from mla_deploy.latent_store import EXPORTED_DTYPES
 from mla_deploy.plan.fit import MOST_ROWS
 from mla_deploy.plan.models import PlannedModel, find_model
 from mla_deploy.plan.report import PlanReport, Question
@@ -88,7 +88,7 @@ def _question(
     rows = 1 if batch is None else batch
     _check_count("context", tokens, _MOST_CONTEXT)
     _check_count("batch", rows, MOST_ROWS)
-    _check_word("cache", cache, CACHE_DTYPES)
+    _check_word("cache", cache, EXPORTED_DTYPES)
     return Question(tokens, rows, weights, cache)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mla_deploy.cache_plan import ITEM_BYTES
 from mla_deploy.config import MlaConfig
-from mla_deploy.latent_store import STORES, rows_dtype
+from mla_deploy.latent_store import rows_dtype, store_of
 from mla_deploy.plan import memory, work
 from mla_deploy.plan.fit import MOST_ROWS, most
 from mla_deploy.plan.models import PlannedModel
@@ -65,7 +65,7 @@ class Planner:
             self.tensors, self.config, row.device.row, dtype=row.dtype, plan=row.weights
         )
         itemsize = ITEM_BYTES[rows_dtype(row.cache_dtype, row.dtype)]
-        return work.Model(self.config, self.tensors, stored, itemsize, STORES.get(row.cache_dtype))
+        return work.Model(self.config, self.tensors, stored, itemsize, store_of(row.cache_dtype))
 
     def _usable_bytes(self) -> int:
         device = self.row.device

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from mla_deploy.config import MlaConfig
 from mla_deploy.devices import Device
 from mla_deploy.errors import InputError
+from mla_deploy.latent_store import STATIC
 from mla_deploy.layer_facts import LINEAR
 from mla_deploy.targets import check_dtype
 from mla_deploy.weight_forms.fit import check_forms, fitted
@@ -63,12 +64,15 @@ def _left_in_float(row: Row) -> tuple[str, ...]:
 
 
 def _not_exported(row: Row, config: MlaConfig) -> tuple[str, ...]:
-    """What `export` refuses for a TensorRT target today: then the figures are arithmetic alone."""
-    if row.device.row.release is None:
-        return ()
+    """What `export` refuses for a target today: then the figures are arithmetic alone."""
+    is_static = row.cache_dtype == STATIC.name
     told = []
+    if row.device.row.release is None:
+        if is_static:
+            told.append(f"`export` for a CPU has no cache in {STATIC.name}: int8 is its own")
+        return tuple(f"{each}: figures are arithmetic alone" for each in told)
     if any(layer.kind == LINEAR for layer in config.layers):
         told.append("no lowering of linear attention for TensorRT yet")
-    if row.cache_dtype != row.dtype:
-        told.append(f"`export` for TensorRT caches in {row.dtype} only")
+    if row.cache_dtype != row.dtype and not is_static:
+        told.append(f"`export` for TensorRT caches in {row.dtype} or {STATIC.name} only")
     return tuple(f"{each}: figures are arithmetic alone" for each in told)

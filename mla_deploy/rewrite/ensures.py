@@ -6,8 +6,9 @@ row and one new token. What is left per cached token is then counted:
 - a value that only moves cached rows (casts, slices, transposes) holds at most one row, L + R;
 - any other value holds at most one number per head: scores and masks, never keys or values.
 
-Of latents stored as codes, widening them is moving them, and a query or a probability is two parts;
-what stands for zero, repeated beside their scales, is nothing of a token.
+Of latents stored as codes, widening them is moving them. Where scales are cached beside them, a
+query or a probability is two parts, and what stands for zero, repeated beside scales, is nothing
+of a token.
 
 An expanded key holds H x (N + R) per cached token, so a graph that was not absorbed is refused.
 """
@@ -39,6 +40,7 @@ _DIMS = {
 _MOVES = {
     "Cast",
     "Concat",
+    "DequantizeLinear",
     "Gather",
     "GatherND",
     "Identity",
@@ -54,7 +56,7 @@ _MOVES = {
     "Where",
 }
 # Codes times scales, less what stands for zero; nibbles apart; e4m3 numbers by their scales.
-_WIDENS = {"BitShift", "BitwiseAnd", "DequantizeLinear", "Mul"}
+_WIDENS = {"BitShift", "BitwiseAnd", "Mul"}
 _SCALES = ("latent_scale.", "rope_key_scale.")
 _CACHE = ("latent_cache.", *_SCALES, "rope_key_cache.", "indexer_key_cache.")
 _SMALL = 64  # elements of a constant that can be a shape

@@ -147,6 +147,8 @@ class _Rounded:
             return None if tensor is None else tensor.dtype
         if node.op_type in _TRUTHS:
             return ir.DataType.BOOL
+        if node.op_type == "QuantizeLinear":
+            return ir.DataType.INT8
         floats = [self.truth[v] for v in inputs if self.truth.get(v) in (_FLOAT, *_HALVES)]
         return floats[0] if floats and node.op_type != "Shape" else None
 

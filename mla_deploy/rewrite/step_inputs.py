@@ -1,8 +1,10 @@
-"""What a lowered layer reads of the call beside the traced plan: made once, in the trunk.
+"""What a lowered layer reads beside the traced plan: of the call, made once, in the trunk.
 
 A rule asks for one by name with `step_input`; `lift_step_inputs` makes it an input of the layer.
 
     write_index_B    int64: the slot that the row's first new token is written to
+    latent_scale_L   of the layer, not of the call: the scales of its static codes, in the graph's
+                     dtype
     attended_B1SM    bool: what each new token sees, and slot 0 whatever it sees: softmax over
                      nothing is NaN in a fused kernel, and would lie in the cache of an idle row
 """
@@ -14,8 +16,10 @@ import onnx_ir as ir
 _KINDS = {
     "write_index_B": (ir.DataType.INT64, ("batch",)),
     "attended_B1SM": (ir.DataType.BOOL, ("batch", 1, "new_tokens", "capacity")),
+    "latent_scale_L": (ir.DataType.FLOAT, ("rank",)),
 }
 STEP_INPUTS = tuple(_KINDS)
+LATENT_SCALE = "latent_scale_L"
 _MARK = "mla_deploy.step_input"
 
 

@@ -9,6 +9,7 @@ another:
     exp, softmax ...
     Concat              half if a part is: it feeds a product or the cache
     what moves values   the dtype of the first operand
+    codes               int8 of numbers in half, and half of int8, where scales are
     all others          fp32 if an operand is, else half; constants and vectors follow
 
 A Cast to fp32 that a rule wrote stays: that is how a rule asks for fp32.
@@ -94,6 +95,10 @@ class _Typing:
             self.followers.add(node.outputs[0])
         elif node.op_type == "Cast":
             self._give(node, ir.DataType(node.attributes["to"].as_int()))
+        elif node.op_type == "DequantizeLinear":
+            self._give(node, floats[0].dtype or self.half)
+        elif node.op_type == "QuantizeLinear":
+            self._codes(node)
         elif node.domain == DOMAIN and node.op_type == OPERATOR:
             self._operator(node)
         elif node.domain == DOMAIN:
@@ -155,6 +160,13 @@ class _Typing:
         self._give(node, tensor.dtype)
         self.followers.add(node.outputs[0])
 
+    def _codes(self, node: ir.Node) -> None:
+        """Numbers in the dtype of their scales become what the zero point is."""
+        values, scale, zero = (_required_value(value) for value in node.inputs)
+        if values.dtype != scale.dtype:
+            node.replace_input_with(0, self.cast(values, _known(scale), node))
+        self._give(node, _known(zero))
+
     def _operator(self, node: ir.Node) -> None:
         """MlaDecode: query and new rows as the cache is stored, and so are its results."""
         cache = node.inputs[2]
@@ -208,6 +220,12 @@ def _known(value: ir.Value) -> ir.DataType:
     if value.dtype is None:
         raise MlaDeployError("REW-TYPE", f"the dtype of {value.name} is not known")
     return value.dtype
+
+
+def _required_value(value: ir.Value | None) -> ir.Value:
+    if value is None:
+        raise MlaDeployError("REW-TYPE", "codes without a scale and a zero point")
+    return value
 
 
 def _required(node: ir.Node | None) -> ir.Node:

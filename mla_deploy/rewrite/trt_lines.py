@@ -13,6 +13,7 @@ from mla_deploy.rewrite import (
     lower_norm_trt,
     lower_opset_23_trt,
     lower_ring_trt,
+    lower_static_trt,
     raise_norm,
 )
 from mla_deploy.rewrite.release import PRIMITIVES, Release, Rules
@@ -21,12 +22,13 @@ from mla_deploy.rewrite.release import PRIMITIVES, Release, Rules
 COMPOSITES = frozenset(
     {
         "Attention", "CacheRead", "CacheUpdate", "ChooseTokens", "ExpandLatent", "MoE",
-        "RingUpdate", "RmsNorm", "SelectVisible", "SinkAttention",
+        "RingUpdate", "RmsNorm", "SelectVisible", "SinkAttention", "StaticUpdate",
     }
 )  # fmt: skip
 _OPSET_20 = 20
 _CACHES: Rules = (
     lower_cache_trt.READ,
+    lower_static_trt.UPDATE,
     lower_ring_trt.RULE,
     lower_choice_trt.CHOOSE,
     lower_choice_trt.SELECT,
@@ -88,7 +90,8 @@ def decode(cache: object, norm: object) -> Rules:
     return (
         *raise_norm.RULES,
         *absorb.RULES,
-        # It reads the cache composite behind the latent, so it comes before that is lowered.
+        # They read the cache composite behind the latent, so they come before that is lowered.
+        *lower_static_trt.ATTENTION,
         *lower_absorbed_trt.RULES,
         cache,
         *_CACHES,

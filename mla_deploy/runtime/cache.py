@@ -271,6 +271,8 @@ def _cached(
             codes = array[row, 0, :length]
             continue
         values = as_float32(array[row], tensor.dtype)
+        if tensor.scales is not None:
+            values = values * tensor.scales
         if tensor.is_state:
             parts.append(values.reshape(1, -1))
         elif codes is not None and (store := spec.store_of(tensor)) is not None:

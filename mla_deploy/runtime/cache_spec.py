@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mla_deploy import shapes
 from mla_deploy.errors import IncompatibleError, quoted
-from mla_deploy.latent_store import STORES, LatentStore
+from mla_deploy.latent_store import LatentStore, store_of
 
 Array = NDArray[Any]
 # Storage of each dtype: numpy's type (bf16 as its bits) and ONNX's element type.
@@ -21,6 +21,7 @@ STORAGE: Mapping[str, tuple[type[np.generic], int]] = {
     "fp16": (np.float16, 10),
     "bf16": (np.uint16, 16),
     "uint8": (np.uint8, 2),
+    "int8": (np.int8, 3),
 }
 
 
@@ -29,7 +30,8 @@ class CacheTensor:
     """One cache tensor of the graph: its two names, and what it holds.
 
     `rows` is None for one row a token, a number for a ring of so many rows; a state has no rows.
-    `shape` is a row's, or the state's without the batch.
+    `shape` is a row's, or the state's without the batch. `scales` [W]: what static codes are
+    multiplied by.
     """
 
     layer: int
@@ -40,6 +42,7 @@ class CacheTensor:
     dtype: str
     rows: int | None = None
     is_state: bool = False
+    scales: NDArray[np.float32] | None = field(default=None, compare=False)
 
     @property
     def width(self) -> int:
@@ -129,9 +132,10 @@ def spec_from_manifest(manifest: Mapping[str, Any]) -> CacheSpec:
                 dtype=dtype,
                 rows=rows if type(rows) is int else None,
                 is_state=rows == "state",
+                scales=np.array(entry["scales"], np.float32) if "scales" in entry else None,
             )
         )
-    store = STORES.get(str(cache["dtype"]))
+    store = store_of(str(cache["dtype"]))
     return CacheSpec(tuple(tensors), str(cache["dtype"]), cache["kind"] == "growing", store)
 
 

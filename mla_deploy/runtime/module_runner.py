@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ class ModuleRunner(GuardedRunner):
         cache_dtype: str | None = None,
         weights: bool = True,
         quantized: Rounded | None = None,
+        scales: Mapping[int, NDArray[np.float32]] | None = None,
     ) -> None:
         """Reset, and from now on round weights and cached rows as a bundle of these does.
 

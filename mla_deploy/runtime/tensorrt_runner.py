@@ -18,7 +18,6 @@ from mla_deploy.bundle.engine_record import read_engine
 from mla_deploy.device.contract import differences
 from mla_deploy.device.failure import DeviceFailure
 from mla_deploy.device.model import DeviceModel
-from mla_deploy.device.numbers import as_float32
 from mla_deploy.door import open_folder
 from mla_deploy.errors import EnvironmentFailure, GateError, InputError, IntegrityError
 from mla_deploy.runtime.chunks import padded_chunks
@@ -150,9 +149,8 @@ class TensorRtRunner(GuardedRunner):
         for name, _, of in self._contract.caches:
             if of == layer:
                 held = self._asked(self._model.cache, name)
-                dtype, _ = self._contract.cache_type(name)
                 kept = self._contract.kept(name, held[row, 0], length)
-                parts.append(as_float32(kept, dtype))
+                parts.append(self._contract.numbers(name, kept))
         return np.concatenate(parts, axis=-1)
 
     def _appended(self, rows: Rows) -> NDArray[np.float32]:

@@ -6,7 +6,7 @@ row can touch another. Slow on purpose: it is transformers' own code path, call 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,18 +67,19 @@ class TorchRunner(GuardedRunner):
         cache_dtype: str | None = None,
         weights: bool = True,
         quantized: Rounded | None = None,
+        scales: Mapping[int, NDArray[np.float32]] | None = None,
     ) -> None:
         """Reset, and from now on round weights and cached rows as a bundle does.
 
         `cache_dtype` None: the cache is of `dtype` too. `quantized` rounds what such a bundle
-        quantises, before the rest is rounded to `dtype`.
+        quantises, before the rest is rounded to `dtype`; `scales` are those of static codes.
         The weights are rounded in place: there is no way back; a bundle beside its checkpoint
         keeps them as they are (`weights` false).
         """
         done: frozenset[str] = frozenset()
         if quantized is not None:
             done = transform_weights(self._module, quantized)
-        self._rounding = CacheRounding.of(cache_dtype or dtype, dtype)
+        self._rounding = CacheRounding.of(cache_dtype or dtype, dtype, scales)
         if dtype != "fp32" and weights:
             router_rows = self._router_rows
             round_weights(self._module, lambda s: stored_dtype(s, router_rows, dtype), done)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig
 
-from mla_deploy.latent_store import STORES, LatentStore, rows_dtype
+from mla_deploy.errors import InputError
+from mla_deploy.latent_store import LatentStore, rows_dtype, store_of
 from mla_deploy.source.latent_values import rounded
 
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -37,24 +41,41 @@ class CacheRounding:
 
     dtype: str = "fp32"
     store: LatentStore | None = None
+    scales: Mapping[int, torch.Tensor] | None = field(default=None, compare=False)
 
     @classmethod
-    def of(cls, cache_dtype: str, dtype: str) -> CacheRounding:
-        """As a bundle of that cache and of weights in `dtype` does."""
-        return cls(rows_dtype(cache_dtype, dtype), STORES.get(cache_dtype))
+    def of(
+        cls, cache_dtype: str, dtype: str, scales: Mapping[int, NDArray[np.float32]] | None = None
+    ) -> CacheRounding:
+        """As a bundle of that cache and of weights in `dtype` does.
+
+        `scales`: of static codes, those of each cache index, [L].
+        """
+        held = None if scales is None else {i: torch.from_numpy(s) for i, s in scales.items()}
+        return cls(rows_dtype(cache_dtype, dtype), store_of(cache_dtype), held)
 
     def rows(self, rows: torch.Tensor) -> torch.Tensor:
         if self.dtype not in HALVES:
             return rows
         return rows.to(HALVES[self.dtype]).to(rows.dtype)
 
-    def latent(self, rows: torch.Tensor) -> torch.Tensor:
+    def latent(self, rows: torch.Tensor, index: int | None = None) -> torch.Tensor:
+        """Those of cache `index`, which static codes want to know."""
+        if self.store is not None and self.store.is_static:
+            return self._static(rows, index)
         return self.rows(rows) if self.store is None else _stored(rows, self.store)
 
     def rope_key(self, rows: torch.Tensor) -> torch.Tensor:
         if self.store is None or self.store.rope_key is None or rows.shape[-1] == 0:
             return self.rows(rows)
         return _stored(rows, self.store.rope_key)
+
+    def _static(self, rows: torch.Tensor, index: int | None) -> torch.Tensor:
+        if self.scales is None or index is None or self.store is None:
+            raise InputError("EXP-CACHE", "latents in static codes, and their scales are not known")
+        scale_L = self.scales[index].to(rows.dtype)
+        codes = torch.round(rows / scale_L).clamp(-128, 127)
+        return codes * scale_L
 
 
 def _stored(rows: torch.Tensor, store: LatentStore) -> torch.Tensor:
@@ -98,7 +119,7 @@ class StoredCache(DynamicCache):
         if slides:
             rows = self._form.rows(key_states), self._form.rows(value_states)
         else:
-            rows = self._form.latent(key_states), self._form.rope_key(value_states)
+            rows = self._form.latent(key_states, index), self._form.rope_key(value_states)
         return super().update(*rows, *rest, **options)
 
     def update_indexer(

@@ -44,7 +44,7 @@ class CacheBuffer:
     index: int
     kind: str  # latent_cache, rope_key_cache, the SCALES of both, indexer_key_cache, ..._state
     parts: tuple[CachePart, ...]
-    stored: str | None = None  # uint8, fp32, fp16; None: as the cache is
+    stored: str | None = None  # uint8, int8, fp32, fp16; None: as the cache is
     width: int | None = None
 
     @property
@@ -80,7 +80,7 @@ def buffers_of(
     """The buffers of `parts`, in their order; a latent and its rope key share one when `fused`.
 
     With a `store`, a latent that keeps every token is two buffers, codes and scales; so is its rope
-    key, where the store has one for it.
+    key, where the store has one for it. Static scales are no buffer.
     """
     buffers: list[CacheBuffer] = []
     for part in parts:
@@ -100,5 +100,8 @@ def buffers_of(
 
 def _stored(part: CachePart, store: LatentStore) -> Iterator[CacheBuffer]:
     values, codes = part.shape[0], f"{part.kind}_cache"
+    if store.is_static:
+        yield CacheBuffer(part.index, codes, (part,), "int8", values)
+        return
     yield CacheBuffer(part.index, codes, (part,), "uint8", store.columns(values))
     yield CacheBuffer(part.index, SCALES[codes], (part,), store.scale_dtype, store.tiles(values))

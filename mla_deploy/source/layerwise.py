@@ -14,9 +14,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from mla_deploy.config import MlaConfig
+from mla_deploy.source.cache import cache_keyword
 from mla_deploy.source.classes import decoder_path
 from mla_deploy.source.model import hollow_model
 
@@ -81,6 +82,15 @@ class LayerwiseModel:
                 self._model(input_ids=ids_BS, use_cache=False)
             except _HeadReached:
                 return
+
+    @torch.no_grad()
+    def fill_cache(
+        self, ids_BS: torch.Tensor, cache: DynamicCache, progress: Progress | None = None
+    ) -> None:
+        """Run the source over rows of tokens with `cache`, which sees what is written to it."""
+        keyword = {cache_keyword(self._model): cache}
+        with _Loading(self, _as_they_are, progress):
+            self._model(input_ids=ids_BS, use_cache=True, logits_to_keep=1, **keyword)
 
     def place_of(self, weight: torch.Tensor) -> tuple[str, int | None] | None:
         """The parameter that a loaded matrix is, and its index in a stack of experts; None for any

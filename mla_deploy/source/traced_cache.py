@@ -3,6 +3,7 @@
 update             ->  CacheUpdate(cache_B1MW, rows_B1SW, plan...)     every token is kept
                    ->  RingUpdate(ring_B1WX, rows_B1SX, ring...)       the last `window` are
                    ->  QuantizedUpdate(codes, scales, rows_B1SL, plan...) kept in fewer bits
+                   ->  StaticUpdate(codes_B1ML, rows_B1SL, plan...)    so, scales of the graph's own
 update_indexer     ->  the same, for the indexer's keys
 update_conv_state, then the convolution
                    ->  ConvState(mixed_BSC, state_BPC, weight_C1K, new_lengths_B)
@@ -143,7 +144,9 @@ class TracedCache:
         self, buffer: CacheBuffer, rows_B1SW: torch.Tensor, *, cleared: bool = True
     ) -> torch.Tensor:
         held = self._held[buffer]
-        if buffer.stored is not None:
+        if buffer.stored is not None and self._store is not None and self._store.is_static:
+            cache, rows = static_update(held, rows_B1SW, self.plan)
+        elif buffer.stored is not None:
             scales = self._buffer(buffer.index, SCALES[buffer.kind])
             both = (held, self._held[scales])
             cache, kept, rows = quantized_update(both, rows_B1SW, self.plan, self._store_of(buffer))
@@ -267,6 +270,23 @@ def quantized_update(
         version=1,
     )
     return codes, scales, rows
+
+
+def static_update(
+    codes_B1ML: torch.Tensor, rows_B1SL: torch.Tensor, plan: StepPlan
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Composite: codes updated, and their rows; stale slots as they lie: codes are finite."""
+    batch, rank = rows_B1SL.shape[0], rows_B1SL.shape[-1]
+    shape = (batch, 1, plan.filled_B1T1.shape[2], rank)
+    operands = (codes_B1ML, rows_B1SL, plan.active_B11, plan.source_BS1, plan.slot_BS3)
+    codes, rows = onnx_ops.symbolic_multi_out(
+        f"{DOMAIN}::StaticUpdate",
+        operands,
+        dtypes=(codes_B1ML.dtype, rows_B1SL.dtype),
+        shapes=(shape, shape),
+        version=1,
+    )
+    return codes, rows
 
 
 def quantized_read(

@@ -60,6 +60,9 @@ GATES = {
     "int8-all": Gate(
         max_abs=None, max_abs_share=None, rel_l2=1e-2, cache_rel_l2=1e-2, mean_kl=5e-3, top1=0.97
     ),
+    "int8-static": Gate(
+        max_abs=None, max_abs_share=None, rel_l2=1e-2, cache_rel_l2=1e-2, mean_kl=5e-3, top1=0.97
+    ),
     "fp8": Gate(
         max_abs=None, max_abs_share=None, rel_l2=3e-2, cache_rel_l2=3e-2, mean_kl=1e-2, top1=0.95
     ),
@@ -113,6 +116,7 @@ CACHE_LOSS = {
     "int8": LossGate(mean_kl=5e-3, top1=0.97),
     "int8-tile": LossGate(mean_kl=5e-3, top1=0.97),
     "int8-all": LossGate(mean_kl=5e-3, top1=0.95),
+    "int8-static": LossGate(mean_kl=5e-3, top1=0.97),
     "fp8": LossGate(mean_kl=1e-2, perplexity_ratio=1.02),
 }
 # On a text that the user names, float weights, against the fp32 source. No top-1: ties are counted
@@ -124,13 +128,15 @@ TEXT_GATES = {
     "int8": LossGate(mean_kl=5e-3, perplexity_ratio=1.01),
     "int8-tile": LossGate(mean_kl=5e-3, perplexity_ratio=1.01),
     "int8-all": LossGate(mean_kl=5e-3, perplexity_ratio=1.01),
+    "int8-static": LossGate(mean_kl=5e-3, perplexity_ratio=1.01),
     "fp8": LossGate(mean_kl=1e-2, perplexity_ratio=1.02),
     "int4": LossGate(),
     "int4-all": LossGate(),
 }
 
 
-_COARSENESS = {"int8": 0, "int8-tile": 0, "int8-all": 0, "fp8": 1, "int4": 2, "int4-all": 2}
+_COARSENESS = {"int8": 0, "int8-tile": 0, "int8-all": 0, "int8-static": 0, "fp8": 1, "int4": 2,
+               "int4-all": 2}  # fmt: skip
 
 
 def loss_gate_for(weights: str | None, cache_dtype: str) -> LossGate | None:

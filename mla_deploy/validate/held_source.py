@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mla_deploy.bundle import Bundle
 from mla_deploy.checkpoint import Checkpoint, open_checkpoint
@@ -82,7 +86,18 @@ def _rounded_alike(
             cache_dtype=str(manifest["cache"]["dtype"]),
             weights=not is_own(manifest),
             quantized=quantized,
+            scales=_static_scales(manifest),
         )
+
+
+def _static_scales(manifest: Mapping[str, Any]) -> dict[int, NDArray[np.float32]] | None:
+    """Those of each cache index, where latents are static codes."""
+    found = {
+        int(tensor["layer"]): np.array(tensor["scales"], np.float32)
+        for tensor in manifest["cache"]["tensors"]
+        if "scales" in tensor
+    }
+    return found or None
 
 
 @contextlib.contextmanager

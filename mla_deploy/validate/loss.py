@@ -10,17 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mla_deploy.bundle import Bundle
-from mla_deploy.door import open_folder
 from mla_deploy.errors import InputError
 from mla_deploy.runtime import OnnxRunner
 from mla_deploy.runtime.sessions import GraphSessions
+from mla_deploy.text_file import sample_text
 from mla_deploy.validate.difference import p999
 from mla_deploy.validate.gates import LossGate
 
@@ -31,8 +30,6 @@ Scorer = Callable[[Tokens], Floats]
 Progress = Callable[[str, int, int], None]
 _ROW_TOKENS, _MOST_ROWS, _LEAST_TOKENS = 256, 8, 64
 _STAND_IN_ROWS = 2  # a graph of another device, which widens its weights at every step
-_SAMPLE = "sample.txt"
-_MAX_SAMPLE_BYTES = 1 << 20
 _SEED = 20260202
 
 
@@ -195,10 +192,3 @@ def _tokens(bundle: Bundle, text: str) -> list[int] | None:
     except Exception:  # the library raises plain Exception; `run` refuses it with a code
         return None
     return list(tokenizer.encode(text).ids)
-
-
-def sample_text() -> str:
-    """Six chapters of the World English Bible, which is in the public domain, as one paragraph."""
-    with open_folder(Path(__file__).parent) as folder:
-        text = folder.read_bytes(_SAMPLE, max_bytes=_MAX_SAMPLE_BYTES).decode("utf-8")
-    return " ".join(text.split())

@@ -8,7 +8,7 @@ from typing import Any
 from mla_deploy.bundle import Bundle
 from mla_deploy.cache_plan import planned_bytes, planned_bytes_per_token
 from mla_deploy.config import MlaConfig
-from mla_deploy.latent_store import STORES
+from mla_deploy.latent_store import store_of
 from mla_deploy.runtime import OnnxRunner
 from mla_deploy.runtime.sessions import GraphSessions
 
@@ -47,7 +47,7 @@ def measure_memory(
     Without a config the bytes are predicted from the manifest.
     """
     cache = bundle.manifest["cache"]
-    itemsize, store = int(cache["itemsize"]), STORES.get(str(cache["dtype"]))
+    itemsize, store = int(cache["itemsize"]), store_of(str(cache["dtype"]))
     runner = OnnxRunner(sessions)
     tokens = runner.capacity
     if cache["kind"] == "growing":

@@ -39,6 +39,7 @@ class SourceRunner(Protocol):
         cache_dtype: str | None = None,
         weights: bool = True,
         quantized: Rounded | None = None,
+        scales: Mapping[int, Floats] | None = None,
     ) -> None: ...
 
 
@@ -96,11 +97,12 @@ class Reference:
         cache_dtype: str | None = None,
         weights: bool = True,
         quantized: Rounded | None = None,
+        scales: Mapping[int, Floats] | None = None,
     ) -> Reference:
         """The source as a bundle of `dtype` stores it, its weights too if asked; self for fp32.
 
         `cache_dtype` where the cache is stored otherwise; `quantized` rounds what the bundle
-        quantises.
+        quantises, `scales` are those of static codes by cache index.
 
         There is memory for one model, so the rows of `cases` are run first; afterwards this
         reference answers for those only.
@@ -110,7 +112,9 @@ class Reference:
         for case in cases:
             for segments in case.rows():
                 self.row(segments)
-        self._source.store_as(dtype, cache_dtype=cache_dtype, weights=weights, quantized=quantized)
+        self._source.store_as(
+            dtype, cache_dtype=cache_dtype, weights=weights, quantized=quantized, scales=scales
+        )
         return Reference(self._source)
 
     def rotated(self, cases: Sequence[Case]) -> Reference:

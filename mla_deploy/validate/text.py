@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mla_deploy.text_file import sample_text
 from mla_deploy.validate.cases import Case, ModelFacts, continued_case
-from mla_deploy.validate.loss import sample_text
 
 if TYPE_CHECKING:
     from mla_deploy.bundle import Bundle

@@ -113,8 +113,12 @@ def jetson_bundle(out: Path, **changes: Any) -> Bundle:
     return write_engine_bundle(out, target="jetson-orin-jp7", engine=engine, **changes)
 
 
-def model_bundle(out: Path) -> Bundle:
-    """A real model of several layers, exported for a Jetson, 64 tokens of capacity."""
-    made = exported("v3-yarn-all-dim", target="jetson-orin-jp7", dtype="fp16", capacity=64)
+def model_bundle(out: Path, **options: Any) -> Bundle:
+    """A real model of several layers, exported for a Jetson, 64 tokens of capacity.
+
+    `options` go to `export`.
+    """
+    asked: dict[str, Any] = {"target": "jetson-orin-jp7", "dtype": "fp16", "capacity": 64}
+    made = exported("v3-yarn-all-dim", **{**asked, **options})
     shutil.copytree(made.bundle.path, out)
     return open_bundle(out)

@@ -11,10 +11,11 @@ import torch
 from mla_deploy.config import MlaConfig
 from mla_deploy.door import open_folder
 from mla_deploy.errors import InputError, quoted
-from mla_deploy.text_file import read_text_file
+from mla_deploy.text_file import read_text_file, sample_text
 
 LEAST_TOKENS = 2048
 _ROW_TOKENS, _MOST_ROWS, _MOST_HELD_OUT = 256, 128, 8
+_JUDGED = 2048  # first tokens of the sample, on which what quantising costs is measured
 _HELD_OUT = 4  # one row in so many
 _MOST_SCORES = 1 << 28  # fp32 attention scores, or logits, that a pass may hold at once
 _TOKENIZER = "tokenizer.json"
@@ -30,19 +31,23 @@ class CalibrationText:
     held_out: torch.Tensor
 
 
-def calibration_text(path: str | Path, folder: Path, config: MlaConfig) -> CalibrationText:
+def calibration_text(path: str | Path | None, folder: Path, config: MlaConfig) -> CalibrationText:
     """The text of the file `path`, read by the tokenizer that lies in `folder`.
 
-    A text that is longer than what a pass holds is taken from evenly.
+    None: that part of a sample which no loss is measured on. A text that is longer than what a
+    pass holds is taken from evenly.
     Raises: InputError QNT-TEXT (too short, no tokenizer), VAL-TEXT, FILE-*.
     """
-    text = read_text_file(path)
+    text = sample_text() if path is None else read_text_file(path)
     ids = [token for token in _encoded(text, folder) if token < config.vocab_size]
+    if path is None:
+        ids = ids[_JUDGED:]
+    told = "the sample text" if path is None else quoted(str(path))
     length = min(_ROW_TOKENS, config.max_position_embeddings)
     if len(ids) < LEAST_TOKENS:
         raise InputError(
             "QNT-TEXT",
-            f"{quoted(str(path))} has {len(ids):,} tokens; calibrating takes at least "
+            f"{told} has {len(ids):,} tokens; calibrating takes at least "
             f"{LEAST_TOKENS:,}, of which a quarter is held out to judge by",
             hint="give some pages of the kind of text that the model is for",
             tokens=len(ids),
@@ -86,5 +91,5 @@ def _encoded(text: str, folder: Path) -> list[int]:
     raise InputError(
         "QNT-TEXT",
         f"{problem}; calibrating needs one",
-        hint="put the model's tokenizer.json beside its weights, or leave --calibrate out",
+        hint="put the model's tokenizer.json beside its weights, or leave out what is calibrated",
     )

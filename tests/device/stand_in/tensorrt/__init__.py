@@ -24,7 +24,9 @@ from tests.tensorrt_names import *  # noqa: F403 -- the names that both stand-in
 from tests.tensorrt_names import VERSION, RecordedConfig, RecordedParser, Severity, record
 
 __version__ = VERSION
-_TYPES = {1: ("FLOAT", np.float32), 7: ("INT64", np.int64), 10: ("HALF", np.float16)}
+_TYPES = {1: ("FLOAT", np.float32), 3: ("INT8", np.int8), 7: ("INT64", np.int64),
+          10: ("HALF", np.float16)}  # fmt: skip
+_INT8 = 3
 
 
 def _goes_wrong(how: str) -> bool:
@@ -36,7 +38,7 @@ class MemoryPoolType(enum.Enum):
 
 
 class DataType(enum.Enum):
-    FLOAT, HALF, INT64 = range(3)
+    FLOAT, HALF, INT64, INT8 = range(4)
 
 
 class TensorIOMode(enum.Enum):
@@ -179,6 +181,8 @@ class _Engine:
         caches = [sizes for held, (_, _, sizes) in self.values.items() if "_out." in held]
         if self.values[name][2][2] != max(sizes[2] for sizes in caches):
             return None  # a ring
+        if self.values[name][1] == _INT8:
+            return None  # scattered: KVCacheUpdate takes no codes
         return "latent_cache.99" if _goes_wrong("aliases elsewhere") else name.replace("_out.", ".")
 
     def get_device_memory_size_for_profile_v2(self, index: int) -> int:
