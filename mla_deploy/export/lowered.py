@@ -49,7 +49,7 @@ def require_form(options: ExportOptions) -> None:
                 "TARGET-FORM",
                 f"target {target.name} takes no --cache-dtype {STATIC.name}, whose scales are "
                 "constants of an engine; wanted one of its own",
-                hint="store the cache as int8, whose scales follow each token and lose less",
+                hint="store the cache as int8, whose scales follow each token",
                 target=target.name,
             )
         return
