@@ -16,7 +16,6 @@ __all__ = [
     "PreviewFeature",
     "ProfilingVerbosity",
 ]
-VERSION = os.environ.get("STAND_IN_VERSION", "10.16.2.1")
 
 
 def python_path(stand_in: Path) -> str:

@@ -96,16 +96,16 @@ class OnnxRunner(GuardedRunner):
         manifest = sessions.bundle.manifest
         wanted = manifest["cache"]["capacity"] if capacity is None else capacity
         checked_sizes(batch, wanted, chunk)
+        self._spec = spec_from_manifest(manifest)
+        weight_bytes = _weight_bytes(sessions.bundle)
+        require_memory(self._spec, int(batch), int(wanted), weight_bytes)
         super().__init__(int(batch), int(wanted), int(manifest["model"]["vocab_size"]))
         self._sessions, self._chunk = sessions, int(chunk)
         self._all_logits = bool(manifest["all_logits"])
         self._graph: Graph | None = graph
         self._absorbed_until = _absorbed_until(manifest["crossover_tokens"])
         self._check_finite = check_finite
-        self._spec = spec_from_manifest(manifest)
         self._writes_padding = sessions.writes_padding
-        weight_bytes = _weight_bytes(sessions.bundle)
-        require_memory(self._spec, self._batch, self._capacity, weight_bytes)
         self._cache = open_cache(
             self._spec, self._batch, self._capacity, whole=sessions.binds_whole
         )

@@ -11,12 +11,12 @@ from mla_deploy.checkpoint.names import STACKS
 from mla_deploy.config import MlaConfig
 from mla_deploy.errors import IntegrityError, quoted
 from mla_deploy.runtime.sessions import GraphSessions
-from mla_deploy.weight_forms.channel_scales import SCALE, ChannelScales
 from mla_deploy.weight_forms.form import WeightPlan
 
 if TYPE_CHECKING:
     from mla_deploy.export.weight_file import WeightFile
     from mla_deploy.source.storage import Rounded
+    from mla_deploy.weight_forms.channel_scales import ChannelScales
 
 
 def open_sessions(bundle: Bundle, threads: int | None) -> GraphSessions:
@@ -62,6 +62,8 @@ def rounding_of(config: MlaConfig, bundle: Bundle) -> Iterator[Rounded | None]:
 
 def _stored_scales(held: WeightFile, readers: Mapping[str, str]) -> ChannelScales:
     """Raises: IntegrityError BUN-MANIFEST for one that the weight file does not hold."""
+    from mla_deploy.weight_forms.channel_scales import SCALE, ChannelScales
+
     makers = set(readers.values())
     for maker in makers:
         if f"{maker}{SCALE}" not in held.tensors:

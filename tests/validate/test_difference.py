@@ -79,6 +79,7 @@ def test_gates_are_the_published_ones() -> None:
         "int8": (None, 1e-2, 5e-3, 0.97),
         "int8-tile": (None, 1e-2, 5e-3, 0.97),
         "int8-all": (None, 1e-2, 5e-3, 0.97),
+        "int8-static": (None, 1e-2, 5e-3, 0.97),
         "fp8": (None, 3e-2, 1e-2, 0.95),
         "int4": (None, 1e-1, 5e-1, 0.75),
         "int4-all": (None, 1e-1, 5e-1, 0.75),
