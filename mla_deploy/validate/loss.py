@@ -118,8 +118,7 @@ def loss_over(
 ) -> Loss:
     """The loss of `sessions` against `scorer` over `rows`."""
     longest = max(map(len, rows))
-    padding = longest if sessions.writes_padding else 0
-    runner = OnnxRunner(sessions, capacity=longest + padding)
+    runner = OnnxRunner(sessions, capacity=longest + _padding(sessions, longest))
     kl_X: list[float] = []
     same, wanted_nll, found_nll = 0, 0.0, 0.0
     for index, row in enumerate(rows):
@@ -153,12 +152,17 @@ def bundle_scorer(sessions: GraphSessions) -> Scorer:
     """A float bundle as the source: as `loss_over` runs the other one; the first half is zeros."""
 
     def score(row: Tokens) -> Floats:
-        runner = OnnxRunner(sessions, capacity=len(row))
+        runner = OnnxRunner(sessions, capacity=len(row) + _padding(sessions, len(row)))
         half = len(row) // 2
         tail = np.stack([*_decoded(runner, row, half)])
         return np.concatenate([np.zeros((half - 1, tail.shape[1]), np.float32), tail, tail[-1:]])
 
     return score
+
+
+def _padding(sessions: GraphSessions, longest: int) -> int:
+    """Slots that a prefill of a row may write behind it."""
+    return longest if sessions.writes_padding else 0
 
 
 def log_softmax(logits: Floats) -> NDArray[np.float64]:

@@ -8,7 +8,6 @@ from typing import Any
 from mla_deploy.bundle import Bundle
 from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.machine import available_bytes
-from mla_deploy.runtime.sessions import GraphSessions
 from mla_deploy.validate.gates import loss_gate_for
 from mla_deploy.validate.loss import Progress, Scorer, bundle_scorer, loss_over, text_rows, told_of
 from mla_deploy.validate.opening import open_sessions, plan_of
@@ -34,7 +33,7 @@ def measure_loss(
     plan = plan_of(bundle.manifest)
     on, rows = text_rows(bundle, text)
     if isinstance(source, Bundle):
-        scorer: Scorer = bundle_scorer(GraphSessions(source, threads))
+        scorer: Scorer = bundle_scorer(open_sessions(source, threads))
     else:
         needed = _FP32 * sum(prod(info.shape) for info in source.tensors.values())
         free = available_bytes()

@@ -101,3 +101,11 @@ def test_eight_bit_weights_beside_a_four_bit_cache(tmp_path: Path) -> None:
     plain = exported("v3-yarn-all-dim").bundle
     found = quantize(plain, tmp_path / "out", weights="int8", cache_dtype="int4")
     assert measure_loss(found, plain, threads=1)["gates"] == LOSS_GATES["int4"].to_dict()
+
+
+def test_the_source_may_be_for_a_device(tmp_path: Path) -> None:
+    """Its graphs hold operators of TensorRT, as those of what is made of it do."""
+    source = exported(target="rtx-40").bundle
+    found = quantize(source, tmp_path / "b", weights="int8")
+    loss = measure_loss(found, source, threads=1)
+    assert 0 < loss["mean_kl"] < 1e-2 and "skipped" not in loss
