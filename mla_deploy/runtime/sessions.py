@@ -69,16 +69,8 @@ class GraphSessions:
         """
         with self._lock:
             if graph not in self._sessions:
-                before = anonymous_bytes()
-                pages = HugePages() if self._is_packed and self.moves else None
                 self._require_weights()
-                if not self._sessions:
-                    self._joined = self._opened_joined()
-                self._sessions[graph] = self._joined or self._opened(graph)
-                self.private_bytes += max(0, anonymous_bytes() - before)
-                if pages is not None:
-                    self._moving.append(pages)
-                    pages.move()
+                self._sessions[graph] = self._joined or self._measured(graph)
             return self._sessions[graph]
 
     def choose(self, binding: Any, graph: Graph) -> bool:
@@ -114,6 +106,19 @@ class GraphSessions:
     def _require_weights(self) -> None:
         for name in self.bundle.weight_files:
             self.bundle.file(name)
+
+    def _measured(self, graph: Graph) -> ort.InferenceSession:
+        """A new session; what it takes is counted, and moved if it is packed."""
+        before = anonymous_bytes()
+        pages = HugePages() if self._is_packed and self.moves else None
+        if not self._sessions:
+            self._joined = self._opened_joined()
+        opened = self._joined or self._opened(graph)
+        self.private_bytes += max(0, anonymous_bytes() - before)
+        if pages is not None:
+            self._moving.append(pages)
+            pages.move()
+        return opened
 
     def _opened_joined(self) -> ort.InferenceSession | None:
         """A session of both graphs; None where each is to have its own."""

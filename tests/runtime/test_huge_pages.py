@@ -34,7 +34,8 @@ def taken(page_bytes: int) -> Iterator[tuple[HugePages, list[mmap.mmap]]]:
     before.write(b"b" * len(before))
     pages = HugePages()
     full, thin = private(8 * page_bytes), private(8 * page_bytes)
-    full.write(bytes(range(256)) * (len(full) // 256))
+    for _ in range(len(full) // 256):  # a whole copy at once would be new memory too
+        full.write(bytes(range(256)))
     for place in range(0, len(thin), page_bytes):
         thin[place] = 1
     yield pages, [before, full, thin]
