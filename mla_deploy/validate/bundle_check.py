@@ -14,6 +14,7 @@ from mla_deploy.checkpoint import Checkpoint
 from mla_deploy.errors import InputError
 from mla_deploy.validate.bisected import Bisected
 from mla_deploy.validate.cases import Case
+from mla_deploy.validate.exact_products import ExactProducts, exact_products
 from mla_deploy.validate.held import Asked, Held, Progress
 from mla_deploy.validate.held_bundle import held_bundle
 from mla_deploy.validate.held_goldens import held_goldens
@@ -100,11 +101,14 @@ def _checked(
     """Run and judge; `goldens` and `results` are where to write them."""
     started, opened = time.perf_counter(), asked.bundle
     with _held(asked, named) as held:
-        ran, judged = _run(asked, held)
+        exact = exact_products(opened, asked.sessions.threads, held)
+        ran, judged = _run(asked, held, exact)
         if goldens is not None:
             write_goldens(goldens, opened, held)
         place, told = _bisected(asked, named, held, judged) if bisects else (None, ())
     uncached = cached_against_uncached(opened, asked.sessions, held.overall)
+    if exact is not None:
+        uncached, told = exact.uncached(uncached, held.overall), (*exact.notes(), *told)
     memory = measure_memory(opened, held.config, asked.sessions)
     if results is not None:
         pairs = list(zip(held.cases, ran, strict=True))
@@ -147,7 +151,10 @@ def _held(asked: Asked, named: Named) -> Iterator[Held]:
             yield held
 
 
-def _run(asked: Asked, held: Held) -> tuple[list[Ran], tuple[CaseResult, ...]]:
+def _run(
+    asked: Asked, held: Held, exact: ExactProducts | None
+) -> tuple[list[Ran], tuple[CaseResult, ...]]:
+    """What the bundle gave, and what is said of it."""
     ran, results, progress = [], [], asked.progress
     for index, case in enumerate(held.cases):
         if progress is not None:
@@ -156,6 +163,8 @@ def _run(asked: Asked, held: Held) -> tuple[list[Ran], tuple[CaseResult, ...]]:
         judged = judge_case(
             case, ran[-1], held.stored, held.gate, held.original, noise=held.overall.rel_l2
         )
+        if exact is not None and not judged.passed:
+            judged = exact.judged(judged, held)
         results.append(judged)
     if progress is not None:
         progress("cases", len(held.cases), len(held.cases))

@@ -7,17 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from mla_deploy import quantize
+from mla_deploy import quantize, validate
 from mla_deploy.checkpoint import Checkpoint, open_checkpoint
 from mla_deploy.runtime.sessions import GraphSessions
 from mla_deploy.validate import default_cases
+from mla_deploy.validate.exact_products import ExactProducts
 from mla_deploy.validate.gates import CACHE_LOSS, LOSS_GATES, gate_for, loss_gate_for
+from mla_deploy.validate.held import Held
 from mla_deploy.validate.loss_check import measure_loss
 from mla_deploy.validate.mutants import MUTANTS, write_mutant
 from mla_deploy.validate.opening import rounding_of
 from mla_deploy.validate.parity import CaseResult, run_case
 from mla_deploy.validate.reference import Reference
-from tests.exported import Exported, exported
+from tests.exported import Exported, exported, exported_family
 
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
 GATE = gate_for("fp32", quantized=True)
@@ -62,8 +64,11 @@ def alike(made: Exported, checkpoint: Checkpoint) -> Reference:
 def first_failure(
     sessions: GraphSessions, checkpoint: Checkpoint, alike: Reference
 ) -> CaseResult | None:
-    results = (run_case(c, sessions, alike, GATE) for c in default_cases(checkpoint.config))
-    return next((found for found in results if not found.passed), None)
+    """The first case that fails as the graphs run, and with products in fp32 as well."""
+    held, exact = held_by(alike, checkpoint), ExactProducts(sessions.bundle, threads=1)
+    results = (run_case(case, sessions, alike, GATE) for case in held.cases)
+    failed = (exact.judged(found, held) for found in results if not found.passed)
+    return next((found for found in failed if not found.passed), None)
 
 
 def test_without_a_fault_it_passes(
@@ -81,6 +86,34 @@ def test_a_wrong_graph_is_rejected(
     failed = first_failure(GraphSessions(wrong, threads=1), checkpoint, alike)
     assert failed is not None
     assert not any("RUN-" in told for told in failed.failures)
+
+
+def held_by(alike: Reference, checkpoint: Checkpoint) -> Held:
+    """As a source holds a bundle whose weights alone are quantised."""
+    return Held(
+        kind="source",
+        digest="",
+        source_digest="",
+        cases=default_cases(checkpoint.config),
+        stored=alike,
+        original=None,
+        gate=GATE,
+        overall=GATE,
+        config=checkpoint.config,
+    )
+
+
+def test_a_right_graph_passes_though_rounded_activations_leave_the_gate() -> None:
+    """Sparse attention chooses other keys when activations are rounded."""
+    sparse = exported_family("deepseek_v32", {"weights": "int4"})
+    cases = [case for case in default_cases(sparse.bundle.config) if case.name == "decode-64"]
+    report = validate(sparse.bundle, source=sparse.checkpoint, cases=cases, threads=1)
+    (found,) = report.cases
+    assert found.passed and report.passed
+    assert found.logits is not None and found.logits.rel_l2 < 1e-3
+    assert any("decode-64" in note for note in report.notes)
+    # What the graphs give as they run is told all the same.
+    assert report.loss is not None and report.loss.mean_kl > 1e-2
 
 
 def test_the_coarser_of_weights_and_cache_is_the_gate() -> None:
