@@ -26,6 +26,7 @@ from mla_deploy.bench.interleave import REST_SECONDS, Timing
 from mla_deploy.bench.peer import ContenderSpec, Peer
 from mla_deploy.bench.provenance import provenance
 from mla_deploy.bundle import Bundle, open_bundle
+from mla_deploy.door import open_folder
 from mla_deploy.errors import InputError, MlaDeployError
 from mla_deploy.machine import usable_cores
 from mla_deploy.runtime.sessions import require_cpu
@@ -58,15 +59,20 @@ def compare(
     some of them run. `context` None takes what the model can hold of DEFAULT_CONTEXTS. `threads`
     None takes every core. `realtime` puts a worker under SCHED_RR around what is timed, where the
     system allows it. `work` is where files for the contenders are written, and removed again.
-    Raises: BUN-* (as `open_bundle`); InputError BEN-AGAINST, BEN-CONTEXT, BEN-MODEL, BEN-SOURCE;
-    EnvironmentFailure BEN-MISSING, BEN-PEER (ours failed); IncompatibleError RUN-TARGET.
+    Raises: BUN-* (as `open_bundle`); InputError BEN-AGAINST, BEN-CONTEXT, BEN-MODEL, BEN-SOURCE,
+    FILE-* (`work`); EnvironmentFailure BEN-MISSING, BEN-PEER (ours failed); IncompatibleError
+    RUN-TARGET.
     """
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     require_cpu(opened)
+    against = tuple(dict.fromkeys(against))
     contexts = _contexts(opened, context)
     _check_sizes(opened, (*contexts, *prefill))
     checkpoint = None if source is None else Path(source)
     line_up.check_line_up(opened, against, checkpoint)
+    if work is not None:
+        with open_folder(work):  # before anything is started
+            pass
     count = threads or usable_cores()
     run = _Run(
         Comparison(str(opened.path), line_up.OURS, provenance(
@@ -79,7 +85,8 @@ def compare(
         folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="mla-bench-", dir=work))
         # Caches of codes are read in whole blocks, so there is room for the last one.
         capacity = -(-max(*contexts, *prefill, len(_PROMPT)) // _BLOCK) * _BLOCK
-        plan = line_up.Plan(opened, checkpoint, count, capacity, Path(folder))
+        names = line_up.bundle_names(against)
+        plan = line_up.Plan(opened, checkpoint, count, capacity, Path(folder), names)
         for spec in line_up.our_specs(plan):
             run.start(cleanup, spec)
         for word in against:
@@ -144,6 +151,10 @@ class _Run:
                 self.found.contenders[peer.spec.label]["no_logits"] = self._reason(peer, error)
                 continue
             ours = logits if ours is None else ours
+            if logits.shape != ours.shape:
+                reason = f"another model: {logits.size:,} logits, ours has {ours.size:,}"
+                self.found.contenders[peer.spec.label]["no_logits"] = reason
+                continue
             difference = float(np.abs(logits - ours).max())
             self.found.parity.append(
                 Parity(

@@ -30,13 +30,17 @@ _GGUF_TYPES = ("f32", "f16", "q8_0", "q4_0")
 
 @dataclass(frozen=True)
 class Plan:
-    """What all contenders share. `work` is a folder for files that some of them read."""
+    """What all contenders share. `work` is a folder for files that some of them read.
+
+    `names`: what each bundle of `--against` is called.
+    """
 
     bundle: Bundle
     source: Path | None
     threads: int
     capacity: int
     work: Path
+    names: Mapping[str, str]
 
     @property
     def model(self) -> Mapping[str, Any]:
@@ -90,6 +94,25 @@ def check_line_up(bundle: Bundle, against: Sequence[str], source: Path | None) -
             _require_source(bundle, name, source)
 
 
+def bundle_names(against: Sequence[str]) -> dict[str, str]:
+    """The bundles among `against`, each by so much of its path's end that it has a name of its own.
+
+    Contenders of one name would count as forms of one family, of which the best is shown.
+    """
+    words = [word for word in dict.fromkeys(against) if word.partition(":")[0] not in FAMILIES]
+    parts = {word: Path(word).resolve().parts for word in words}
+    taken = {OURS, BANDWIDTH, *FAMILIES}
+    found: dict[str, str] = {}
+    for word, own in parts.items():
+        for count in range(1, len(own) + 1):
+            name = "/".join(own[-count:])
+            others = {"/".join(p[-count:]) for w, p in parts.items() if w != word}
+            if name not in others | taken:
+                break
+        found[word] = name
+    return found
+
+
 def our_specs(plan: Plan) -> list[ContenderSpec]:
     """Ours, and the reader of memory that the bound is made of."""
     one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -108,8 +131,8 @@ def peer_specs(plan: Plan, word: str) -> list[ContenderSpec]:
     name, _, form = word.partition(":")
     family = FAMILIES.get(name)
     if family is None:
-        other = open_bundle(word)
-        return [_bundle_spec(plan, other.path.name, other.path.name, other.path)]
+        name = plan.names[word]
+        return [_bundle_spec(plan, name, name, open_bundle(word).path)]
     return family.specs(plan, form)
 
 

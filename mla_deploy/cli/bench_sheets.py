@@ -38,6 +38,13 @@ def bench_sheets(found: Comparison) -> tuple[Sheet, ...]:
     ]
     if failed:
         sheets.append(Sheet("Did not start", ("contender", "why"), failed))
+    silent = [
+        (label, facts["no_logits"])
+        for label, facts in found.contenders.items()
+        if "no_logits" in facts
+    ]
+    if silent:
+        sheets.append(Sheet("Logits not compared", ("contender", "why"), silent))
     return (*sheets, _fact_sheet(found))
 
 

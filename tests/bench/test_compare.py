@@ -14,7 +14,8 @@ from mla_deploy.bench.compare import compare
 from mla_deploy.bench.comparison import Comparison
 from mla_deploy.bench.peer import ContenderSpec
 from mla_deploy.cli import main
-from mla_deploy.errors import EnvironmentFailure
+from mla_deploy.cli.bench_sheets import bench_sheets
+from mla_deploy.errors import EnvironmentFailure, InputError
 from tests.cli.conftest import Command, command
 from tests.exported import GROWING, HALF_SPLIT, Exported, exported, exported_family
 
@@ -136,6 +137,28 @@ def test_states_rings_and_index_keys_come_of_real_tokens(
     assert {f.cache_bytes > 0 for f in found.figures} == {True}
     filled = {facts.get("cache_filled_with") for facts in found.contenders.values()}
     assert "real tokens" in filled
+
+
+def test_bundles_of_one_name_are_told_apart_and_another_model_is_said(
+    pair: Exported, tmp_path: Path
+) -> None:
+    other = exported_family("deepseek_v3", vocab_size=120)
+    named = {"one/bundle": pair, "two/bundle": other}
+    for name, made in named.items():
+        shutil.copytree(made.bundle.path, tmp_path / name)
+    words = [str(tmp_path / name) for name in ("one/bundle", "two/bundle", "one/bundle")]
+    found = compare(pair.bundle, against=words, context=(16,), rounds=1, threads=1)
+    assert [row["contender"] for row in found.best_rows()] == ["one/bundle", "two/bundle"]
+    assert "another model" in found.contenders["two/bundle"]["no_logits"]
+    assert [p.contender for p in found.parity] == ["ours", "one/bundle"]
+    titles = [sheet.title for sheet in bench_sheets(found)]
+    assert "Logits not compared" in titles
+
+
+def test_a_folder_for_work_that_is_not_there_is_refused(pair: Exported, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as refusal:
+        compare(pair.bundle, context=(16,), rounds=1, threads=1, work=tmp_path / "nowhere")
+    assert refusal.value.code == "FILE-MISSING"
 
 
 def test_ours_may_not_fail(pair: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
