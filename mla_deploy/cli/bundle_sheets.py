@@ -40,12 +40,23 @@ def bundle_result(bundle: Bundle) -> dict[str, Any]:
 
 
 def stored_words(bundle: Bundle) -> str:
-    """The dtype of weights, and that of the cache where it is another."""
+    """The dtype of weights, what they are quantised to, and the dtype of a cache of another."""
     manifest, cache = bundle.manifest, bundle.manifest["cache"]
+    dtype = f"{manifest['dtype']}{weight_words(bundle)}"
     if cache["dtype"] == manifest["dtype"] and "dtype_from" not in cache:
-        return str(manifest["dtype"])
+        return dtype
     told = f" as {cache['dtype_from']} asks" if "dtype_from" in cache else ""
-    return f"{manifest['dtype']}, cache {cache['dtype']}{told}"
+    return f"{dtype}, cache {cache['dtype']}{told}"
+
+
+def weight_words(bundle: Bundle) -> str:
+    """How weights are quantised, behind a comma; empty where they are not."""
+    section = bundle.manifest["weights"].get("quantized")
+    if section is None:
+        return ""
+    if not section["tensors"]:
+        return f", no weight is wide enough for blocks of {section['plan']}: all stay as they are"
+    return f", weights {section['plan']}"
 
 
 def _engine_result(bundle: Bundle) -> dict[str, Any] | None:

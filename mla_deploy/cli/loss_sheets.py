@@ -29,10 +29,13 @@ def quantized(
     from mla_deploy.bundle import open_bundle
     from mla_deploy.export.requantize import quantize
     from mla_deploy.text_file import read_text_file
+    from mla_deploy.validate.loss import text_rows
     from mla_deploy.validate.loss_check import measure_loss
 
     words = None if text is None else read_text_file(text)
     source = open_bundle(bundle)
+    if words is not None:
+        text_rows(source, words)  # refused before anything is written
     found = quantize(source, out, progress=progress, **options)
     return found, measure_loss(found, source, text=words, progress=progress)
 

@@ -51,7 +51,7 @@ def quantize(screen: Screen, bundle: Path, out: Path, **options: Any) -> Outcome
     errors on the inputs that weights meet in a text (GPTQ); each is kept where it serves the text's
     end better.
     """
-    from mla_deploy.cli.bundle_sheets import bundle_result, bundle_sheets
+    from mla_deploy.cli.bundle_sheets import bundle_result, bundle_sheets, weight_words
     from mla_deploy.cli.loss_sheets import loss_sheets, loss_words, quantized
 
     started = perf_counter()
@@ -59,10 +59,9 @@ def quantize(screen: Screen, bundle: Path, out: Path, **options: Any) -> Outcome
         found, loss = quantized(bundle, out, progress=progress, **options)
     seconds = perf_counter() - started
     result = {**bundle_result(found), "quantize_seconds": round(seconds, 3), "loss": loss}
-    words = {
-        "weights": "weights {}", "cache_dtype": "cache {}", "rotate_latent": "latents rotated"
-    }  # fmt: skip
-    forms = ", ".join(told.format(options[n]) for n, told in words.items() if options.get(n))
+    words = {"cache_dtype": ", cache {}", "rotate_latent": ", latents rotated"}
+    told = "".join(told.format(options[n]) for n, told in words.items() if options.get(n))
+    forms = f"{weight_words(found)}{told}".removeprefix(", ")
     summary = (
         f"quantised {bundle} to {out} in {seconds:.1f} s: {forms}, "
         f"{byte_text(result['total_bytes'])}{loss_words(loss, found)}"

@@ -56,9 +56,9 @@ def run(
     if options.pop("engine", False):
         options["runtime"] = "tensorrt"
     runner = open_runner(opened, **options)
-    stream = open_stream(tokenizer, words, is_silent=screen.as_json)
-    pace = Pace(len(ids))
     tokens, gain = greedy(runner, ids, max_new_tokens, end_ids(opened), ahead)
+    stream = open_stream(tokenizer, words, is_silent=screen.as_json)  # nothing is refused any more
+    pace = Pace(len(ids))
     for token in pace.timed(tokens):
         stream.add(token)
     stream.finish()

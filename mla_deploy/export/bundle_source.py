@@ -107,12 +107,14 @@ def require_float(bundle: Bundle) -> None:
     """Raises: InputError QNT-AGAIN, QNT-SOURCE for a bundle without float weights of its own."""
     weights = bundle.manifest["weights"]
     if "quantized" in weights:
+        plan = weights["quantized"]["plan"]
         raise InputError(
             "QNT-AGAIN",
-            f"the bundle's weights are {weights['quantized']['plan']} already; rounding them once "
-            "more would add its loss to theirs",
-            hint="name the float bundle that it was made from, or export the checkpoint",
-            plan=weights["quantized"]["plan"],
+            f"the bundle's weights are {quoted(plan)} already, wanted float ones: rounded once "
+            "more they would lose twice",
+            hint="name the float bundle that it was made from, or export the checkpoint; with "
+            "`--weights` as it was for the same weights beside another cache",
+            plan=plan,
         )
     reasons = {
         "its weights stay in a checkpoint's own files": "in_place" in bundle.manifest,

@@ -163,6 +163,33 @@ def test_run_reads_stdin(command: Command, bundle: Path, monkeypatch: Any) -> No
 def test_run_refuses(command: Command, bundle: Path, options: tuple[str, ...], code: str) -> None:
     ran = command("run", bundle, *options, "--json")
     assert (ran.status, ran.object()["error"]["code"]) == (4, code)
+    assert command("run", bundle, *options).out == ""  # the prompt is not echoed before
+
+
+def test_quantize_refuses_a_text_before_it_writes(
+    command: Command, bundle: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "short.txt").write_text("a b")
+    asked = ("quantize", bundle, "--weights", "int8", "--text", tmp_path / "short.txt")
+    ran = command(*asked, "--out", tmp_path / "out", "--json")
+    assert (ran.status, ran.object()["error"]["code"]) == (4, "VAL-TEXT")
+    assert not (tmp_path / "out").exists()
+
+
+def test_quantize_says_what_became_of_the_weights(
+    command: Command, bundle: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    made = tmp_path / "int4"
+    ran = command("export", checkpoint, "--weights", "int4", "--out", made, "-q")
+    assert ": cpu, fp32, weights int4, " in ran.out
+    again = command("quantize", made, "--cache-dtype", "int8", "--out", tmp_path / "again")
+    assert again.status == 4 and "wanted float ones" in again.err
+    # Blocks of fp8 are 128 wide, and nothing of this model is.
+    rtx = tmp_path / "rtx"
+    ran = command(
+        "export", checkpoint, "--target", "rtx-40", "--weights", "fp8", "--out", rtx, "-q"
+    )
+    assert "no weight is wide enough for blocks of fp8" in ran.out
 
 
 def _with_tokenizer(bundle: Path, out: Path, text: str | None) -> Path:
