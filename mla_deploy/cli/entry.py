@@ -57,7 +57,7 @@ def _ending(
         return _hang_up()
     if isinstance(problem, (click.ClickException, KeyboardInterrupt)) and "--json" in arguments:
         screen.as_json = True  # the parser failed, or was stopped, before it came to the flag
-    error = watch.error() or error_from(problem)
+    error = watch.error(problem) or error_from(problem)
     try:
         screen.fail(error)
         screen.close()

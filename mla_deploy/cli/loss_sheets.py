@@ -7,6 +7,8 @@ from typing import Any
 
 from mla_deploy.cli.calibration_sheets import calibration_sheets, calibration_words
 from mla_deploy.cli.output import Sheet
+from mla_deploy.cli.signals import standing
+from mla_deploy.errors import quoted
 
 
 def loss_of(bundle: Any, source: Path | None, **options: Any) -> dict[str, Any] | None:
@@ -18,7 +20,7 @@ def loss_of(bundle: Any, source: Path | None, **options: Any) -> dict[str, Any] 
     from mla_deploy.checkpoint import open_checkpoint
     from mla_deploy.validate.loss_check import measure_loss
 
-    with open_checkpoint(source) as checkpoint:
+    with standing(_whole(bundle)), open_checkpoint(source) as checkpoint:
         return measure_loss(bundle, checkpoint, **options)
 
 
@@ -37,7 +39,12 @@ def quantized(
     if words is not None:
         text_rows(source, words)  # refused before anything is written
     found = quantize(source, out, progress=progress, **options)
-    return found, measure_loss(found, source, text=words, progress=progress)
+    with standing(_whole(found)):
+        return found, measure_loss(found, source, text=words, progress=progress)
+
+
+def _whole(bundle: Any) -> str:
+    return f"{quoted(str(bundle.path))} was written and is whole; its loss was not measured"
 
 
 def loss_words(loss: dict[str, Any] | None, bundle: Any = None) -> str:

@@ -28,6 +28,7 @@ class Interruption(KeyboardInterrupt):
 
     def __init__(self, dropped: Callable[[], None]) -> None:
         super().__init__()
+        self.stands = ""  # what was published before, in words
         self._dropped = dropped
 
     def __del__(self) -> None:
@@ -35,7 +36,7 @@ class Interruption(KeyboardInterrupt):
 
 
 class SignalWatch:
-    """Which signal came. `error()` is the refusal it stands for, or None when none came."""
+    """Which signal came. `error(...)` is the refusal it stands for, or None when none came."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -66,12 +67,25 @@ class SignalWatch:
         if not self._settled:
             signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
 
-    def error(self) -> MlaDeployError | None:
+    def error(self, problem: BaseException) -> MlaDeployError | None:
+        """`problem` is what ended the command."""
         if self.received is None:
             return None
+        stands = problem.stands if isinstance(problem, Interruption) else ""
+        left = stands or "nothing was left behind"
         if self.received == signal.SIGTERM:
-            return Terminated("CLI-TERMINATED", "stopped by SIGTERM; nothing was left behind")
-        return Interrupted("CLI-INTERRUPTED", "interrupted; nothing was left behind")
+            return Terminated("CLI-TERMINATED", f"stopped by SIGTERM; {left}")
+        return Interrupted("CLI-INTERRUPTED", f"interrupted; {left}")
+
+
+@contextmanager
+def standing(what: str) -> Iterator[None]:
+    """In this block an interruption says that `what` stands: it was published before."""
+    try:
+        yield
+    except Interruption as stopped:
+        stopped.stands = what
+        raise
 
 
 @contextmanager
