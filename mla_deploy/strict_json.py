@@ -108,3 +108,14 @@ def _deeper_than(value: Any, limit: int) -> bool:
             return False
         level = inner
     return True
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for numbers that JSON does not have: NaN and the infinities."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any
 
 from mla_deploy.cli.output import Sheet
@@ -15,8 +16,10 @@ def calibration_words(bundle: Any) -> str:
     kept = found["kept"]
     nearest = found["nearest"]["mean_kl"]
     if kept == "nearest":
-        least = min(found[name]["mean_kl"] for name in ("scaled", "calibrated") if name in found)
-        told = f"held-out mean KL {least:.2g}, {nearest:.2g} to nearest"
+        tried = (found[name] for name in ("scaled", "calibrated") if name in found)
+        best = min(tried, key=itemgetter("mean_kl"))
+        told = f"held-out mean KL {best['mean_kl']:.2g}, {nearest:.2g} to nearest"
+        told += f"; perplexity {best['perplexity']:.4g}, {found['nearest']['perplexity']:.4g}"
         return f"; rounded to nearest, for calibrating served the held-out text no better: {told}"
     told = f"held-out mean KL {found[kept]['mean_kl']:.2g}, {nearest:.2g} to nearest"
     scaled = f", channels of {found['scales']['groups']} inputs scaled" if _scaled_by(found) else ""

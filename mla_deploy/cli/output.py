@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from mla_deploy import __version__
 from mla_deploy.errors import MlaDeployError
 from mla_deploy.shapes import byte_text as byte_text
+from mla_deploy.strict_json import finite
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,7 +106,7 @@ class Screen:
                 os.dup2(2, 1)
 
     def _write_object(self, value: dict[str, Any]) -> None:
-        text = json.dumps(value, indent=2, allow_nan=False, default=str) + "\n"
+        text = json.dumps(finite(value), indent=2, allow_nan=False, default=str) + "\n"
         self.close()
         sys.stdout.write(text)
         sys.stdout.flush()

@@ -36,7 +36,7 @@ _SEED = 20260202
 @dataclass(frozen=True)
 class Loss:
     """`on`: text, or random ids; `top1`: share of positions with the source's choice, ties and all.
-    Perplexities are None on random ids."""
+    Perplexities are None on random ids. Logits that are not finite are infinitely far."""
 
     on: str
     positions: int
@@ -130,8 +130,10 @@ def loss_over(
             wanted_XV, _decoded(runner, row, half), row[half:], strict=True
         ):
             found_V = log_softmax(logits_V)
-            kl_X.append(max(0.0, float((np.exp(wanted_V) * (wanted_V - found_V)).sum())))
-            same += int(wanted_V.argmax()) == int(found_V.argmax())
+            kl = float((np.exp(wanted_V) * (wanted_V - found_V)).sum())
+            # NaN on either side is as far as it gets; `max` would make it the smallest distance.
+            kl_X.append(max(0.0, kl) if math.isfinite(kl) else math.inf)
+            same += math.isfinite(kl) and int(wanted_V.argmax()) == int(found_V.argmax())
             wanted_nll -= float(wanted_V[token])
             found_nll -= float(found_V[token])
     if progress is not None:

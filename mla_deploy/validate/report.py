@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from mla_deploy.strict_json import finite
 from mla_deploy.validate.bisected import Bisected
 from mla_deploy.validate.difference import LogitDifference
 from mla_deploy.validate.gates import Gate, LossGate
@@ -91,7 +92,7 @@ class ValidationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; a distance that is not finite is null."""
-        return _finite(
+        return finite(
             {
                 "schema_version": SCHEMA_VERSION,
                 "passed": self.passed,
@@ -236,13 +237,3 @@ def _agreement(found: Sequence[LogitDifference], wanted: float) -> TopOne:
         near_ties=sum(logits.near_ties for logits in found),
         wanted=wanted,
     )
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mla_deploy.errors import GateError
 from mla_deploy.export.calibration.rounded_inputs import RoundedInputs
 from mla_deploy.source.layerwise import LayerwiseModel, Prepared, Progress
 from mla_deploy.weight_forms.rounded import PlanRounding
@@ -47,7 +48,10 @@ class Judged:
 
 class Judge:
     """Holds roundings of `model` against itself, over `ids_BS`; `progress` is asked for once a
-    run."""
+    run.
+
+    Raises, as `of` does: GateError RUN-NONFINITE.
+    """
 
     def __init__(
         self,
@@ -78,6 +82,13 @@ class Judge:
 
     def _log_probabilities(self, prepared: Prepared) -> torch.Tensor:
         logits_BSV = self._model.logits(self._ids_BS, prepared, self._progress())
+        if not torch.isfinite(logits_BSV).all():
+            raise GateError(
+                "RUN-NONFINITE",
+                "the model's logits on the text to calibrate with hold NaN or infinity",
+                hint="nothing can be fitted to them: leave --calibrate out, and see whether the "
+                "checkpoint is whole",
+            )
         return logits_BSV.log_softmax(-1)
 
     def _next(self, log_BSV: torch.Tensor) -> torch.Tensor:
