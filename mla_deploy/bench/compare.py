@@ -70,9 +70,7 @@ def compare(
     _check_sizes(opened, (*contexts, *prefill))
     checkpoint = None if source is None else Path(source)
     line_up.check_line_up(opened, against, checkpoint)
-    if work is not None:
-        with open_folder(work):  # before anything is started
-            pass
+    _require_folder(work)  # before anything is started
     count = threads or usable_cores()
     run = _Run(
         Comparison(str(opened.path), line_up.OURS, provenance(
@@ -272,6 +270,13 @@ def _contexts(bundle: Bundle, wanted: Sequence[int] | None) -> tuple[int, ...]:
         return tuple(dict.fromkeys(wanted))
     longest = int(bundle.manifest["model"]["max_position_embeddings"])
     return tuple(size for size in DEFAULT_CONTEXTS if size <= longest) or (longest,)
+
+
+def _require_folder(work: str | os.PathLike[str] | None) -> None:
+    """Raises: InputError FILE-*."""
+    if work is not None:
+        with open_folder(work):
+            pass
 
 
 def _check_sizes(bundle: Bundle, sizes: Sequence[int]) -> None:
