@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 from mla_deploy.errors import InputError
+from mla_deploy.export import export
 from mla_deploy.rope import ROPE_TYPES
 from mla_deploy.source.rope import RopeTable, position_embeddings, rope_tables
+from tests.families import write_family
 from tests.tiny import LLAMA3, LONGROPE, YARN, YARN_ALL_DIM, tiny_model
 
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}
@@ -129,6 +132,15 @@ def test_a_learned_part_that_is_not_known_is_refused() -> None:
     rotary.beta = torch.nn.Parameter(torch.zeros(4))
     with pytest.raises(InputError, match="SRC-ROPE"):
         rope_tables(rotary)
+
+
+def test_a_rope_of_another_width_than_the_heads_is_refused(tmp_path: Path) -> None:
+    """LongCat's class turns `head_dim` values, whatever `qk_rope_head_dim` says."""
+    write_family(tmp_path / "checkpoint", "longcat_flash", qk_rope_head_dim=16)
+    with pytest.raises(InputError, match="qk_rope_head_dim 16.* turns 8 values") as caught:
+        export(tmp_path / "checkpoint", tmp_path / "out")
+    assert caught.value.code == "CFG-ROPE-CONFLICT"
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_without_rope_has_no_table() -> None:
