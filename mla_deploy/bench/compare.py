@@ -51,6 +51,7 @@ def compare(
     rounds: int = DEFAULT_ROUNDS,
     realtime: bool = True,
     work: str | os.PathLike[str] | None = None,
+    hold_weights: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
     """Time decode steps at each `context`, and prefills of each length, of one row of tokens.
@@ -59,9 +60,9 @@ def compare(
     some of them run. `context` None takes what the model can hold of DEFAULT_CONTEXTS. `threads`
     None takes every core. `realtime` puts a worker under SCHED_RR around what is timed, where the
     system allows it. `work` is where files for the contenders are written, and removed again.
+    `hold_weights`: of every bundle, as `open_runner` takes it.
     Raises: BUN-* (as `open_bundle`); InputError BEN-AGAINST, BEN-CONTEXT, BEN-MODEL, BEN-SOURCE,
-    FILE-* (`work`); EnvironmentFailure BEN-MISSING, BEN-PEER (ours failed); IncompatibleError
-    RUN-TARGET.
+    FILE-* (`work`); EnvironmentFailure BEN-MISSING, BEN-PEER (ours); IncompatibleError RUN-TARGET.
     """
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     require_cpu(opened)
@@ -76,6 +77,7 @@ def compare(
         Comparison(str(opened.path), line_up.OURS, provenance(
             count, rounds=rounds, realtime=realtime, context=list(contexts), prefill=list(prefill),
             dtype=opened.manifest["dtype"], cache_dtype=opened.manifest["cache"]["dtype"], batch=1,
+            hold_weights=hold_weights,
         )),
         rounds, realtime, progress,
     )  # fmt: skip
@@ -83,14 +85,11 @@ def compare(
         folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="mla-bench-", dir=work))
         # Caches of codes are read in whole blocks, so there is room for the last one.
         capacity = -(-max(*contexts, *prefill, len(_PROMPT)) // _BLOCK) * _BLOCK
-        names = line_up.bundle_names(against)
-        plan = line_up.Plan(opened, checkpoint, count, capacity, Path(folder), names)
-        for spec in line_up.our_specs(plan):
-            run.start(cleanup, spec)
-        for word in against:
-            run.tell(f"preparing {word}", 0, 1)
-            for spec in line_up.peer_specs(plan, word):
-                run.start(cleanup, spec)
+        plan = line_up.Plan(
+            opened, checkpoint, count, capacity, Path(folder), line_up.bundle_names(against),
+            hold_weights,
+        )  # fmt: skip
+        run.start_all(cleanup, plan, against)
         run.check_parity(int(opened.manifest["model"]["vocab_size"]))
         weights = weight_bytes(opened)
         for size in contexts:
@@ -115,6 +114,15 @@ class _Run:
     def tell(self, stage: str, done: int, total: int) -> None:
         if self.progress is not None:
             self.progress(stage, done, total)
+
+    def start_all(self, cleanup: ExitStack, plan: line_up.Plan, against: Sequence[str]) -> None:
+        """Ours, then the contenders of each word."""
+        for spec in line_up.our_specs(plan):
+            self.start(cleanup, spec)
+        for word in against:
+            self.tell(f"preparing {word}", 0, 1)
+            for spec in line_up.peer_specs(plan, word):
+                self.start(cleanup, spec)
 
     def start(self, cleanup: ExitStack, spec: ContenderSpec) -> None:
         """Start and load one contender; one that does not load is told so and left out."""

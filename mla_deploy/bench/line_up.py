@@ -41,6 +41,7 @@ class Plan:
     capacity: int
     work: Path
     names: Mapping[str, str]
+    holds_weights: bool = False
 
     @property
     def model(self) -> Mapping[str, Any]:
@@ -137,7 +138,8 @@ def peer_specs(plan: Plan, word: str) -> list[ContenderSpec]:
 
 
 def _bundle_spec(plan: Plan, label: str, family: str, path: Path) -> ContenderSpec:
-    options = {"path": str(path), "threads": plan.threads, "capacity": plan.capacity}
+    options = {"path": str(path), "threads": plan.threads, "capacity": plan.capacity,
+               "hold_weights": plan.holds_weights}  # fmt: skip
     return ContenderSpec(label, family, "bundle", options)
 
 
