@@ -318,7 +318,8 @@ def _check_model(config: MlaConfig) -> None:
     check_source_settings(fields)
     dense = fields.get("first_k_dense_replace")
     if dense is not None:
-        check_integer("first_k_dense_replace", dense, 0, config.num_layers)
+        # May exceed the layers there are, in a model cut to its first few.
+        check_integer("first_k_dense_replace", dense, 0, _BOUNDS["num_layers"])
     for key in ("num_nextn_predict_layers", "num_mtp_layers"):
         if fields.get(key) is not None:
             check_integer(key, fields[key], 0, _BOUNDS["num_layers"])

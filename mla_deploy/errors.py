@@ -12,6 +12,7 @@ _NAME_LIMIT = 200
 
 # What to do where the place that refuses knows nothing better: by code, else by its first word.
 _HINTS = {
+    "BUN-MANIFEST": "copy the bundle again, or export it again",
     "BUN": "choose another output folder",
     "CFG": "compare that field with the config.json that was published with the weights",
     "CFG-JSON": "fetch config.json again, as it was published with the weights",
@@ -27,6 +28,8 @@ _HINTS = {
     "RUN": "`mla-deploy run --help` lists what it takes",
     "SHAPE": "compare the sizes in config.json with the published ones",
     "SRC": "mla-deploy does not know this form yet; please report it",
+    "REP": "write the report again, with `mla-deploy validate --report`",
+    "TOK": "get the tokenizer's files of the same revision as the weights, and export again",
     "VAL": "`mla-deploy validate --help` lists what it takes",
 }
 

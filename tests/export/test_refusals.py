@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from mla_deploy import open_checkpoint, open_runner
 from mla_deploy.errors import BusyError, InputError, MlaDeployError
 from mla_deploy.export import export, pipeline
 from mla_deploy.rewrite import absorb, lower_experts, order
+from mla_deploy.source.model import module_from_checkpoint
 from tests.checkpoint.edits import edit_config
 from tests.tiny import write_preset
 
@@ -172,6 +175,17 @@ def test_a_class_that_fails_when_it_runs(
     error = refused(folder, "CFG-HF")
     assert "fails when it runs" in error.message
     assert "published config" in error.hint
+
+
+def test_a_model_cut_to_dense_layers(tmp_path: Path) -> None:
+    """Its config still counts the dense layers of the whole model."""
+    folder = write_preset(tmp_path / "cut", "v2-all-sparse", first_k_dense_replace=9)
+    bundle = export(folder, tmp_path / "bundle")
+    found = open_runner(bundle, capacity=8, threads=1).prefill([[5, 8, 2]])[0]
+    with open_checkpoint(folder) as checkpoint, torch.no_grad():
+        source = module_from_checkpoint(checkpoint)
+        wanted = source(torch.tensor([[5, 8, 2]])).logits[0, -1].numpy()
+    assert abs(found - wanted).max() < 1e-4
 
 
 def test_layers_that_slide_under_a_class_that_sees_all(checkpoint: Path) -> None:

@@ -345,7 +345,7 @@ def test_F_CFG_109_no_config(tmp_path: Path) -> None:
         ({"topk_group": 5}, "CFG-RANGE", "topk_group"),
         ({"topk_group": None}, "CFG-MISSING", "topk_group"),
         ({"topk_group": 1}, "CFG-EXPERTS", "num_experts_per_tok"),
-        ({"first_k_dense_replace": 3}, "CFG-RANGE", "first_k_dense_replace"),
+        ({"first_k_dense_replace": -1}, "CFG-RANGE", "first_k_dense_replace"),
         ({"mlp_layer_types": ["dense"]}, "CFG-RANGE", "mlp_layer_types"),
         ({"routed_scaling_factor": 0}, "CFG-RANGE", "routed_scaling_factor"),
         ({"attention_bias": "yes"}, "CFG-TYPE", "attention_bias"),
