@@ -11,7 +11,7 @@ from mla_deploy.weight_forms.form import ROLES, WeightForm, WeightPlan, is_plan,
 
 
 def test_the_usual_plans() -> None:
-    assert set(parse_plan("int8").forms.values()) == {WeightForm("int8", 64)}
+    assert set(parse_plan("int8").forms.values()) == {WeightForm("int8", 32)}
     plan = parse_plan("int4")
     assert plan.form("embedding") == WeightForm("int8", 32)
     assert {plan.form(role) for role in ROLES if role != "embedding"} == {WeightForm("int4", 32)}
@@ -21,7 +21,7 @@ def test_the_usual_plans() -> None:
 def test_refined() -> None:
     plan = parse_plan("int4:block=128,asymmetric,head=int8,experts=keep")
     assert plan.form("linear") == WeightForm("int4", 128, symmetric=False)
-    assert plan.form("head") == WeightForm("int8", 64)
+    assert plan.form("head") == WeightForm("int8", 32)
     assert plan.form("experts") is None
     assert parse_plan("int8:block=channel").form("linear") == WeightForm("int8", 0)
 
