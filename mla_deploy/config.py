@@ -44,6 +44,7 @@ from mla_deploy.text_fields import (
     query_rank,
     tied,
     token_ids,
+    unread_settings,
     wrapper_type,
 )
 from mla_deploy.wrapper import sections
@@ -255,7 +256,7 @@ def parse_config(text: bytes, modelopt: bytes | None = None) -> MlaConfig:
         bos_token_id=next(iter(token_ids(found, "bos_token_id")), None),
         raw=fields,
         digest=hashlib.sha256(canonical_json(found.whole)).hexdigest(),
-        notes=found.notes + (quantization.notes if quantization else ()),
+        notes=found.notes + unread_settings(fields) + (quantization.notes if quantization else ()),
         quantization=quantization,
         identity_experts=experts.identity,
         attentions_per_layer=attentions,
