@@ -125,10 +125,13 @@ def check_same_family(model_type: str, architecture: str) -> None:
         )
 
 
-def unread_settings(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """Notes of routing that config.json asks for and the source, transformers' class, does not."""
+def told_settings(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """Notes of what config.json leaves to transformers' class, or asks of it in vain."""
     done = _DONE_WHATEVER_IS_SAID.get(str(fields.get("model_type")), {})
-    return tuple(
+    left = (
+        () if "rms_norm_eps" in fields else ("rms_norm_eps is not there: the class's own counts",)
+    )
+    return left + tuple(
         f"{key} is {quoted(fields[key])}, which transformers' class does not read: "
         f"the source computes as with {value}"
         for key, value in done.items()

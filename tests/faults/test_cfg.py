@@ -73,7 +73,10 @@ def test_the_good_config_is_good() -> None:
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_F_CFG_missing(field: str) -> None:
-    refused(lambda: parse(field), "CFG-MISSING", field)
+    if field == "rms_norm_eps":  # transformers' class has one; DeepSeek-VL2 leaves it to that
+        assert any(field in note for note in parse(field).notes)
+    else:
+        refused(lambda: parse(field), "CFG-MISSING", field)
 
 
 @pytest.mark.parametrize("field", [field for field in FIELDS if field != "q_lora_rank"])
