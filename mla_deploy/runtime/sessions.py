@@ -36,6 +36,7 @@ from mla_deploy.runtime.huge_pages import HugePages
 from mla_deploy.shapes import EXPANDED
 
 Graph = Literal["prefill", "decode"]
+MOST_THREADS = 1024  # more take minutes to start
 _PROVIDERS = ["CPUExecutionProvider"]
 _ERRORS_ONLY = 3
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -59,8 +60,8 @@ class GraphSessions:
         self, bundle: Bundle, threads: int | None = None, *, holds_weights: bool = False
     ) -> None:
         """Raises: InputError RUN-THREADS. Nothing is loaded yet."""
-        if threads is not None and threads < 1:
-            raise InputError("RUN-THREADS", f"threads is {threads}, wanted at least 1")
+        if threads is not None and not 1 <= threads <= MOST_THREADS:
+            raise InputError("RUN-THREADS", f"threads is {threads}, wanted 1 to {MOST_THREADS}")
         self.bundle = bundle
         self.private_bytes = 0  # anonymous memory that opening the sessions took
         self.threads = threads

@@ -131,6 +131,7 @@ def test_F_RUN_06_no_overflow_ever_alters_a_byte(sessions: GraphSessions) -> Non
         ("RUN-CAPACITY", {"capacity": 2.5}),
         ("RUN-CHUNK", {"chunk": 0}),
         ("RUN-THREADS", {"threads": 0}),
+        ("RUN-THREADS", {"threads": 1025}),
         ("SHAPE-OVERFLOW", {"capacity": 2**40, "batch": 2**40}),
     ],
     ids=lambda value: str(value).replace(" ", ""),
