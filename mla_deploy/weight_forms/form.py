@@ -8,6 +8,7 @@ A `WeightPlan` gives each role of a weight its form. A plan is spelled as the op
     int4:head=int8,embedding=int4        a role on its own
     int4:experts=keep                    a role left in float
     int4:kv_a=int8,o=int8                of the linear layers, some on their own
+    int4:mixed                           those that lose most, kv_a and down, in int8
 
 `q`, `kv_a`, `o` and `down` are linear layers too, and take what `linear` takes unless they are
 named: projections of queries, of the latent and rope key, of what heads give, and out of an MLP.
@@ -26,6 +27,9 @@ from typing import Any
 from mla_deploy.errors import InputError, quoted
 
 LINEAR_ROLES = ("q", "kv_a", "o", "down")  # parts of `linear`
+# What of int4 is int8 if it is mixed: the latent meets every head, and an MLP's last product has
+# the widest inputs (docs/size.md).
+_MIXED = ("kv_a", "down")
 ROLES = ("linear", *LINEAR_ROLES, "kv_b", "experts", "head", "embedding")
 KINDS = ("int4", "int8", "fp8")
 BLOCKS = (32, 64, 128)
@@ -118,6 +122,7 @@ def parse_plan(spelling: str) -> WeightPlan:
         raise _unknown(spelling, f"{quoted(kind)} is no form")
     base = WeightForm(kind, _USUAL_BLOCK[kind])
     roles: dict[str, WeightForm | None] = {}
+    mixed: dict[str, WeightForm | None] = {}
     for word in filter(None, rest.split(",")):
         name, equals, value = word.partition("=")
         if name == "block" and value in map(str, BLOCKS):
@@ -126,6 +131,8 @@ def parse_plan(spelling: str) -> WeightPlan:
             base = replace(base, block=PER_CHANNEL)
         elif word == "asymmetric" and kind != "fp8":
             base = replace(base, symmetric=False)
+        elif word == "mixed" and kind == "int4":
+            mixed = dict.fromkeys(_MIXED, WeightForm("int8", _USUAL_BLOCK["int8"]))
         elif name in ROLES and equals and value in (*KINDS, _KEEP):
             roles[name] = None if value == _KEEP else WeightForm(value, _USUAL_BLOCK[value])
         else:
@@ -134,7 +141,7 @@ def parse_plan(spelling: str) -> WeightPlan:
     if kind == "int4":
         forms["embedding"] = WeightForm("int8", base.block or _USUAL_BLOCK["int8"])
     forms.update(dict.fromkeys(LINEAR_ROLES, roles.get("linear", base)))
-    forms.update(roles)
+    forms.update({**mixed, **roles})
     kept = {role: form for role, form in forms.items() if form is not None}
     if not kept:
         raise _unknown(spelling, "it leaves every weight in float")
@@ -156,8 +163,8 @@ def _unknown(spelling: str, why: str) -> InputError:
     return InputError(
         "EXP-WEIGHT-FORM",
         f"weights are {quoted(spelling)}: {why}; wanted {', '.join(KINDS)}, and after a colon any "
-        f"of block={'|'.join(map(str, BLOCKS))}|channel, asymmetric, and ROLE=KIND|keep with a "
-        f"role of {', '.join(ROLES)}",
+        f"of block={'|'.join(map(str, BLOCKS))}|channel, asymmetric, mixed (of int4), and "
+        f"ROLE=KIND|keep with a role of {', '.join(ROLES)}",
         hint="for example `--weights int4` or `--weights int4:block=128,head=int8`",
         weights=spelling,
     )

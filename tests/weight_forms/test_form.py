@@ -48,6 +48,14 @@ def test_a_part_takes_what_the_linear_layers_take_wherever_it_is_named() -> None
     assert parse_plan("int4:linear=keep").form("q") is None
 
 
+def test_mixed_keeps_eight_bits_where_four_lose_most() -> None:
+    plan = parse_plan("int4:asymmetric,mixed,down=keep")
+    assert plan.form("kv_a") == WeightForm("int8", 64)
+    assert plan.form("down") is None
+    assert plan.form("linear") == plan.form("o") == WeightForm("int4", 32, symmetric=False)
+    assert parse_plan("int4:mixed").form("down") == WeightForm("int8", 64)
+
+
 def test_a_manifest_of_before_there_were_parts() -> None:
     roles = {"linear": "int4:block=32", "kv_b": "int4:block=32"}
     told = WeightPlan.from_dict({"plan": "int4", "kind": "int4", "roles": roles})
@@ -61,7 +69,7 @@ def test_a_manifest_of_before_there_were_parts() -> None:
 @pytest.mark.parametrize(
     "spelling",
     ["int4", "int8:block=32", "int4:asymmetric,head=keep", "fp8", "int4:kv_a=int8,o=keep",
-     "int8:linear=keep", "int8:linear=keep,down=int4"],
+     "int4:mixed", "int8:linear=keep", "int8:linear=keep,down=int4"],
 )  # fmt: skip
 def test_the_manifest_tells_it_again(spelling: str) -> None:
     plan = parse_plan(spelling)
@@ -72,7 +80,7 @@ def test_the_manifest_tells_it_again(spelling: str) -> None:
 @pytest.mark.parametrize(
     "spelling",
     ["int3", "int4:block=48", "int4:tail=int8", "int4:head=int5", "fp8:asymmetric", "keep",
-     "int4:linear=keep,kv_b=keep,experts=keep,head=keep,embedding=keep"],
+     "int8:mixed", "int4:linear=keep,kv_b=keep,experts=keep,head=keep,embedding=keep"],
 )  # fmt: skip
 def test_what_is_no_plan_is_refused(spelling: str) -> None:
     with pytest.raises(InputError) as refusal:
@@ -105,6 +113,7 @@ def test_a_target_that_lacks_a_form_refuses_it(target: str, spelling: str, code:
         ("cpu", "int4:asymmetric"),
         ("cpu", "int8"),
         ("rtx-40", "fp8"),
+        ("rtx-40", "int4:mixed"),
         ("jetson-orin-jp6", "int8:block=channel"),
     ],
 )
