@@ -165,6 +165,6 @@ def _unknown(spelling: str, why: str) -> InputError:
         f"weights are {quoted(spelling)}: {why}; wanted {', '.join(KINDS)}, and after a colon any "
         f"of block={'|'.join(map(str, BLOCKS))}|channel, asymmetric, mixed (of int4), and "
         f"ROLE=KIND|keep with a role of {', '.join(ROLES)}",
-        hint="for example `--weights int4` or `--weights int4:block=128,head=int8`",
+        hint="for example `--weights int4:asymmetric,mixed` or `--weights int8:block=128`",
         weights=spelling,
     )

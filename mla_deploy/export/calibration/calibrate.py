@@ -191,7 +191,7 @@ class _Moments:
     def __init__(self, x_XK: torch.Tensor) -> None:
         columns = x_XK.shape[1]
         self._moments_KK = torch.zeros(columns, columns, dtype=torch.float64)
-        for part_XK in x_XK.split(_CHUNK):
+        for part_XK in _evened(x_XK).split(_CHUNK):
             self._moments_KK += part_XK.T @ part_XK
         self._known: dict[int, Feedback] = {}
 
@@ -199,6 +199,16 @@ class _Moments:
         if width not in self._known:
             self._known[width] = Feedback.of(self._moments_KK, width)
         return self._known[width]
+
+
+def _evened(x_XK: torch.Tensor) -> torch.Tensor:
+    """No input longer than the median one: a few tokens of massive activations would stand for the
+    whole text, while what their products lose is little in a residual stream that is as large."""
+    lengths_X = x_XK.norm(dim=1)
+    used_X = lengths_X[lengths_X > 0]
+    if not len(used_X):
+        return x_XK
+    return x_XK * (used_X.median() / lengths_X.clamp(min=used_X.min())).clamp(max=1.0)[:, None]
 
 
 def _place(x_XK: torch.Tensor) -> tuple[Any, ...]:
