@@ -95,6 +95,7 @@ def test_the_trained_model_loses_less(tmp_path: Path) -> None:
         ("v3", {}),
         ("youtu-bias-five-heads", {"weights": "int8:block=32,asymmetric"}),
         ("v3-tied-eps", {"weights": "int4:asymmetric"}),
+        ("v3-no-query-rank", {"weights": "int4:asymmetric,mixed"}),
         ("v3", {"target": "rtx-40"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
