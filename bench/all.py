@@ -54,6 +54,8 @@ def _measured(name: str, row: PeerRow, work: Path, options: Any) -> Report:
     arguments = ["--against", against, "--source", checkpoint, "--work", work,
                  "--context", ",".join(map(str, contexts)), "--threads", options.threads,
                  "--rounds", options.rounds]  # fmt: skip
+    if row.held:
+        arguments.append("--hold-weights")
     if row.prefills:
         arguments += ["--prefill", ",".join(map(str, row.prefills))]
     result = run_verb("bench", exported(checkpoint, row.form, work), *arguments)

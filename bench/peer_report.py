@@ -44,17 +44,17 @@ def row_goals(row: PeerRow, result: Mapping[str, Any]) -> list[Goal]:
     # One run has one family beside ours.
     best = {(b["work"], b["size"]): b["ratio"] for b in result["best"]}
     goals = [
-        Goal(f"step at {size}: {row.against} / our {row.form}", best.get(("step", size)), wanted)
+        Goal(f"step at {size}: {row.against} / {row.ours}", best.get(("step", size)), wanted)
         for size, wanted in row.steps.items()
         if wanted is not None
     ]
     goals += [
-        Goal(f"prefill of {size}: {row.against} / our {row.form}", best.get(("prefill", size)), w)
+        Goal(f"prefill of {size}: {row.against} / {row.ours}", best.get(("prefill", size)), w)
         for size, w in row.prefills.items()
     ]
     over = {bound["context"]: bound["ratio"] for bound in result["bounds"]}
     goals += [
-        Goal(f"step at {size}: our {row.form} / bound", over.get(size), wanted, at_least=False)
+        Goal(f"step at {size}: {row.ours} / bound", over.get(size), wanted, at_least=False)
         for size, wanted in row.bound.items()
     ]
     return goals + ([_cache_goal(row, result)] if row.against in FORMS else [])

@@ -21,7 +21,7 @@ FORMS: Mapping[str, tuple[str, ...]] = {
 }
 # Those that `loss.py --calibrate TEXT` fits to a text.
 CALIBRATED: Mapping[str, tuple[str, ...]] = {
-    "int8-block32-calibrated": ("--weights", "int8:block=32"),
+    "int8-calibrated": ("--weights", "int8"),
     "int4-mixed-calibrated": ("--weights", "int4:asymmetric,mixed"),
 }
 
@@ -29,13 +29,19 @@ CALIBRATED: Mapping[str, tuple[str, ...]] = {
 @dataclass(frozen=True)
 class PeerRow:
     """One run. `steps`, `prefills`: size -> goal, None where a size is only shown; `bound`: context
-    -> the most that ours may take over the least possible. `against` may name a form of ours."""
+    -> the most that ours may take over the least possible. `against` may name a form of ours.
+    `held`: with --hold-weights."""
 
     form: str
     against: str
     steps: Mapping[int, float | None]
     prefills: Mapping[int, float] = field(default_factory=dict)
     bound: Mapping[int, float] = field(default_factory=dict)
+    held: bool = False
+
+    @property
+    def ours(self) -> str:
+        return f"our {self.form}{', held' if self.held else ''}"
 
 
 _READ = {512: 1.0, 2048: 1.0}
@@ -46,9 +52,11 @@ ROWS: Mapping[str, PeerRow] = {
     "llama-f32": PeerRow(
         "fp32", "llama.cpp:f32", {512: 1.0, 8192: 1.1, 32768: 1.3}, _READ, {512: 1.2}
     ),
+    # In memory of the process, as llama.cpp has its repacked weights.
+    "llama-f32-held": PeerRow("fp32", "llama.cpp:f32", {512: 1.0}, {}, {512: 1.2}, held=True),
     "llama-q8": PeerRow("int8", "llama.cpp:q8_0", {512: 1.1, 4096: 1.2}, _READ),
     "llama-q4": PeerRow("int4", "llama.cpp:q4_0", {512: 1.2, 4096: 1.25}, _READ, {512: 1.35}),
-    # Blocks of 128 beside the usual 64 of int8, and the 32 of q8_0 and of int4.
+    # Blocks of 128 beside the usual 32, which q8_0 has too.
     "llama-q8-block128": PeerRow("int8-block128", "llama.cpp:q8_0", {512: 1.1, 4096: 1.2}, _READ),
     # Blocks of 128 are multiplied faster than the 32 of q4_0, and lose more: see the row `loss`.
     "llama-q4-block128": PeerRow(

@@ -66,16 +66,6 @@ def cache_bytes(
     return checked_product(num_layers, batch, capacity, row_width, itemsize)
 
 
-def expanded_cache_bytes(
-    *, num_layers: int, batch: int, capacity: int, head_widths: int, itemsize: int
-) -> int:
-    """Bytes of the same cache kept as full keys and values; `head_widths` is H x (N + R + V).
-
-    Raises: InputError SHAPE-RANGE, SHAPE-OVERFLOW.
-    """
-    return checked_product(num_layers, batch, capacity, head_widths, itemsize)
-
-
 def byte_text(count: float) -> str:
     """Bytes for people: `21.6 KiB`; exact below one KiB."""
     size, unit = float(count), 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from mla_deploy.door import open_folder
 from mla_deploy.errors import InputError, quoted
 
+JUDGED_ROWS, JUDGED_ROW_TOKENS = 8, 256  # the first of a text, on which a loss is measured
 _MAX_BYTES = 16 << 20
 _SAMPLE = "sample.txt"
 _MAX_SAMPLE_BYTES = 1 << 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mla_deploy.errors import InputError
-from mla_deploy.shapes import cache_bytes, checked_product, expanded_cache_bytes
+from mla_deploy.shapes import cache_bytes, checked_product
 
 
 def test_cache_bytes() -> None:
@@ -13,14 +13,6 @@ def test_cache_bytes() -> None:
     assert (
         cache_bytes(num_layers=27, batch=2, capacity=4096, row_width=576, itemsize=2) == 254_803_968
     )
-
-
-def test_expanded_cache_bytes() -> None:
-    # 16 heads x (128 + 64 + 128) = 5120 values a token
-    found = expanded_cache_bytes(
-        num_layers=27, batch=2, capacity=4096, head_widths=5120, itemsize=2
-    )
-    assert found == 2_264_924_160
 
 
 @pytest.mark.parametrize(

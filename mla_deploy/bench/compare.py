@@ -50,6 +50,7 @@ def compare(
     rounds: int = DEFAULT_ROUNDS,
     realtime: bool = True,
     work: str | os.PathLike[str] | None = None,
+    hold_weights: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
     """Time decode steps at each `context`, and prefills of each length, of one row of tokens.
@@ -58,6 +59,7 @@ def compare(
     some of them run. `context` None takes what the model can hold of DEFAULT_CONTEXTS. `threads`
     None takes every core. `realtime` puts a worker under SCHED_RR around what is timed, where the
     system allows it. `work` is where files for the contenders are written, and removed again.
+    `hold_weights`: of every bundle, as `open_runner` takes it.
     Raises: BUN-* (as `open_bundle`); InputError BEN-AGAINST, BEN-CONTEXT, BEN-MODEL, BEN-SOURCE;
     EnvironmentFailure BEN-MISSING, BEN-PEER (ours failed); IncompatibleError RUN-TARGET.
     """
@@ -72,6 +74,7 @@ def compare(
         Comparison(str(opened.path), line_up.OURS, provenance(
             count, rounds=rounds, realtime=realtime, context=list(contexts), prefill=list(prefill),
             dtype=opened.manifest["dtype"], cache_dtype=opened.manifest["cache"]["dtype"], batch=1,
+            hold_weights=hold_weights,
         )),
         rounds, realtime, progress,
     )  # fmt: skip
@@ -79,7 +82,7 @@ def compare(
         folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="mla-bench-", dir=work))
         # Caches of codes are read in whole blocks, so there is room for the last one.
         capacity = -(-max(*contexts, *prefill, len(_PROMPT)) // _BLOCK) * _BLOCK
-        plan = line_up.Plan(opened, checkpoint, count, capacity, Path(folder))
+        plan = line_up.Plan(opened, checkpoint, count, capacity, Path(folder), hold_weights)
         for spec in line_up.our_specs(plan):
             run.start(cleanup, spec)
         for word in against:

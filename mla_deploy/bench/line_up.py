@@ -37,6 +37,7 @@ class Plan:
     threads: int
     capacity: int
     work: Path
+    holds_weights: bool = False
 
     @property
     def model(self) -> Mapping[str, Any]:
@@ -114,7 +115,8 @@ def peer_specs(plan: Plan, word: str) -> list[ContenderSpec]:
 
 
 def _bundle_spec(plan: Plan, label: str, family: str, path: Path) -> ContenderSpec:
-    options = {"path": str(path), "threads": plan.threads, "capacity": plan.capacity}
+    options = {"path": str(path), "threads": plan.threads, "capacity": plan.capacity,
+               "hold_weights": plan.holds_weights}  # fmt: skip
     return ContenderSpec(label, family, "bundle", options)
 
 

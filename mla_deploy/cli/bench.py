@@ -35,6 +35,7 @@ def _counts(_context: click.Context, _option: click.Parameter, text: str | None)
 )
 @click.option("--prefill", metavar="COUNTS", callback=_counts, help="Also read so many tokens.")
 @click.option("--threads", type=click.IntRange(min=1), help="Of every contender.  [all cores]")
+@click.option("--hold-weights", is_flag=True, default=None, help="Of bundles; as `run` takes it.")
 @click.option("--rounds", type=click.IntRange(min=1), help="Turns that each takes.  [5]")
 @click.option("--work", type=click.Path(path_type=Path), help="Folder for what peers need written.")
 @verb

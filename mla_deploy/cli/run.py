@@ -27,6 +27,10 @@ from mla_deploy.cli.verb import verb
     metavar="[N]",
     help="Check up to N tokens ahead in one pass, drafted from the text so far.  [N: 7]",
 )
+@click.option(
+    "--hold-weights", is_flag=True, default=None,
+    help="Float weights in own memory, not mapped: faster steps.",
+)  # fmt: skip
 @click.option("--verify", type=click.Choice(["full", "sizes"]), help="By hash, or by size.  [full]")
 @click.option(
     "--engine", is_flag=True, default=None, help="Its TensorRT engines, on this machine's GPU."

@@ -2,7 +2,7 @@
 
 Weights are mapped: where they fit, they have to stay in memory beside the cache, or every step
 reads them from disk. Where they alone do not fit they are read from disk anyway, and the cache has
-all of the memory.
+all of the memory. Weights that are held have to fit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from mla_deploy.errors import EnvironmentFailure
 from mla_deploy.runtime.cache_spec import CacheSpec
 
 
-def require_memory(spec: CacheSpec, batch: int, capacity: int, weight_bytes: int) -> None:
+def require_memory(
+    spec: CacheSpec, batch: int, capacity: int, weight_bytes: int, *, is_held: bool = False
+) -> None:
     """Nothing is refused where the system does not say what is free.
 
     Raises: EnvironmentFailure RUN-MEMORY with what would fit; InputError SHAPE-OVERFLOW.
@@ -22,7 +24,7 @@ def require_memory(spec: CacheSpec, batch: int, capacity: int, weight_bytes: int
     wanted, free = spec.bytes(batch, capacity), machine.available_bytes()
     if free is None:
         return
-    room = free - weight_bytes if weight_bytes < free else free
+    room = free - weight_bytes if is_held or weight_bytes < free else free
     if wanted <= room:
         return
     fits_capacity = _most(capacity, lambda count: spec.bytes(batch, count) <= room)
@@ -31,7 +33,7 @@ def require_memory(spec: CacheSpec, batch: int, capacity: int, weight_bytes: int
         "RUN-MEMORY",
         f"a cache of {wanted:,} bytes ({batch} rows of {capacity} tokens) does not fit: "
         f"{free:,} bytes are free, weights take {free - room:,} of them",
-        hint=_hint(f"capacity {fits_capacity}" if fits_capacity else "", fits_batch),
+        hint=_hint(f"capacity {fits_capacity}" if fits_capacity else "", fits_batch, is_held),
         cache_bytes=wanted,
         weight_bytes=weight_bytes,
         available_bytes=free,
@@ -49,8 +51,8 @@ def _most(limit: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _hint(capacity: str, batch: int) -> str:
-    ways = [capacity, f"batch {batch}" if batch else ""]
+def _hint(capacity: str, batch: int, is_held: bool) -> str:
+    ways = [capacity, f"batch {batch}" if batch else "", "weights not held" if is_held else ""]
     told = " or ".join(filter(None, ways))
     if told:
         return f"what would fit: {told}; a bundle in half precision takes half"

@@ -25,6 +25,7 @@ def open_runner(
     chunk: int = DEFAULT_CHUNK,
     verify: Verify = "full",
     check_finite: bool = False,
+    hold_weights: bool = False,
     runtime: Literal["onnxruntime"] = "onnxruntime",
 ) -> OnnxRunner: ...
 
@@ -52,6 +53,7 @@ def open_runner(
     chunk: int = DEFAULT_CHUNK,
     verify: Verify = "full",
     check_finite: bool = False,
+    hold_weights: bool = False,
     runtime: Literal["onnxruntime", "tensorrt"] = "onnxruntime",
     trust: Sequence[str] = (),
     plugin_library: str | os.PathLike[str] | None = None,
@@ -59,7 +61,8 @@ def open_runner(
     """A runner of `bundle`: of its graphs on the CPU, or of its engines with `runtime="tensorrt"`.
 
     `capacity` tokens per row are reserved; an engine's capacity is the bundle's. `check_finite`
-    refuses NaN in logits. `trust`: digests of engines that were not built here.
+    refuses NaN in logits. `hold_weights`: as `open_cpu_runner`. `trust`: digests of engines that
+    were not built here.
     Raises: BUN-* (as `open_bundle`, when a path is given), InputError RUN-RUNTIME, RUN-BATCH,
     RUN-CAPACITY, RUN-CHUNK, RUN-THREADS; EnvironmentFailure RUN-MEMORY; IncompatibleError
     RUN-CACHE, RUN-TARGET; ENG-* (as `open_tensorrt_runner`).
@@ -67,13 +70,13 @@ def open_runner(
     if runtime == "onnxruntime":
         return open_cpu_runner(
             bundle, batch=batch, capacity=capacity, threads=threads, chunk=chunk, verify=verify,
-            check_finite=check_finite,
+            check_finite=check_finite, hold_weights=hold_weights,
         )  # fmt: skip
-    if runtime != "tensorrt" or capacity is not None or threads is not None:
+    if runtime != "tensorrt" or capacity is not None or threads is not None or hold_weights:
         raise InputError(
             "RUN-RUNTIME",
-            f"runtime {quoted(runtime)} with capacity {capacity} and threads {threads}, wanted "
-            "onnxruntime, or tensorrt with neither",
+            f"runtime {quoted(runtime)} with capacity {capacity}, threads {threads} and "
+            f"hold_weights {hold_weights}, wanted onnxruntime, or tensorrt with none of them",
             hint="an engine's capacity is the bundle's: export again with another --capacity",
         )
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle, verify=verify)

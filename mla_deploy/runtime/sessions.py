@@ -6,14 +6,15 @@ graphs and between processes. Quantised weights are packed all the same, since M
 not packed widen them at every call; so that this takes one private copy and not two, both graphs
 run in one session then (`rewrite/join.py`). Measured (ONNX Runtime 1.31.1, 2 threads,
 AVX-512 VNNI, one MLP of 37.7 million weights of four bits): one token 2.7 ms packed, 140 ms not,
-10.6 ms in fp32; 512 tokens 174, 269 and 185 ms. What was packed moves into huge pages
-(`huge_pages.py`). Memory patterns are off because they keep one plan
-per input shape, and decoding has a new shape at every step.
+10.6 ms in fp32; 512 tokens 174, 269 and 185 ms. What is packed, made float or held moves into huge
+pages (`huge_pages.py`). Memory patterns are off because they keep one plan per input shape, and
+decoding has a new shape at every step.
 """
 
 from __future__ import annotations
 
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +31,7 @@ from mla_deploy.errors import (
     quoted,
 )
 from mla_deploy.runtime.binding import bind
+from mla_deploy.runtime.held_weights import held_weights
 from mla_deploy.runtime.huge_pages import HugePages
 from mla_deploy.shapes import EXPANDED
 
@@ -43,20 +45,26 @@ _IS_EXPANDED = {"prefill": np.array(True), "decode": np.array(False)}
 
 
 class GraphSessions:
-    """The two sessions of one bundle. `threads` None leaves the number to ONNX Runtime."""
+    """The two sessions of one bundle. `threads` None leaves the number to ONNX Runtime.
+
+    `holds_weights`: those of the decode graph are copied into private memory, and not mapped.
+    """
 
     binds_whole = False  # whether the graphs take every slot of a row, finite ones
     writes_padding = False  # whether a step writes slots for padding as well
     joins = True  # whether quantised graphs may share a session
-    moves = True  # whether packed weights are moved into huge pages
+    moves = True  # whether private weights are moved into huge pages
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, threads: int | None = None, *, holds_weights: bool = False
+    ) -> None:
         """Raises: InputError RUN-THREADS. Nothing is loaded yet."""
         if threads is not None and threads < 1:
             raise InputError("RUN-THREADS", f"threads is {threads}, wanted at least 1")
         self.bundle = bundle
         self.private_bytes = 0  # anonymous memory that opening the sessions took
         self.threads = threads
+        self.holds_weights = holds_weights
         self._sessions: dict[Graph, ort.InferenceSession] = {}
         self._joined: ort.InferenceSession | None = None  # of both graphs
         self._moving: list[HugePages] = []
@@ -80,7 +88,7 @@ class GraphSessions:
         return self._joined is not None
 
     def settle(self) -> int:
-        """Wait until packed weights lie where they will; bytes of them in huge pages."""
+        """Wait until private weights lie where they will; bytes of them in huge pages."""
         for pages in self._moving:
             pages.settle()
         return sum(pages.moved_bytes for pages in self._moving)
@@ -103,14 +111,24 @@ class GraphSessions:
         """Whether ONNX Runtime packs the weights, which are quantised then."""
         return "quantized" in self.bundle.manifest["weights"]
 
+    def _is_made(self, graph: Graph) -> bool:
+        """Whether ONNX Runtime makes its own copy of the weights, packed or in fp32."""
+        is_half = self.bundle.manifest["dtype"] != "fp32"
+        return self._is_packed or (is_half and graph == "decode")
+
+    def _is_held(self, graph: Graph) -> bool:
+        """Whether weights are copied that ONNX Runtime would map; a prefill reads them seldom."""
+        return self.holds_weights and graph == "decode" and not self._is_made(graph)
+
     def _require_weights(self) -> None:
         for name in self.bundle.weight_files:
             self.bundle.file(name)
 
     def _measured(self, graph: Graph) -> ort.InferenceSession:
-        """A new session; what it takes is counted, and moved if it is packed."""
+        """A new session; what it takes is counted, and moved if weights are in it."""
         before = anonymous_bytes()
-        pages = HugePages() if self._is_packed and self.moves else None
+        is_private = self._is_made(graph) or self._is_held(graph)
+        pages = HugePages() if is_private and self.moves else None
         if not self._sessions:
             self._joined = self._opened_joined()
         opened = self._joined or self._opened(graph)
@@ -130,15 +148,17 @@ class GraphSessions:
 
     def _open(self, model: str | bytes, name: str, graph: Graph) -> ort.InferenceSession:
         """`model` is the file `name`, or what is opened in its place."""
+        options = self._options(graph)
         try:
-            session = ort.InferenceSession(
-                model,
-                self._options(graph),
-                providers=_PROVIDERS,
-                disabled_optimizers=self._unwanted(graph),
-            )
+            with self._weights(options, graph):
+                session = ort.InferenceSession(
+                    model,
+                    options,
+                    providers=_PROVIDERS,
+                    disabled_optimizers=self._unwanted(graph),
+                )
         except Exception as problem:  # onnxruntime's own classes, all straight from Exception
-            if isinstance(problem, MemoryError):
+            if isinstance(problem, (MemoryError, MlaDeployError)):
                 raise
             raise IncompatibleError(
                 "RUN-SESSION",
@@ -163,6 +183,9 @@ class GraphSessions:
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
         return options
+
+    def _weights(self, options: ort.SessionOptions, graph: Graph) -> AbstractContextManager[None]:
+        return held_weights(options, self.bundle) if self._is_held(graph) else nullcontext()
 
     def _unwanted(self, graph: Graph) -> list[str]:
         """Half-precision weights are cast to fp32. Folded, the cast is done once and its fp32 copy

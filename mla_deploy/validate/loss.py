@@ -19,7 +19,7 @@ from mla_deploy.bundle import Bundle
 from mla_deploy.errors import InputError
 from mla_deploy.runtime import OnnxRunner
 from mla_deploy.runtime.sessions import GraphSessions
-from mla_deploy.text_file import sample_text
+from mla_deploy.text_file import JUDGED_ROW_TOKENS, JUDGED_ROWS, sample_text
 from mla_deploy.validate.difference import p999
 from mla_deploy.validate.gates import LossGate
 
@@ -28,7 +28,7 @@ Tokens = tuple[int, ...]
 # Logits after each token of a row of its own.
 Scorer = Callable[[Tokens], Floats]
 Progress = Callable[[str, int, int], None]
-_ROW_TOKENS, _MOST_ROWS, _LEAST_TOKENS = 256, 8, 64
+_LEAST_TOKENS = 64
 _STAND_IN_ROWS = 2  # a graph of another device, which widens its weights at every step
 _SEED = 20260202
 
@@ -83,8 +83,8 @@ def text_rows(bundle: Bundle, text: str | None = None) -> tuple[str, tuple[Token
     """
     vocab = int(bundle.manifest["model"]["vocab_size"])
     positions = int(bundle.manifest["model"]["max_position_embeddings"])
-    length = min(_ROW_TOKENS, positions)
-    most = _STAND_IN_ROWS if "engine" in bundle.manifest else _MOST_ROWS
+    length = min(JUDGED_ROW_TOKENS, positions)
+    most = _STAND_IN_ROWS if "engine" in bundle.manifest else JUDGED_ROWS
     ids = _tokens(bundle, sample_text() if text is None else text)
     if ids is None:
         if text is not None:

@@ -108,4 +108,4 @@ def test_the_source_may_be_for_a_device(tmp_path: Path) -> None:
     source = exported(target="rtx-40").bundle
     found = quantize(source, tmp_path / "b", weights="int8")
     loss = measure_loss(found, source, threads=1)
-    assert 0 < loss["mean_kl"] < 1e-2 and "skipped" not in loss
+    assert 0 < loss["mean_kl"] < 2e-2 and "skipped" not in loss

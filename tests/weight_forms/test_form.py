@@ -11,7 +11,7 @@ from mla_deploy.weight_forms.form import ROLES, WeightForm, WeightPlan, is_plan,
 
 
 def test_the_usual_plans() -> None:
-    assert set(parse_plan("int8").forms.values()) == {WeightForm("int8", 64)}
+    assert set(parse_plan("int8").forms.values()) == {WeightForm("int8", 32)}
     plan = parse_plan("int4")
     assert plan.form("embedding") == WeightForm("int8", 32)
     assert {plan.form(role) for role in ROLES if role != "embedding"} == {WeightForm("int4", 32)}
@@ -21,7 +21,7 @@ def test_the_usual_plans() -> None:
 def test_refined() -> None:
     plan = parse_plan("int4:block=128,asymmetric,head=int8,experts=keep")
     assert plan.form("linear") == WeightForm("int4", 128, symmetric=False)
-    assert plan.form("head") == WeightForm("int8", 64)
+    assert plan.form("head") == WeightForm("int8", 32)
     assert plan.form("experts") is None
     assert plan.form("q") == plan.form("linear")
     assert parse_plan("int8:block=channel").form("linear") == WeightForm("int8", 0)
@@ -29,12 +29,12 @@ def test_refined() -> None:
 
 def test_a_part_of_the_linear_layers() -> None:
     plan = parse_plan("int4:kv_a=int8,o=keep")
-    assert plan.form("kv_a") == WeightForm("int8", 64)
+    assert plan.form("kv_a") == WeightForm("int8", 32)
     assert plan.form("o") is None
     assert {plan.form(role) for role in ("linear", "q", "down")} == {WeightForm("int4", 32)}
     assert plan.kind == "int4"
     told = plan.to_dict()["roles"]
-    assert (told["kv_a"], told["o"]) == ("int8:block=64", "keep")
+    assert (told["kv_a"], told["o"]) == ("int8:block=32", "keep")
     assert "q" not in told
 
 
@@ -42,7 +42,7 @@ def test_a_part_takes_what_the_linear_layers_take_wherever_it_is_named() -> None
     for spelling in ("int4:linear=int8,down=int4", "int4:down=int4,linear=int8"):
         plan = parse_plan(spelling)
         assert {plan.form(role) for role in ("linear", "q", "kv_a", "o")} == {
-            WeightForm("int8", 64)
+            WeightForm("int8", 32)
         }
         assert plan.form("down") == WeightForm("int4", 32)
     assert parse_plan("int4:linear=keep").form("q") is None

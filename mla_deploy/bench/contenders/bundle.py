@@ -19,14 +19,17 @@ class BundleContender:
     """Ours."""
 
     def __init__(
-        self, path: str, *, threads: int | None, capacity: int, huge_pages: bool = True
-    ) -> None:
-        """`huge_pages` False leaves packed weights where they are.
+        self, path: str, *, threads: int | None, capacity: int, hold_weights: bool = False,
+        huge_pages: bool = True,
+    ) -> None:  # fmt: skip
+        """`huge_pages` False leaves private weights where they are.
 
         Raises: as `open_runner`. The coordinator has verified every byte of the bundle.
         """
         self.bundle = open_bundle(path, verify="sizes")
-        self.runner = open_runner(self.bundle, threads=threads, capacity=capacity)
+        self.runner = open_runner(
+            self.bundle, threads=threads, capacity=capacity, hold_weights=hold_weights
+        )
         sessions = self.runner._sessions
         sessions.moves = huge_pages
         sessions.session("decode")

@@ -11,11 +11,15 @@ import torch
 from mla_deploy.config import MlaConfig
 from mla_deploy.door import open_folder
 from mla_deploy.errors import InputError, quoted
-from mla_deploy.text_file import read_text_file, sample_text
+from mla_deploy.text_file import (
+    JUDGED_ROW_TOKENS,
+    JUDGED_ROWS,
+    read_text_file,
+    sample_text,
+)
 
 LEAST_TOKENS = 2048
 _ROW_TOKENS, _MOST_ROWS, _MOST_HELD_OUT = 256, 128, 8
-_JUDGED = 2048  # first tokens of the sample, on which what quantising costs is measured
 _HELD_OUT = 4  # one row in so many
 _MOST_SCORES = 1 << 28  # fp32 attention scores, or logits, that a pass may hold at once
 _TOKENIZER = "tokenizer.json"
@@ -41,7 +45,7 @@ def calibration_text(path: str | Path | None, folder: Path, config: MlaConfig) -
     text = sample_text() if path is None else read_text_file(path)
     ids = [token for token in _encoded(text, folder) if token < config.vocab_size]
     if path is None:
-        ids = ids[_JUDGED:]
+        ids = ids[JUDGED_ROWS * JUDGED_ROW_TOKENS :]
     told = "the sample text" if path is None else quoted(str(path))
     length = min(_ROW_TOKENS, config.max_position_embeddings)
     if len(ids) < LEAST_TOKENS:
