@@ -44,6 +44,7 @@ from mla_deploy.text_fields import (
     query_rank,
     tied,
     token_ids,
+    told_settings,
     wrapper_type,
 )
 from mla_deploy.wrapper import sections
@@ -72,6 +73,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
 }
 _MAX_WIDTH = 1 << 20
 
+_EPSILON = "rms_norm_eps"
 _MLA_KEYS = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta")
 # A model has one of these when its layers are not all alike.
@@ -255,7 +257,7 @@ def parse_config(text: bytes, modelopt: bytes | None = None) -> MlaConfig:
         bos_token_id=next(iter(token_ids(found, "bos_token_id")), None),
         raw=fields,
         digest=hashlib.sha256(canonical_json(found.whole)).hexdigest(),
-        notes=found.notes + (quantization.notes if quantization else ()),
+        notes=found.notes + told_settings(fields) + (quantization.notes if quantization else ()),
         quantization=quantization,
         identity_experts=experts.identity,
         attentions_per_layer=attentions,
@@ -302,7 +304,8 @@ def _check_model(config: MlaConfig) -> None:
     fields = config.raw
     width_key, width = one_of(fields, ("intermediate_size", "ffn_hidden_size"))
     check_integer(width_key, width, 1, _MAX_WIDTH)
-    check_number("rms_norm_eps", required(fields, "rms_norm_eps"), 1.0)
+    if _EPSILON in fields:  # else the class has one
+        check_number(_EPSILON, required(fields, _EPSILON), 1.0)
     key_value_heads = fields.get("num_key_value_heads")
     if key_value_heads is not None:
         check_integer("num_key_value_heads", key_value_heads, 1, _BOUNDS["num_heads"])
@@ -318,7 +321,8 @@ def _check_model(config: MlaConfig) -> None:
     check_source_settings(fields)
     dense = fields.get("first_k_dense_replace")
     if dense is not None:
-        check_integer("first_k_dense_replace", dense, 0, config.num_layers)
+        # May exceed the layers there are, in a model cut to its first few.
+        check_integer("first_k_dense_replace", dense, 0, _BOUNDS["num_layers"])
     for key in ("num_nextn_predict_layers", "num_mtp_layers"):
         if fields.get(key) is not None:
             check_integer(key, fields[key], 0, _BOUNDS["num_layers"])

@@ -10,6 +10,29 @@ from typing import Any
 
 _NAME_LIMIT = 200
 
+# What to do where the place that refuses knows nothing better: by code, else by its first word.
+_HINTS = {
+    "BUN-MANIFEST": "copy the bundle again, or export it again",
+    "BUN": "choose another output folder",
+    "CFG": "compare that field with the config.json that was published with the weights",
+    "CFG-JSON": "fetch config.json again, as it was published with the weights",
+    "CKPT": "fetch the checkpoint again, all its files of one revision",
+    "CMP": "`mla-deploy compress --help` lists what it takes",
+    "ENV-DISK": "free some space, or work on another disk",
+    "EXP": "`mla-deploy export --help` lists what it takes",
+    "FILE": "check what stands under that name",
+    "FILE-MISSING": "check the path; of a Hugging Face cache, give the folder beneath snapshots/",
+    "FILE-PERMISSION": "check the owner and mode of it and of the folders above",
+    "PLAN": "`mla-deploy plan --help` lists what it takes",
+    "REW": "`mla-deploy inspect` of the graph says what its attentions are",
+    "RUN": "`mla-deploy run --help` lists what it takes",
+    "SHAPE": "compare the sizes in config.json with the published ones",
+    "SRC": "mla-deploy does not know this form yet; please report it",
+    "REP": "write the report again, with `mla-deploy validate --report`",
+    "TOK": "get the tokenizer's files of the same revision as the weights, and export again",
+    "VAL": "`mla-deploy validate --help` lists what it takes",
+}
+
 
 class MlaDeployError(Exception):
     """A refusal: `code` (stable), `message` (found, wanted), `hint` (what to do), `details`."""
@@ -20,7 +43,7 @@ class MlaDeployError(Exception):
         super().__init__(message)
         self.code = code
         self.message = message
-        self.hint = hint
+        self.hint = hint or _HINTS.get(code) or _HINTS.get(code.partition("-")[0], "")
         self.details = details
 
     def __str__(self) -> str:

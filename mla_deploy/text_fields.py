@@ -27,6 +27,11 @@ _MLA_TYPES = frozenset(
     "deepseek_v2 deepseek_v3 deepseek_v32 glm_moe_dsa glm4_moe_lite longcat_flash minicpm3 youtu "
     "mistral4 axk1 axk2 kimi_linear bailing_hybrid hy_v4 dots3_note".split()
 )
+# Settings of routing that published code reads and transformers' class does not: what it does.
+_DONE_WHATEVER_IS_SAID: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"scoring_func": "softmax", "norm_topk_prob": False},
+    "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+}
 _TRUTH_VALUES = ("attention_bias", "mlp_bias", "rope_interleave", "norm_topk_prob")
 _NUMBERS = ("routed_scaling_factor", "scale_emb", "scale_depth", "dim_model_base")
 _DTYPES = ("float32", "float16", "bfloat16", "auto")
@@ -118,6 +123,20 @@ def check_same_family(model_type: str, architecture: str) -> None:
             hint="use the config.json that was published with the weights",
             field="model_type",
         )
+
+
+def told_settings(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """Notes of what config.json leaves to transformers' class, or asks of it in vain."""
+    done = _DONE_WHATEVER_IS_SAID.get(str(fields.get("model_type")), {})
+    left = (
+        () if "rms_norm_eps" in fields else ("rms_norm_eps is not there: the class's own counts",)
+    )
+    return left + tuple(
+        f"{key} is {quoted(fields[key])}, which transformers' class does not read: "
+        f"the source computes as with {value}"
+        for key, value in done.items()
+        if fields.get(key) not in (None, value)
+    )
 
 
 def check_source_settings(fields: Mapping[str, Any]) -> None:

@@ -136,6 +136,15 @@ def test_a_wrapper_is_stripped_to_its_text_model() -> None:
     assert "only the text model (text_config) is used" in config.notes
 
 
+def test_routing_that_the_class_does_not_read_is_noted() -> None:
+    """The source is transformers' class; a user learns where published code would differ."""
+    told = "\n".join(parsed(scoring_func="sigmoid", norm_topk_prob=True).notes)
+    assert "scoring_func is 'sigmoid'" in told and "as with softmax" in told
+    assert "norm_topk_prob is 'True'" in told
+    usual = parsed(scoring_func="softmax", norm_topk_prob=False, topk_method="greedy")
+    assert not any("does not read" in note for note in usual.notes)
+
+
 @pytest.mark.parametrize("inner", [-1, 1.5, True, "x", [1]])
 def test_a_text_config_that_is_no_object_is_left_alone(inner: object) -> None:
     assert parsed(text_config=inner).model_type == parsed().model_type

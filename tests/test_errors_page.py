@@ -71,3 +71,21 @@ def test_every_status_is_in_the_table() -> None:
         *exits.TABLE
     }
     assert set(STATUS.values()) <= {*exits.TABLE}
+
+
+def test_a_refusal_that_brings_no_hint_has_one_by_its_code() -> None:
+    """GateError and what is our own bug tell their finding; all others say what to do."""
+    bare = {
+        str(node.args[0].value)  # type: ignore[attr-defined]
+        for path in sorted((ROOT / "mla_deploy").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text("utf-8"), str(path)))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in STATUS
+        and node.args
+        and _is_code(node.args[0])
+        and not any(keyword.arg == "hint" for keyword in node.keywords)
+        and STATUS[ast.unparse(node.func)] not in (1, 3, 130, 143)
+    }
+    assert {"CFG-HEADS", "FILE-MISSING"} <= bare
+    assert [code for code in sorted(bare) if not errors.InputError(code, "").hint] == []
+    assert errors.InputError("CFG-HEADS", "", hint="so").hint == "so"

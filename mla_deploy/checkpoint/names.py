@@ -24,6 +24,7 @@ _ROOTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("model.language_model.", ("lm_head.",)),
     ("language_model.model.", ("language_model.lm_head.", "lm_head.")),
     ("language_model.", ("language_model.lm_head.", "lm_head.")),
+    ("language.model.", ("language.lm_head.",)),  # DeepSeek-VL2
     ("", ("output.", "lm_head.")),
 )
 _LAYER_LISTS = ("layers.", "blocks.")
@@ -115,7 +116,7 @@ _PREDICTION = re.compile(r"((?:model\.|language_model\.)*mtp(?:_\w+)?)\.")
 _TOWER = re.compile(
     r"((?:model\.)?(?:vision_tower|vision_encoder|vision_model|visual|vit|mm_projector|"
     r"multi_modal_projector|patch_merger|pre_mm_projector_norm|vision_language_adapter|"
-    r"audio_tower|audio_encoder|audio_adapter))\."
+    r"audio_tower|audio_encoder|audio_adapter|vision|projector|image_newline|view_seperator))(?:\.|$)"
 )
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")

@@ -20,12 +20,17 @@ def check_tied(weights: WeightMap) -> None:
     for name, on_disk in weights.tied_on_disk.items():
         owner = weights.tied[name]
         if owner in weights.slices and not _equal(weights, on_disk, owner):
-            raise InputError(
-                "CKPT-TIED",
-                f"{quoted(on_disk)} differs from {quoted(owner)}, config.json says they are one",
-                hint="set tie_word_embeddings to false in config.json if both are meant",
-                tensor=on_disk,
-            )
+            raise not_tied(on_disk, owner)
+
+
+def not_tied(on_disk: str, owner: str) -> InputError:
+    """The refusal of a tensor that is not the one it is tied to."""
+    return InputError(
+        "CKPT-TIED",
+        f"{quoted(on_disk)} differs from {quoted(owner)}, config.json says they are one",
+        hint="set tie_word_embeddings to false in config.json if both are meant",
+        tensor=on_disk,
+    )
 
 
 def _equal(weights: WeightMap, one: str, owner: str) -> bool:

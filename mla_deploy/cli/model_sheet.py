@@ -41,4 +41,5 @@ def model_sheet(model: Mapping[str, Any]) -> Sheet:
     rope = str(model["rope_type"])
     if model.get("rope_original_length"):
         rope = f"{rope}, trained to {model['rope_original_length']:,} before scaling"
-    return Sheet(f"{model['architecture']} (rope: {rope})", ("axis", "what", "#size"), rows)
+    named = model["architecture"] or model["model_type"]  # config.json need not name its class
+    return Sheet(f"{named} (rope: {rope})", ("axis", "what", "#size"), rows)

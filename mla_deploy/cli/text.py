@@ -67,8 +67,8 @@ def prompt_ids(tokenizer: Tokenizer, bundle: Bundle, prompt: str) -> list[int]:
 def end_ids(bundle: Bundle) -> tuple[int, ...]:
     """The tokens that end a text, from config.json and generation_config.json."""
     more = _optional_json(bundle, "generation_config.json").get("eos_token_id", [])
-    found = {*bundle.config.eos_token_ids, *(more if isinstance(more, list) else [more])}
-    return tuple(sorted(token for token in found if type(token) is int))
+    found = [*bundle.config.eos_token_ids, *(more if isinstance(more, list) else [more])]
+    return tuple(sorted({token for token in found if type(token) is int}))
 
 
 def open_stream(tokenizer: Tokenizer, prompt: str, *, is_silent: bool) -> TextStream:

@@ -20,6 +20,7 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from mla_deploy.checkpoint.tied import not_tied
 from mla_deploy.compress.fold import HeadWeights
 from mla_deploy.compress.head_order import order_of_rows, reordered
 from mla_deploy.compress.parts import KNOWN, empty_model
@@ -27,7 +28,7 @@ from mla_deploy.compress.weight_files import WeightFiles
 from mla_deploy.errors import InputError, quoted
 
 _PROBED = 24  # tokens
-_HEAD = "lm_head.weight"
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _NOT_WEIGHTS = ("rotary_emb.inv_freq",)  # older files keep what the config implies
 
 
@@ -77,6 +78,8 @@ class HeadsModel:
         """Fields of Llama's config for the same rotations: a head there is what turns here."""
         parameters = {**self.hf.rope_parameters}
         parameters.pop("partial_rotary_factor", None)
+        if self._is_dynamic:  # stretches beyond the longest text only, and the result takes no such
+            parameters = {"rope_type": "default", "rope_theta": parameters["rope_theta"]}
         if parameters.get("rope_type") == "longrope":
             # Else it follows from the longest text, which a sliding window shortens.
             parameters["attention_factor"] = float(self.rotary.attention_scaling)
@@ -102,7 +105,7 @@ class HeadsModel:
     def trunk(self) -> tuple[nn.Module, nn.Module, torch.Tensor]:
         """The embedding, the final norm, the head's weight."""
         embed = copy.deepcopy(self._decoder.embed_tokens).to_empty(device="cpu")
-        embed.weight.data.copy_(self.read("model.embed_tokens.weight"))
+        embed.weight.data.copy_(self.read(_EMBEDDING))
         norm = copy.deepcopy(self._decoder.norm).to_empty(device="cpu")
         norm.weight.data.copy_(self.read("model.norm.weight"))
         head = embed.weight.data if self.tied else self.read(_HEAD)
@@ -126,10 +129,10 @@ class HeadsModel:
                              (decoder.layers[0], layer)):  # fmt: skip
             into.load_state_dict(module.state_dict())
         whole.get_output_embeddings().weight.data.copy_(head)
-        tokens_1S = torch.arange(_PROBED)[None] * 7 % int(hf.vocab_size)
+        at = torch.arange(min(_PROBED, self.facts.context))[None]  # all within a sliding window
+        tokens_1S = at * 7 % int(hf.vocab_size)
         with torch.no_grad():
             run: Any = layer
-            at = torch.arange(_PROBED)[None]
             angles = self.rotary(torch.zeros(1, 1, 1), at)
             found = (
                 norm(run(embed(tokens_1S), position_embeddings=angles, position_ids=at)) @ head.T
@@ -193,10 +196,17 @@ class HeadsModel:
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the result."""
         longest, context = int(self.hf.max_position_embeddings), self.facts.context
+        if self._is_dynamic:
+            told = f"the source stretches its rope in texts beyond {longest:,} tokens"
+            return (f"{told}; the result does not, so it takes texts of at most {context:,}",)
         if context == longest:
             return ()
         told = f"the source's layers slide over {context:,} tokens of {longest:,}"
         return (f"{told}; the result attends to all, so it takes texts of at most {context:,}",)
+
+    @property
+    def _is_dynamic(self) -> bool:
+        return bool(self.hf.rope_parameters.get("rope_type") == "dynamic")
 
     @property
     def has_mlp_bias(self) -> bool:
@@ -239,6 +249,10 @@ class HeadsModel:
                 hint="fetch the checkpoint again: a shard or the index is incomplete",
                 tensors=missing[:10],
             )
+        head, embedding = files.named(_HEAD), files.named(_EMBEDDING)
+        both = self.tied and head in files.shapes
+        if both and not torch.equal(self.read(_HEAD), self.read(_EMBEDDING)):
+            raise not_tied(str(head), str(embedding))
 
     def _facts(self) -> HeadFacts:
         hf = self.hf

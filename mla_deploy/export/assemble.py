@@ -17,7 +17,7 @@ from onnx_ir.passes import common as common_passes
 
 from mla_deploy import shapes
 from mla_deploy.config import MlaConfig
-from mla_deploy.errors import MlaDeployError
+from mla_deploy.errors import InputError, MlaDeployError
 from mla_deploy.export import bind
 from mla_deploy.export.logits import name_logits
 from mla_deploy.export.onnx_program import own_copy
@@ -224,7 +224,9 @@ class Builder:
         if whole:
             rows_held.replace_all_uses_with(self.cache_inputs[whole[0].name()])
         elif rows_held.uses():
-            raise MlaDeployError("EXP-ROWS", "no layer keeps a row for every token; wanted one")
+            told = "every layer keeps a sliding window, and the model class attends to every token"
+            hint = "set sliding_window to null in config.json if it does attend to every token"
+            raise InputError("EXP-ROWS", f"{told}; wanted one or the other", hint=hint)
 
     def finished(self) -> ir.Model:
         model = self.model

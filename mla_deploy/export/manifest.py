@@ -19,6 +19,7 @@ from mla_deploy.export.weights import WeightLayout
 from mla_deploy.latent_store import manifest_entry
 from mla_deploy.rewrite.releases import find_release
 from mla_deploy.source.cache_parts import CacheBuffer
+from mla_deploy.source.classes import source_class
 from mla_deploy.source.latent_rotation import KIND
 from mla_deploy.targets import find_target
 
@@ -165,7 +166,6 @@ def _engine(options: ExportOptions) -> dict[str, Any]:
 def _model(config: MlaConfig) -> dict[str, Any]:
     fields = (
         "model_type",
-        "architecture",
         "num_layers",
         "num_heads",
         "kv_lora_rank",
@@ -179,7 +179,9 @@ def _model(config: MlaConfig) -> dict[str, Any]:
         "num_experts",
         "experts_per_token",
     )
-    return {name: getattr(config, name) for name in fields}
+    # A config.json need not name its class.
+    named = config.architecture or source_class(config).model.__name__
+    return {"architecture": named, **{name: getattr(config, name) for name in fields}}
 
 
 def _store(

@@ -241,10 +241,10 @@ def open_foreign(path: str | os.PathLike[str]) -> ForeignFile:
 
     Raises: InputError ONNX-FILE, ONNX-DATA, ONNX-OPERATOR, FILE-*; EnvironmentFailure FILE-*.
     """
-    where = Path(path)
+    where, whole = Path(path), Path(os.path.abspath(path))
     with ExitStack() as held:
-        folder = held.enter_context(open_folder(Path(os.path.abspath(where)).parent))
-        proto = folder.read_bytes(where.name, "checkpoint", max_bytes=MAX_PROTO_BYTES)
+        folder = held.enter_context(open_folder(whole.parent))
+        proto = folder.read_bytes(whole.name, "checkpoint", max_bytes=MAX_PROTO_BYTES)
         found = ForeignFile(where, folder, proto, held)
         found._held = held.pop_all()
         return found

@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from mla_deploy.errors import InputError
 from mla_deploy.source.cache import cache_keyword
 from mla_deploy.source.cache_parts import CachePart
+from mla_deploy.source.class_failures import class_failures_told
 from mla_deploy.source.plan import RingPlan, StepPlan, ring_plan, step_plan
 from mla_deploy.source.seams import Step
 
@@ -86,7 +87,8 @@ _TENSOR = _Tensor()
 def probe_layers(model: PreTrainedModel, layers: list[Any], step: Step) -> tuple[LayerCall, ...]:
     """Run `model`, which is hooked and lives on fake tensors, and watch `layers`.
 
-    Raises: SRC-LAYOUT when a layer is not called once, or keeps nothing that is known.
+    Raises: SRC-LAYOUT when a layer is not called once, or keeps nothing that is known; CFG-HF when
+    the class itself fails.
     """
     windows = sliding_windows(model)
     lengths = torch.ones(BATCH, dtype=torch.int64)
@@ -95,7 +97,7 @@ def probe_layers(model: PreTrainedModel, layers: list[Any], step: Step) -> tuple
     step.rings = {w: ring_plan(steps, lengths, lengths, w) for w in set(windows.values())}
     cache = _Notes(windows)
     watch = _Watch(cache, step)
-    with watch.over(layers):
+    with watch.over(layers), class_failures_told(model):
         model(
             input_ids=torch.ones(BATCH, NEW, dtype=torch.int64),
             position_ids=torch.ones(BATCH, NEW, dtype=torch.int64),

@@ -5,6 +5,7 @@ Transformers' own names, experts in each style, rows that stand apart, weights t
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -354,6 +355,27 @@ def test_towers_without_their_config(tmp_path: Path) -> None:
     assert refused(folder).code == "CKPT-EXTRA"
     edit_config(folder, vision_config={"hidden_size": 3})
     assert mapped(folder).skipped == {"model.layers.4.*": 6, "vision_tower.*": 1}
+
+
+def test_the_sections_and_names_of_deepseek_vl2(tmp_path: Path) -> None:
+    """The text model stands in `language_config`, and its weights below `language.`."""
+    whole = source_weights(open_checkpoint(write_family(tmp_path / "plain", "deepseek_v2")))
+    folder = write_family(tmp_path / "seeing", "deepseek_v2")
+    fields = json.loads((folder / "config.json").read_text())
+    outer = {"model_type": "deepseek_vl_v2", "architectures": ["DeepseekVLV2ForCausalLM"]}
+    sections = {"language_config": fields, "vision_config": {"width": 3}}
+    (folder / "config.json").write_text(json.dumps({**outer, **sections}))
+
+    def change(tensors: Tensors) -> None:
+        for name in list(tensors):
+            tensors[f"language.{name}"] = tensors.pop(name)
+        for name in ("vision.blocks.0.weight", "projector.layers.0.weight", "image_newline"):
+            tensors[name] = torch.ones(3)
+
+    found = mapped(edit_weights(folder, change))
+    same_weights(found, whole)
+    seen = {"vision.*": 1, "projector.*": 1, "image_newline.*": 1}
+    assert found.skipped == {**whole.skipped, **seen}
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "bailing_hybrid", "youtu"])

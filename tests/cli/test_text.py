@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mla_deploy.cli.text import TextStream
+from mla_deploy.cli.text import TextStream, end_ids
+from mla_deploy.errors import InputError
 
 WORDS = "In the beginning était le Verbe, 始めに言葉があった 🙂🙃 and the word was with us"
 
@@ -75,3 +80,21 @@ def test_control_characters_do_not_reach_the_terminal() -> None:
     pieces, text = _pieces(BYTE_LEVEL, ids)
     assert "".join(pieces) == "a\ufffd[2Jb\n\tc\ufffd"
     assert "\x1b" in text  # the JSON result holds it, escaped by JSON
+
+
+@pytest.mark.parametrize("told", [7, [7], [7, "</s>", None], [[9], 7, {"id": 8}], [7, True]])
+def test_what_ends_a_text(told: Any) -> None:
+    """generation_config.json is nobody's contract: what is no token id ends no text."""
+
+    def bundle(content: bytes) -> Any:
+        return SimpleNamespace(
+            files=["generation_config.json"],
+            read_bytes=lambda *_, **__: content,
+            config=SimpleNamespace(eos_token_ids=(3,)),
+        )
+
+    assert end_ids(bundle(json.dumps({"eos_token_id": told}).encode())) == (3, 7)
+    assert end_ids(bundle(b"[]")) == (3,)
+    with pytest.raises(InputError, match="TOK-CONFIG") as caught:
+        end_ids(bundle(b"{"))
+    assert "tokenizer" in caught.value.hint

@@ -16,6 +16,7 @@ from mla_deploy.compress.heads_model import HeadsModel
 from mla_deploy.compress.parts import empty_model
 from mla_deploy.compress.proof import Proof
 from mla_deploy.compress.weight_files import open_weight_files
+from mla_deploy.config import read_config
 from mla_deploy.errors import InputError
 from tests.compress.llamas import write_llama
 
@@ -167,11 +168,41 @@ def test_a_rounded_exact_form_is_told_by_its_loss(tmp_path: Path) -> None:
 
 
 def test_a_window_shortens_the_text_and_is_told(tmp_path: Path) -> None:
-    source = write_llama(tmp_path / "source", "Mistral", tokenizer=False, sliding_window=64)
+    for window in (64, 16):
+        source = write_llama(
+            tmp_path / f"{window}", "Mistral", tokenizer=False, sliding_window=window
+        )
+        report = compress(source, tmp_path / f"out-{window}")
+        assert f"slide over {window} tokens of 512" in report.notes[0]
+        config = transformers.AutoConfig.from_pretrained(tmp_path / f"out-{window}")
+        assert config.max_position_embeddings == window
+
+
+def test_dynamic_stretching_is_told_and_left_out(tmp_path: Path) -> None:
+    """It begins beyond the longest text that the result takes; export knows no such rope."""
+    rope = {"rope_type": "dynamic", "rope_theta": 20000.0, "factor": 2.0}
+    source = write_llama(tmp_path / "source", tokenizer=False, rope_parameters=rope)
     report = compress(source, tmp_path / "out")
-    assert "slide over 64 tokens of 512" in report.notes[0]
-    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
-    assert config.max_position_embeddings == 64
+    assert "stretches its rope in texts beyond 512" in report.notes[0]
+    assert read_config(tmp_path / "out").raw["rope_parameters"] == {
+        "rope_type": "default",
+        "rope_theta": 20000.0,
+    }
+
+
+def test_a_tied_head_of_other_values(tmp_path: Path) -> None:
+    """Equal to the embedding it is one copy too many; else the model would silently lose it."""
+    source = write_llama(tmp_path / "source", tokenizer=False, tie_word_embeddings=True)
+    file = source / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    safetensors.torch.save_file(tensors, file)
+    assert compress(source, tmp_path / "same").loss is not None
+    tensors["lm_head.weight"][3, 5] += 1
+    safetensors.torch.save_file(tensors, file)
+    with pytest.raises(InputError, match=r"CKPT-TIED.*lm_head"):
+        compress(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_overflow_is_no_exact_form(tmp_path: Path) -> None:

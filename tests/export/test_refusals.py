@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from mla_deploy import open_checkpoint, open_runner
 from mla_deploy.errors import BusyError, InputError, MlaDeployError
 from mla_deploy.export import export, pipeline
 from mla_deploy.rewrite import absorb, lower_experts, order
+from mla_deploy.source.model import module_from_checkpoint
+from tests.checkpoint.edits import edit_config
 from tests.tiny import write_preset
 
 
@@ -156,3 +160,42 @@ def test_and_so_does_the_graph_itself_when_nobody_counts(
     monkeypatch.setattr(order, "decode_cpu", order.prefill_cpu)
     monkeypatch.setattr(order, "require_counts", lambda *_: None)
     assert "per cached token" in refused(checkpoint, "REW-EXPANDED").message
+
+
+@pytest.mark.parametrize(
+    ("preset", "field", "value"),
+    [("v2-all-sparse", "topk_method", "noaux_tc"), ("v3-yarn-all-dim", "topk_group", 3)],
+)
+def test_a_class_that_fails_when_it_runs(
+    tmp_path: Path, preset: str, field: str, value: Any
+) -> None:
+    folder = write_preset(tmp_path / "odd", preset)
+    # Of one group no three can be chosen; the class counts its groups only in a step.
+    edit_config(folder, *(["n_group"] if field == "topk_group" else []), **{field: value})
+    error = refused(folder, "CFG-HF")
+    assert "fails when it runs" in error.message
+    assert "published config" in error.hint
+
+
+def test_a_model_cut_to_dense_layers(tmp_path: Path) -> None:
+    """Its config still counts the dense layers of the whole model."""
+    folder = write_preset(tmp_path / "cut", "v2-all-sparse", first_k_dense_replace=9)
+    bundle = export(folder, tmp_path / "bundle")
+    found = open_runner(bundle, capacity=8, threads=1).prefill([[5, 8, 2]])[0]
+    with open_checkpoint(folder) as checkpoint, torch.no_grad():
+        source = module_from_checkpoint(checkpoint)
+        wanted = source(torch.tensor([[5, 8, 2]])).logits[0, -1].numpy()
+    assert abs(found - wanted).max() < 1e-4
+
+
+def test_layers_that_slide_under_a_class_that_sees_all(checkpoint: Path) -> None:
+    """transformers makes its cache slide by this field; the class's own mask does not."""
+    edit_config(checkpoint, sliding_window=16)
+    assert "sliding_window to null" in refused(checkpoint, "EXP-ROWS").hint
+
+
+def test_a_config_that_names_no_class(checkpoint: Path, tmp_path: Path) -> None:
+    """Its model_type leads to one; `return_dict` changes how a class answers, not what."""
+    edit_config(checkpoint, "architectures", return_dict=False)
+    bundle = export(checkpoint, tmp_path / "bundle")
+    assert bundle.manifest["model"]["architecture"] == "DeepseekV2ForCausalLM"

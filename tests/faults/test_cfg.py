@@ -73,7 +73,10 @@ def test_the_good_config_is_good() -> None:
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_F_CFG_missing(field: str) -> None:
-    refused(lambda: parse(field), "CFG-MISSING", field)
+    if field == "rms_norm_eps":  # transformers' class has one; DeepSeek-VL2 leaves it to that
+        assert any(field in note for note in parse(field).notes)
+    else:
+        refused(lambda: parse(field), "CFG-MISSING", field)
 
 
 @pytest.mark.parametrize("field", [field for field in FIELDS if field != "q_lora_rank"])
@@ -345,7 +348,7 @@ def test_F_CFG_109_no_config(tmp_path: Path) -> None:
         ({"topk_group": 5}, "CFG-RANGE", "topk_group"),
         ({"topk_group": None}, "CFG-MISSING", "topk_group"),
         ({"topk_group": 1}, "CFG-EXPERTS", "num_experts_per_tok"),
-        ({"first_k_dense_replace": 3}, "CFG-RANGE", "first_k_dense_replace"),
+        ({"first_k_dense_replace": -1}, "CFG-RANGE", "first_k_dense_replace"),
         ({"mlp_layer_types": ["dense"]}, "CFG-RANGE", "mlp_layer_types"),
         ({"routed_scaling_factor": 0}, "CFG-RANGE", "routed_scaling_factor"),
         ({"attention_bias": "yes"}, "CFG-TYPE", "attention_bias"),

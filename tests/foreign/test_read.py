@@ -139,6 +139,15 @@ def test_what_is_no_model_is_refused(content: bytes, tmp_path: Path) -> None:
     assert refusal.value.code == "ONNX-FILE"
 
 
+def test_a_folder_is_refused_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the one that is stood in, whose path has no name."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for path in (".", tmp_path / "here"):
+        with pytest.raises(InputError, match=r"FILE-TYPE.*'here'"):
+            rewrite_model(path, tmp_path / "bundle")
+
+
 @pytest.mark.parametrize("part", ["node", "input", "initializer", "value_info"])
 def test_a_name_that_is_no_text_is_refused(part: str, tmp_path: Path) -> None:
     """Protobuf parses it and gives it back as it is."""
