@@ -22,8 +22,7 @@ FORMS: Mapping[str, tuple[str, ...]] = {
 # Those that `loss.py --calibrate TEXT` fits to a text.
 CALIBRATED: Mapping[str, tuple[str, ...]] = {
     "int8-calibrated": ("--weights", "int8"),
-    "int8-block32-calibrated": ("--weights", "int8:block=32"),
-    "int4-asymmetric-calibrated": ("--weights", "int4:asymmetric"),
+    "int4-mixed-calibrated": ("--weights", "int4:asymmetric,mixed"),
 }
 
 

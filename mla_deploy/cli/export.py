@@ -32,7 +32,7 @@ from mla_deploy.cli.verb import choice, verb
 @click.option(
     "--weights",
     metavar="FORM|keep|FILE",
-    help="int4, int8, fp8, or refined as int4:block=128,head=int8: quantise them, and measure the "
+    help="int4, int8, fp8, or refined as int4:asymmetric,mixed: quantise them, and measure the "
     "loss; keep: as the checkpoint stores them; of --module: its file.  [converted to --dtype]",
 )
 @choice("--cache", "in-place|growing", "Bound buffer, or one that grows at each step.  [in-place]")

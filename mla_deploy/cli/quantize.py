@@ -19,7 +19,8 @@ from mla_deploy.cli.verb import choice, verb
 @click.option(
     "--weights",
     metavar="FORM",
-    help="int4, int8, fp8, or refined: int4:block=128,asymmetric,head=int8.  [as they are]",
+    help="int4, int8, fp8, or refined: int4:asymmetric,mixed, int8:block=32,head=keep.  "
+    "[as they are]",
 )
 @choice(
     "--cache-dtype",
@@ -50,6 +51,9 @@ def quantize(screen: Screen, bundle: Path, out: Path, **options: Any) -> Outcome
     are folded into the weights around them (SmoothQuant, AWQ), and rounding makes up for its own
     errors on the inputs that weights meet in a text (GPTQ); each is kept where it serves the text's
     end better.
+
+    int4:mixed keeps kv_a and down, which lose most, in int8. A role on its own: kv_a=int8, o=keep;
+    roles are linear, of which q, kv_a, o and down are parts, kv_b, experts, head and embedding.
     """
     from mla_deploy.cli.bundle_sheets import bundle_result, bundle_sheets, weight_words
     from mla_deploy.cli.loss_sheets import loss_sheets, loss_words, quantized

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     from mla_deploy.source.user.module_source import ModuleSource
 
 Floats = NDArray[np.float32]
+# A step of a small model is over before threads have met: beside other work two threads took 0.6 to
+# 1.8 s a token of SmolLM2-135M, one 0.07 s. A large one is read faster by all threads.
+_SHORT_TOKENS, _SMALL = 8, 1 << 30
 _ROTATED_ALIKE = 1e-4  # ten times what a bundle may differ: sums in another order, twice
 
 
@@ -68,10 +73,14 @@ class Reference:
     Rows run alone: a ragged batch of the bundle is held against rows that never saw each other.
     """
 
-    def __init__(self, source: SourceRunner, *, logits_of: Reference | None = None) -> None:
+    def __init__(
+        self, source: SourceRunner, *, logits_of: Reference | None = None, short_tokens: int = 0
+    ) -> None:
         """`source` has one row. `logits_of`, the same model, gives the logits in its place, and
-        the source's own may not be far from them."""
+        the source's own may not be far from them. Calls of at most `short_tokens` run on one
+        thread."""
         self._source = source
+        self._short_tokens = short_tokens
         self._logits_of = logits_of
         self._traces: dict[tuple[Tokens, ...], RowTrace] = {}
 
@@ -80,7 +89,9 @@ class Reference:
         """Builds transformers' class with the checkpoint's weights. Raises: CKPT-*, SRC-*."""
         from mla_deploy.runtime.torch_runner import TorchRunner
 
-        return cls(TorchRunner(checkpoint))
+        elements = sum(prod(info.shape) for info in checkpoint.tensors.values())
+        short_tokens = _SHORT_TOKENS if elements <= _SMALL else 0
+        return cls(TorchRunner(checkpoint), short_tokens=short_tokens)
 
     @classmethod
     def of_module(cls, source: ModuleSource) -> Reference:
@@ -115,7 +126,7 @@ class Reference:
         self._source.store_as(
             dtype, cache_dtype=cache_dtype, weights=weights, quantized=quantized, scales=scales
         )
-        return Reference(self._source)
+        return Reference(self._source, short_tokens=self._short_tokens)
 
     def rotated(self, cases: Sequence[Case]) -> Reference:
         """The source with rotated latents: cached rows as those of such a bundle, logits as before.
@@ -137,7 +148,7 @@ class Reference:
             for segments in case.rows():
                 self.row(segments)
         self._source.rotate_latents()
-        return Reference(self._source, logits_of=self)
+        return Reference(self._source, logits_of=self, short_tokens=self._short_tokens)
 
     def every_logit(self, tokens: Tokens) -> Floats:
         """Logits after each token of a row of its own."""
@@ -147,10 +158,19 @@ class Reference:
         """The trace of a row whose calls append `segments`, one after the other."""
         if segments not in self._traces:
             self._source.reset()
-            logits = [self._source.prefill([segment])[0] for segment in segments]
+            logits = [self._last_logits(segment) for segment in segments]
             cached = {i: self._source.cached_rows(i, 0) for i in self._source.cache_layers}
             self._traces[segments] = RowTrace(self._judged(segments, np.stack(logits)), cached)
         return self._traces[segments]
+
+    def _last_logits(self, segment: Tokens) -> Floats:
+        with contextlib.ExitStack() as stack:
+            if len(segment) <= self._short_tokens:
+                from mla_deploy.weight_forms.one_thread import one_thread
+
+                stack.enter_context(one_thread())
+            logits_V: Floats = self._source.prefill([segment])[0]
+        return logits_V
 
     def _judged(self, segments: tuple[Tokens, ...], logits: Floats) -> Floats:
         """Those of the source as it came: a rotation that changed them would hide in both sides."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from mla_deploy.errors import InputError
 from mla_deploy.targets import Target
-from mla_deploy.weight_forms.form import KINDS, PER_CHANNEL, WeightPlan
+from mla_deploy.weight_forms.form import KINDS, LINEAR_ROLES, PER_CHANNEL, WeightPlan
 
 _WITHOUT_BLOCKS = ("10.3", "10.13")
 _PER_ROW, _PER_ROW_TOLD = ("int8", PER_CHANNEL), "int8:block=channel"
 _CPU_KINDS = ("int4", "int8")
-_TENSORRT_ROLES = ("linear", "kv_b", "head")
+_TENSORRT_ROLES = ("linear", *LINEAR_ROLES, "kv_b", "head")
 
 
 def fitted(target: Target, plan: WeightPlan) -> WeightPlan:

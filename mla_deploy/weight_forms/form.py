@@ -7,6 +7,11 @@ A `WeightPlan` gives each role of a weight its form. A plan is spelled as the op
     int4:block=128,asymmetric            another block, zero points beside the scales
     int4:head=int8,embedding=int4        a role on its own
     int4:experts=keep                    a role left in float
+    int4:kv_a=int8,o=int8                of the linear layers, some on their own
+    int4:mixed                           those that lose most, kv_a and down, in int8:block=64
+
+`q`, `kv_a`, `o` and `down` are linear layers too, and take what `linear` takes unless they are
+named: projections of queries, of the latent and rope key, of what heads give, and out of an MLP.
 
 int4 keeps the embedding in int8: it reads one row a token, so four bits save no time there, and
 they were seen to cost a third as much as all linear layers together (models/tiny-deepseek-v3:
@@ -23,7 +28,11 @@ from typing import Any
 
 from mla_deploy.errors import InputError, quoted
 
-ROLES = ("linear", "kv_b", "experts", "head", "embedding")
+LINEAR_ROLES = ("q", "kv_a", "o", "down")  # parts of `linear`
+# What of int4 is int8 if it is mixed: the latent meets every head, and an MLP's last product has
+# the widest inputs (docs/size.md).
+_MIXED, _MIXED_BLOCK = ("kv_a", "down"), 64
+ROLES = ("linear", *LINEAR_ROLES, "kv_b", "experts", "head", "embedding")
 KINDS = ("int4", "int8", "fp8")
 BLOCKS = (32, 64, 128)
 PER_CHANNEL = 0
@@ -86,12 +95,20 @@ class WeightPlan:
     @classmethod
     def from_dict(cls, section: Mapping[str, Any]) -> WeightPlan:
         """What `to_dict` told; the manifest's own check has seen to its shape."""
-        forms = {role: _parse_form(str(text)) for role, text in section["roles"].items()}
+        told = {role: str(text) for role, text in section["roles"].items()}
+        for role in LINEAR_ROLES:
+            told.setdefault(role, told.get("linear", _KEEP))
+        forms = {role: _parse_form(text) for role, text in told.items() if text != _KEEP}
         return cls(forms, str(section["plan"]))
 
     def to_dict(self) -> dict[str, Any]:
-        """As the manifest tells it."""
-        roles = {role: form.spelling for role, form in self.forms.items()}
+        """As the manifest tells it: a part of `linear` where its form is another."""
+        roles = {
+            role: self.forms[role].spelling if role in self.forms else _KEEP
+            for role in ROLES
+            if role in self.forms or role in LINEAR_ROLES
+            if role not in LINEAR_ROLES or self.form(role) != self.form("linear")
+        }
         return {"plan": self.spelling, "kind": self.kind, "roles": roles}
 
 
@@ -107,6 +124,7 @@ def parse_plan(spelling: str) -> WeightPlan:
         raise _unknown(spelling, f"{quoted(kind)} is no form")
     base = WeightForm(kind, _USUAL_BLOCK[kind])
     roles: dict[str, WeightForm | None] = {}
+    mixed: dict[str, WeightForm | None] = {}
     for word in filter(None, rest.split(",")):
         name, equals, value = word.partition("=")
         if name == "block" and value in map(str, BLOCKS):
@@ -115,6 +133,8 @@ def parse_plan(spelling: str) -> WeightPlan:
             base = replace(base, block=PER_CHANNEL)
         elif word == "asymmetric" and kind != "fp8":
             base = replace(base, symmetric=False)
+        elif word == "mixed" and kind == "int4":
+            mixed = dict.fromkeys(_MIXED, WeightForm("int8", _MIXED_BLOCK))
         elif name in ROLES and equals and value in (*KINDS, _KEEP):
             roles[name] = None if value == _KEEP else WeightForm(value, _USUAL_BLOCK[value])
         else:
@@ -122,7 +142,8 @@ def parse_plan(spelling: str) -> WeightPlan:
     forms: dict[str, WeightForm | None] = dict.fromkeys(ROLES, base)
     if kind == "int4":
         forms["embedding"] = WeightForm("int8", base.block or _USUAL_BLOCK["int8"])
-    forms.update(roles)
+    forms.update(dict.fromkeys(LINEAR_ROLES, roles.get("linear", base)))
+    forms.update({**mixed, **roles})
     kept = {role: form for role, form in forms.items() if form is not None}
     if not kept:
         raise _unknown(spelling, "it leaves every weight in float")
@@ -144,8 +165,8 @@ def _unknown(spelling: str, why: str) -> InputError:
     return InputError(
         "EXP-WEIGHT-FORM",
         f"weights are {quoted(spelling)}: {why}; wanted {', '.join(KINDS)}, and after a colon any "
-        f"of block={'|'.join(map(str, BLOCKS))}|channel, asymmetric, and ROLE=KIND|keep with a "
-        f"role of {', '.join(ROLES)}",
-        hint="for example `--weights int4` or `--weights int4:block=128,head=int8`",
+        f"of block={'|'.join(map(str, BLOCKS))}|channel, asymmetric, mixed (of int4), and "
+        f"ROLE=KIND|keep with a role of {', '.join(ROLES)}",
+        hint="for example `--weights int4:asymmetric,mixed` or `--weights int8:block=128`",
         weights=spelling,
     )

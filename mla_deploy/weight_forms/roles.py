@@ -5,6 +5,17 @@ from __future__ import annotations
 import re
 
 _EXPERT = re.compile(r"\.experts\.")
+# The first that matches; families name these alike, with or without a query rank.
+_ENDINGS = tuple(
+    (role, re.compile(rf"(?:^|\.){ending}\.weight$"))
+    for role, ending in (
+        ("kv_b", "kv_b_proj"),
+        ("kv_a", "kv_a_proj(?:_with_mqa)?"),
+        ("q", "q(?:_[ab])?_proj"),
+        ("o", "o_proj"),
+        ("down", "down_proj"),
+    )
+)
 _LEFT_ALONE = re.compile(r"\.indexer\.|\.rope_select\.")
 
 
@@ -14,4 +25,4 @@ def role_of(name: str) -> str:
         return "indexer"
     if _EXPERT.search(name):
         return "experts"
-    return "kv_b" if name.endswith("kv_b_proj.weight") else "linear"
+    return next((role for role, ending in _ENDINGS if ending.search(name)), "linear")

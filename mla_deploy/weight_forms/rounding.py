@@ -11,7 +11,9 @@ stays positive, since TensorRT takes no other.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
@@ -20,6 +22,9 @@ from mla_deploy.weight_forms.form import WeightForm
 FP8_MAX = 448.0
 # The largest magnitude of a block falls on one of these values; 7 cuts nothing.
 _CANDIDATES_4 = (7.0, 7.5, 8.0, 8.75)
+# Of each end of a block with a zero point: what a search may keep of it.
+_KEPT = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+_FOUR = 4
 SCALE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -88,11 +93,27 @@ def fitted_grid(blocked: torch.Tensor, form: WeightForm, scale_dtype: str = "fp3
         return Grid(form, _held(_positive(blocked.abs().amax(-1) / FP8_MAX), held), None)
     if form.symmetric:
         return Grid(form, _held(_symmetric_scales(blocked, form.bits), held), None)
-    most = 2**form.bits - 1
-    # Zero is a value of its own: an exact zero stays one.
-    low, high = blocked.amin(-1).clamp(max=0.0), blocked.amax(-1).clamp(min=0.0)
-    scales = _held(_positive((high - low) / most), held)
-    return Grid(form, scales, (-low / scales).round().clamp(0, most))
+    low, high = _ends(blocked)
+    return _between(low, high, form, held)
+
+
+def searched_grid(
+    blocked: torch.Tensor, form: WeightForm, importance_W: torch.Tensor, scale_dtype: str = "fp32"
+) -> Grid:
+    """`fitted_grid`, but of four bits the one among some that cut the ends whose squared error is
+    least, that of each value times its `importance_W` [width]."""
+    if form.bits != _FOUR:
+        return fitted_grid(blocked, form, scale_dtype)
+    first, *others = _cut_grids(blocked, form, SCALE_DTYPES[scale_dtype])
+    scales, zeros, least = first.scales, first.zero_points, _weighed(blocked, first, importance_W)
+    for grid in others:
+        error = _weighed(blocked, grid, importance_W)
+        better = error < least
+        least = torch.where(better, error, least)
+        scales = torch.where(better, grid.scales, scales)
+        if zeros is not None and grid.zero_points is not None:
+            zeros = torch.where(better, grid.zero_points, zeros)
+    return Grid(form, scales, zeros)
 
 
 def dequantized(quantized: Quantized, form: WeightForm) -> torch.Tensor:
@@ -113,6 +134,34 @@ def blocked_weight(weight: torch.Tensor, form: WeightForm) -> torch.Tensor:
     if blocks * width != columns:
         weight = torch.nn.functional.pad(weight, (0, blocks * width - columns))
     return weight.reshape(*weight.shape[:-1], blocks, width)
+
+
+def _ends(blocked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zero is a value of its own: an exact zero stays one."""
+    return blocked.amin(-1).clamp(max=0.0), blocked.amax(-1).clamp(min=0.0)
+
+
+def _between(low: torch.Tensor, high: torch.Tensor, form: WeightForm, held: torch.dtype) -> Grid:
+    most = 2**form.bits - 1
+    scales = _held(_positive((high - low) / most), held)
+    return Grid(form, scales, (-low / scales).round().clamp(0, most))
+
+
+def _cut_grids(blocked: torch.Tensor, form: WeightForm, held: torch.dtype) -> Iterator[Grid]:
+    """The first cuts nothing."""
+    if form.symmetric:
+        largest = blocked.abs().amax(-1)
+        for divisor in _CANDIDATES_4:
+            yield Grid(form, _held(_positive(largest / divisor), held), None)
+        return
+    low, high = _ends(blocked)
+    for of_low, of_high in product(_KEPT, _KEPT):
+        yield _between(low * of_low, high * of_high, form, held)
+
+
+def _weighed(blocked: torch.Tensor, grid: Grid, importance_W: torch.Tensor) -> torch.Tensor:
+    error = grid.values(grid.codes(blocked)).sub_(blocked).square_()
+    return error.mul_(importance_W).sum(-1)
 
 
 def _symmetric_scales(blocked: torch.Tensor, bits: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from mla_deploy.engine.lint import lint_graph
 from mla_deploy.engine.pipeline import AuditMode
 from mla_deploy.rewrite.releases import find_release
 from mla_deploy.validate import Call, Case, validate
+from mla_deploy.weight_forms.form import parse_plan
 from tests.export.published_shapes import write_shape
 from tests.exported import Exported, exported
 
@@ -22,6 +23,7 @@ CASES = (
 )
 FORMS = [
     ("rtx-40", "int4", "fp16"),
+    ("rtx-40", "int4:mixed", "fp16"),
     ("jetson-orin-jp7", "int8:block=32", "fp16"),
     ("h100", "fp8:block=32", "bf16"),
     ("jetson-orin-jp6", "int8:block=channel", "fp16"),
@@ -32,6 +34,12 @@ def made_for(target: str, weights: str, dtype: str) -> Exported:
     return exported(
         "v3-all-dense", target=target, weights=weights, dtype=dtype, capacity=64
     )  # fmt: skip
+
+
+def mixed_of(weights: str) -> set[str]:
+    """The kinds that the graphs hold: those of what TensorRT quantises."""
+    plan = parse_plan(weights)
+    return {form.kind for role, form in plan.forms.items() if role != "embedding"}
 
 
 @pytest.mark.parametrize(("target", "weights", "dtype"), FORMS)
@@ -59,7 +67,7 @@ def test_each_weight_has_one_node_and_no_zero_points(target: str, weights: str, 
         assert len({node.name for node in nodes}) == len(nodes)
         assert {len(node.input) for node in nodes} == {2}
         stored = {held[node.input[0]].data_type for node in nodes}
-        assert stored == {kinds[weights.partition(":")[0]]}
+        assert stored == {kinds[kind] for kind in mixed_of(weights)}
         inside = [n.op_type for function in model.functions for n in function.node]
         assert "DequantizeLinear" not in inside
         found = lint_graph(made.bundle.graph(graph), release)

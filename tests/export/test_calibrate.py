@@ -95,6 +95,7 @@ def test_the_trained_model_loses_less(tmp_path: Path) -> None:
         ("v3", {}),
         ("youtu-bias-five-heads", {"weights": "int8:block=32,asymmetric"}),
         ("v3-tied-eps", {"weights": "int4:asymmetric"}),
+        ("v3-no-query-rank", {"weights": "int4:asymmetric,mixed"}),
         ("v3", {"target": "rtx-40"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
@@ -133,6 +134,16 @@ def test_what_serves_the_held_out_text_worse_is_left(
     nearest = quantize(exported("v3").bundle, tmp_path / "nearest", weights="int4")
     files = [load_file(b.path / "weights.safetensors") for b in (bundle, nearest)]
     assert all(torch.equal(value, files[1][name]) for name, value in files[0].items())
+
+
+def test_a_massive_input_does_not_stand_for_the_text() -> None:
+    x_XK = torch.randn(400, 64, generator=torch.Generator().manual_seed(1))
+    loud_XK = x_XK.clone()
+    loud_XK[7] *= 1e4
+    plain, found = (calibration._Moments(x).feedback(32) for x in (x_XK, loud_XK))
+    assert torch.allclose(found.importance_K, plain.importance_K, rtol=0.03)
+    nothing = calibration._Moments(torch.zeros(3, 64)).feedback(32)
+    assert bool(nothing.upper_KK.isfinite().all())
 
 
 def stretched(checkpoint: Path, out: Path) -> Path:

@@ -27,6 +27,7 @@ TRAINED = Path(__file__).parents[2] / "models" / "tiny-deepseek-v3"
         ("v3-yarn-all-dim", {"weights": "int8", "dtype": "bf16", "cache_layout": "split"}),
         ("v3-tied-eps", {"weights": "int4:asymmetric"}),
         ("youtu-bias-five-heads", {"weights": "int8:block=32,asymmetric"}),
+        ("v3-no-query-rank", {"weights": "int4:asymmetric,mixed,o=keep"}),
         ("v3-no-query-rank", {"weights": "int4:kv_b=int8,head=keep,embedding=keep"}),
         ("minicpm3", {"weights": "int8", "cache": "growing", "dtype": "fp16"}),
     ],
@@ -73,6 +74,25 @@ def test_the_names_in_the_file_and_the_manifest() -> None:
     roles = made.bundle.manifest["weights"]["quantized"]["roles"]
     assert roles["linear"] == "int4:block=32"
     assert roles["embedding"] == "int8:block=32"
+
+
+def test_a_part_of_the_linear_layers_has_bits_of_its_own() -> None:
+    made = exported("v3-no-query-rank", weights="int4:asymmetric,mixed,o=keep")
+    roles = made.bundle.manifest["weights"]["quantized"]["roles"]
+    assert (roles["kv_a"], roles["down"], roles["o"]) == ("int8:block=64", "int8:block=64", "keep")
+    held = load_file(made.bundle.path / "weights.safetensors")
+    layer = "model.layers.0"
+    assert f"{layer}.self_attn.o_proj.weight" in held
+    bits = {
+        name: 8 * held[f"{layer}.{name}.weight.values"].shape[-1] // block
+        for name, block in (
+            ("self_attn.q_proj", 32),
+            ("self_attn.kv_a_proj_with_mqa", 64),
+            ("mlp.up_proj", 32),
+            ("mlp.down_proj", 64),
+        )
+    }
+    assert list(bits.values()) == [4, 8, 4, 8]
 
 
 def test_tied_weights_are_stored_once() -> None:

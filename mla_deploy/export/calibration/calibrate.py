@@ -23,7 +23,7 @@ from mla_deploy.export.calibration.text import CalibrationText
 from mla_deploy.export.weights import WeightLayout
 from mla_deploy.source.layerwise import LayerwiseModel
 from mla_deploy.weight_forms.channel_scales import ChannelScales
-from mla_deploy.weight_forms.feedback import rounded_with_feedback, upper_factor
+from mla_deploy.weight_forms.feedback import Feedback, rounded_with_feedback
 from mla_deploy.weight_forms.one_thread import one_thread
 from mla_deploy.weight_forms.parts import packed
 from mla_deploy.weight_forms.rounded import PlanRounding
@@ -120,7 +120,7 @@ class _Walk:
         self.found: dict[str, Mapping[str, torch.Tensor]] = {}
         self._rounding = rounding
         self._scales = scales
-        self._recent: list[tuple[torch.Tensor, int, torch.Tensor]] = []
+        self._recent: list[tuple[torch.Tensor, int, _Moments]] = []
 
     def before(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """What a weight is until a product shows its inputs: itself; what none will show is rounded
@@ -143,13 +143,14 @@ class _Walk:
         if len(x_XK) < _LEAST_INPUTS:
             matrix_RK.copy_(nearest_RK)
             return
-        upper_KK = self._upper(x_XK)
+        moments = self._moments(x_XK)
         fitted_RK = nearest_RK.clone()
         for target in targets:
             part, own = target.part, target.of(matrix_RK)
             rows_RK = own.reshape(-1, own.shape[-1])
             with one_thread():
-                fitted = rounded_with_feedback(rows_RK, upper_KK, part.form, part.scale_dtype)
+                feedback = moments.feedback(part.form.width(rows_RK.shape[1]))
+                fitted = rounded_with_feedback(rows_RK, feedback, part.form, part.scale_dtype)
             self.found[target.key] = packed(fitted, part)
             back = target.dequantized(self.found[target.key], own.shape[-1])
             target.of(fitted_RK).copy_(back.view(own.shape))
@@ -173,19 +174,41 @@ class _Walk:
             for place, matrix_RK in enumerate(weight):
                 yield from ((matrix_RK, target) for target in self.targets.of(name, place))
 
-    def _upper(self, x_XK: torch.Tensor) -> torch.Tensor:
+    def _moments(self, x_XK: torch.Tensor) -> _Moments:
         """Made once for those that read the same inputs: gate and up, the projections that begin
         an attention."""
-        for held_XK, version, upper_KK in self._recent:
+        for held_XK, version, moments in self._recent:
             if _place(held_XK) == _place(x_XK) and version == x_XK._version:
-                return upper_KK
-        moments_KK = torch.zeros(x_XK.shape[1], x_XK.shape[1], dtype=torch.float64)
-        for part_XK in x_XK.split(_CHUNK):
-            moments_KK += part_XK.T @ part_XK
-        upper_KK = upper_factor(moments_KK)
+                return moments
         # Held, so that its memory is no other's meanwhile.
-        self._recent = [*self._recent[-1:], (x_XK, x_XK._version, upper_KK)]
-        return upper_KK
+        self._recent = [*self._recent[-1:], (x_XK, x_XK._version, _Moments(x_XK))]
+        return self._recent[-1][2]
+
+
+class _Moments:
+    """Of the inputs of a product, and what follows for blocks of a width."""
+
+    def __init__(self, x_XK: torch.Tensor) -> None:
+        columns = x_XK.shape[1]
+        self._moments_KK = torch.zeros(columns, columns, dtype=torch.float64)
+        for part_XK in _evened(x_XK).split(_CHUNK):
+            self._moments_KK += part_XK.T @ part_XK
+        self._known: dict[int, Feedback] = {}
+
+    def feedback(self, width: int) -> Feedback:
+        if width not in self._known:
+            self._known[width] = Feedback.of(self._moments_KK, width)
+        return self._known[width]
+
+
+def _evened(x_XK: torch.Tensor) -> torch.Tensor:
+    """No input longer than the median one: a few tokens of massive activations would stand for the
+    whole text, while what their products lose is little in a residual stream that is as large."""
+    lengths_X = x_XK.norm(dim=1)
+    used_X = lengths_X[lengths_X > 0]
+    if not len(used_X):
+        return x_XK
+    return x_XK * (used_X.median() / lengths_X.clamp(min=used_X.min())).clamp(max=1.0)[:, None]
 
 
 def _place(x_XK: torch.Tensor) -> tuple[Any, ...]:
