@@ -6,7 +6,9 @@ the one other tools (`sha256sum`) print. The two are taken in one pass while the
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import mmap
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -17,6 +19,7 @@ BLOCK_BYTES = 64 << 20
 _READ_BYTES = 4 << 20
 _THREAD_WORTH_BYTES = 1 << 20
 _MAX_THREADS = 8
+_POPULATE_READ = 22  # MADV_POPULATE_READ (madvise(2), since Linux 5.14), of all architectures
 
 
 @dataclass(frozen=True)
@@ -134,9 +137,24 @@ def find_damage(descriptor: int, record: FileRecord) -> str | None:
     return None
 
 
+def _fetch(descriptor: int, start: int, stop: int) -> None:
+    """Bring bytes [start, stop) into memory, in huge pages where the system does that for files.
+
+    Whoever reads a file first settles how it lies in the page cache, and weights stay mapped from
+    there: a decode step of m4 was seen to take 1.4 of the time over pages that `read` had brought.
+    What is cached already stays as it is; where anything is not to be had, `read` will bring it.
+    """
+    first = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        with mmap.mmap(descriptor, stop - first, offset=first, access=mmap.ACCESS_READ) as view:
+            view.madvise(mmap.MADV_HUGEPAGE)
+            view.madvise(_POPULATE_READ)
+
+
 def sha256_of_range(descriptor: int, start: int, stop: int) -> str:
     """sha256 of bytes [start, stop); of fewer when the file ends early."""
     hasher = hashlib.sha256()
+    _fetch(descriptor, start, stop)
     buffer = memoryview(bytearray(min(_READ_BYTES, max(stop - start, 1))))
     while start < stop:
         count = os.preadv(descriptor, [buffer[: stop - start]], start)
