@@ -145,10 +145,12 @@ def _fetch(descriptor: int, start: int, stop: int) -> None:
     What is cached already stays as it is; where anything is not to be had, `read` will bring it.
     """
     first = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        with mmap.mmap(descriptor, stop - first, offset=first, access=mmap.ACCESS_READ) as view:
-            view.madvise(mmap.MADV_HUGEPAGE)
-            view.madvise(_POPULATE_READ)
+    with (
+        contextlib.suppress(OSError, ValueError, AttributeError),
+        mmap.mmap(descriptor, stop - first, offset=first, access=mmap.ACCESS_READ) as view,
+    ):
+        view.madvise(mmap.MADV_HUGEPAGE)
+        view.madvise(_POPULATE_READ)
 
 
 def sha256_of_range(descriptor: int, start: int, stop: int) -> str:
