@@ -23,7 +23,7 @@ from mla_deploy.source.cache_parts import SCALES, CacheBuffer
 from mla_deploy.source.layers import LayerKind, decoder_of, layer_kinds, layers_of, layers_prefix
 from mla_deploy.source.model import constant_buffers, empty_model, model_weights
 from mla_deploy.source.probe import BATCH, LayerCall, probe_layers
-from mla_deploy.source.rope import RopeTables, require_width, rope_tables
+from mla_deploy.source.rope import RopeTables, rope_tables
 from mla_deploy.source.seams import Step, hooked
 
 
@@ -76,7 +76,6 @@ def _traced(config: MlaConfig, form: CacheForm, all_logits: bool) -> Trace:
     model = empty_model(config, mode)
     rotary: Any = getattr(decoder_of(model), "rotary_emb", None)
     tables = rope_tables(rotary)
-    require_width(tables, config.qk_rope_head_dim)
     _, tied = model_weights(model)
     with hooked(model) as step, quiet():
         calls = _probed(model, tables, step, mode)

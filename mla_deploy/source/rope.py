@@ -66,23 +66,6 @@ def rope_tables(rotary: nn.Module | None) -> RopeTables:
     return {"": table}
 
 
-def require_width(tables: RopeTables, width: int) -> None:
-    """The one table of a model turns as many values as config.json gives a head, `width`.
-
-    Raises: InputError CFG-ROPE-CONFLICT.
-    """
-    table = tables.get("")
-    if table is None or 2 * len(table.inv_freq_F) == width:
-        return
-    raise InputError(
-        "CFG-ROPE-CONFLICT",
-        f"config.json says qk_rope_head_dim {width}, and the model class turns "
-        f"{2 * len(table.inv_freq_F)} values: it goes by another field",
-        hint="head_dim is what some classes go by, with a default of their own: let the two agree",
-        field="qk_rope_head_dim",
-    )
-
-
 def _table(real: Any) -> RopeTable:
     parameters = real.config.rope_parameters
     long_inv_freq_F = None
