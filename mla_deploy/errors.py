@@ -13,7 +13,8 @@ _NAME_LIMIT = 200
 # What to do where the place that refuses knows nothing better: by code, else by its first word.
 _HINTS = {
     "BUN-MANIFEST": "copy the bundle again, or export it again",
-    "BUN": "choose another output folder",
+    "BUN": "export it again",
+    "BUN-OUT": "choose another output folder",
     "CFG": "compare that field with the config.json that was published with the weights",
     "CFG-JSON": "fetch config.json again, as it was published with the weights",
     "CKPT": "fetch the checkpoint again, all its files of one revision",

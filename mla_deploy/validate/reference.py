@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -164,13 +163,12 @@ class Reference:
         return self._traces[segments]
 
     def _last_logits(self, segment: Tokens) -> Floats:
-        with contextlib.ExitStack() as stack:
-            if len(segment) <= self._short_tokens:
-                from mla_deploy.weight_forms.one_thread import one_thread
+        if len(segment) > self._short_tokens:
+            return self._source.prefill([segment])[0]
+        from mla_deploy.weight_forms.one_thread import one_thread
 
-                stack.enter_context(one_thread())
-            logits_V: Floats = self._source.prefill([segment])[0]
-        return logits_V
+        with one_thread():
+            return self._source.prefill([segment])[0]
 
     def _judged(self, segments: tuple[Tokens, ...], logits: Floats) -> Floats:
         """Those of the source as it came: a rotation that changed them would hide in both sides."""
